@@ -1,0 +1,155 @@
+"""Types of the native module; see native/bindings/."""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Mode = Literal["dense", "exact", "threshold"]
+
+class GgufTensor:
+    """One tensor of a model file: where it lies and what it is."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def type(self) -> int:
+        """ggml's numeric type code."""
+    @property
+    def type_name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Slowest dimension first: (rows, cols)."""
+    @property
+    def offset(self) -> int: ...
+    @property
+    def nbytes(self) -> int: ...
+
+class GgufFile:
+    """A memory-mapped, fully checked GGUF v3 file. Raises ModelFileError."""
+
+    def __init__(self, path: str) -> None: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def file_bytes(self) -> int: ...
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Keys to int, float, bool, str or list of those, in file order."""
+    @property
+    def tensors(self) -> list[GgufTensor]: ...
+    def tensor(self, name: str) -> GgufTensor:
+        """Raises KeyError where absent."""
+    def tensor_bytes(self, name: str) -> NDArray[np.uint8]:
+        """Read-only view of the tensor's bytes in the mapping; keeps the file alive."""
+
+class ModelInfo:
+    """Shape of a loaded model."""
+
+    @property
+    def architecture(self) -> str: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def context_length(self) -> int:
+        """Positions the model was trained for."""
+    @property
+    def activation(self) -> str: ...
+    @property
+    def modes(self) -> list[Mode]:
+        """Modes this file can run in; "dense" is always among them."""
+    @property
+    def neuron_major_down(self) -> bool:
+        """Whether the file holds ffn_down_t (one row per neuron) instead of ffn_down."""
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of packed weights the engine holds or maps."""
+    @property
+    def transcoded(self) -> dict[str, str]:
+        """Per file type without a native kernel, what it became, e.g. {"Q4_1": "Q8_0"}."""
+    @property
+    def ffn_types(self) -> list[str]:
+        """Weight type of the FFN matrices after loading, for the `quant` column."""
+
+class Model:
+    """Weights of a model, ready to run, and the threads that run them.
+
+    Raises ModelFileError for a file that cannot run, ConfigError for settings out of range.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        *,
+        threads: int = 0,
+        isa: str = "",
+        transcode: Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"] = "Q8_0",
+    ) -> None:
+        """`threads` 0 means physical cores, at most 8."""
+    @property
+    def info(self) -> ModelInfo: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def isa(self) -> str: ...
+    def session(self, context: int) -> Session:
+        """A new empty KV cache with room for `context` positions."""
+
+class Session:
+    """One sequence: its KV cache, scratch memory and counters. Not for use by two threads at once."""
+
+    @property
+    def context(self) -> int: ...
+    @property
+    def position(self) -> int:
+        """Tokens in the cache."""
+    def truncate(self, position: int) -> None:
+        """Forgets everything from `position` on."""
+    def forward(
+        self,
+        ids: NDArray[np.int32],
+        *,
+        mode: Mode = "dense",
+        logits: Literal["none", "last", "all"] = "last",
+        should_stop: Callable[[], bool] | None = None,
+    ) -> NDArray[np.float32]:
+        """Appends tokens and returns logits, shape (0 | 1 | len(ids), vocab_size).
+
+        Releases the GIL. Python signals are checked between layers (so Ctrl-C raises KeyboardInterrupt, with the
+        cache rolled back), and `should_stop` between chunks. A mode defines the function that is computed, one
+        token or many at a time: thresholds apply in prefill too.
+        Raises ContextLengthError, ConfigError (unknown mode, id out of range), ModelFileError (mode that the
+        file cannot run), EngineError (NaN or Inf in the logits, named by layer where it began).
+        """
+    def capture(
+        self, ids: NDArray[np.int32], layers: list[int]
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]]:
+        """Runs ids densely from the current position and returns, per asked layer, FFN arrays.
+
+        Each entry is (gate, up, out): f(gate) after the activation [T, F], g(up) [T, F], FFN output [T, D].
+        """
+    @property
+    def counters(self) -> dict[str, Any]:
+        """Since the last reset: tokens, active (list[int], neurons used by down, per layer), gate_passed
+        (list[int], neurons whose up row was needed), bytes_read (weights and KV cache, decode steps only),
+        decode_tokens."""
+    def reset_counters(self) -> None: ...
+
+def available_isas() -> list[str]:
+    """Instruction sets that this build and this CPU both have, best first."""
+
+def read_bandwidth(threads: int, buffer_bytes: int, row_bytes: int = 0, seconds: float = 0.5) -> float:
+    """Measured read bandwidth in bytes per second: a stream, or rows of `row_bytes` in random order."""

@@ -1,0 +1,1 @@
+"""Timing, roofline, baselines and result records."""

@@ -1,0 +1,1 @@
+"""Settings shared by more than one room: frozen, keyword-only dataclasses that check themselves."""

@@ -1,0 +1,1 @@
+"""Training text: sources, mixtures, packing (torch column)."""

@@ -1,0 +1,1 @@
+"""Predictors of active neurons: fit and score."""

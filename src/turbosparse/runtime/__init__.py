@@ -1,0 +1,1 @@
+"""The serving column: model files, the engine and what stands around it; never torch."""

@@ -1,0 +1,1 @@
+"""Sparsity of arrays: definitions and searches that both columns share, NumPy only."""
