@@ -1,0 +1,174 @@
+"""A tiny seeded model file with a tokenizer inside, written with the ``gguf`` package.
+
+Small enough that every test can have its own, and varied enough to meet each branch of the engine: architecture,
+weight type, activation, tied or untied embeddings, biases, neuron-major down projection, thresholds.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import gguf
+import numpy as np
+from gguf.quants import dequantize, quantize
+from numpy.typing import NDArray
+
+__all__ = ["SPECIAL_TOKENS", "TinyModel", "make_tiny_model", "tiny_tokens"]
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+MERGES = (
+    ("t", "h"),
+    ("th", "e"),
+    ("Ġ", "the"),
+    ("i", "n"),
+    ("a", "n"),
+    ("an", "d"),
+    ("Ġ", "and"),
+    ("e", "r"),
+)
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@dataclass(kw_only=True)
+class TinyModel:
+    """What to write. Sizes are multiples of 32, so that every weight type fits, and F has an odd block count."""
+
+    arch: str = "llama"  # llama or qwen2; prefixed with "turbosparse-" unless the activation is silu
+    weight_type: str = "F32"  # name of a gguf.GGMLQuantizationType that gguf.quants can write
+    activation: str = "silu"
+    activation_param: float | None = None
+    down_t: bool = False
+    threshold: float | None = None  # ffn_threshold of all neurons
+    gate_threshold: float | None = None
+    tied: bool = True
+    bias: bool | None = None  # None: as the architecture has it
+    seed: int = 0
+    hidden_size: int = 64
+    intermediate_size: int = 160
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    context_length: int = 256
+    rope_freq_base: float = 10000.0
+    rope_scaling_factor: float | None = None  # linear
+    rope_freqs: bool = False  # llama3's frequency factors
+    extra_metadata: dict[str, float | int | str] = field(default_factory=dict)
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def architecture(self) -> str:
+        return self.arch if self.activation == "silu" else f"turbosparse-{self.arch}"
+
+
+def tiny_tokens() -> list[str]:
+    """Byte-level BPE vocabulary: 256 bytes in GPT-2's printable spelling, the merges, the special tokens."""
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
+    others = [byte for byte in range(256) if byte not in printable]
+    spelling = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return [*(spelling[byte] for byte in range(256)), *(a + b for a, b in MERGES), *SPECIAL_TOKENS]
+
+
+def _weights(model: TinyModel, vocab_size: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """Matrices [rows, cols] and vectors by name, in file order; standard deviation 1/sqrt(cols)."""
+    rng = np.random.default_rng(model.seed)
+    hidden, inter = model.hidden_size, model.intermediate_size
+    kv_rows = model.num_key_value_heads * model.head_dim
+
+    def matrix(rows: int, cols: int, gain: float = 1.0) -> NDArray[np.float32]:
+        return (rng.standard_normal((rows, cols)) * (gain / np.sqrt(cols))).astype(np.float32)
+
+    def norm() -> NDArray[np.float32]:
+        return (1 + 0.1 * rng.standard_normal(hidden)).astype(np.float32)
+
+    yield "token_embd.weight", matrix(vocab_size, hidden, 4.0)
+    for n in range(model.num_hidden_layers):
+        block = f"blk.{n}."
+        yield block + "attn_norm.weight", norm()
+        for name, rows in (("q", hidden), ("k", kv_rows), ("v", kv_rows)):
+            yield f"{block}attn_{name}.weight", matrix(rows, hidden, 1.5)
+            if model.bias if model.bias is not None else model.arch == "qwen2":
+                yield f"{block}attn_{name}.bias", 0.1 * rng.standard_normal(rows).astype(np.float32)
+        yield block + "attn_output.weight", matrix(hidden, hidden)
+        yield block + "ffn_norm.weight", norm()
+        yield block + "ffn_gate.weight", matrix(inter, hidden, 1.5)
+        yield block + "ffn_up.weight", matrix(inter, hidden, 1.5)
+        down = matrix(hidden, inter)
+        if model.down_t:
+            yield block + "ffn_down_t.weight", np.ascontiguousarray(down.T)
+        else:
+            yield block + "ffn_down.weight", down
+        if model.threshold is not None:
+            yield block + "ffn_threshold", np.full(inter, model.threshold, np.float32)
+        if model.gate_threshold is not None:
+            yield block + "ffn_gate_threshold", np.full(inter, model.gate_threshold, np.float32)
+    yield "output_norm.weight", norm()
+    if not model.tied:
+        yield "output.weight", matrix(vocab_size, hidden, 4.0)
+    if model.rope_freqs:
+        yield "rope_freqs.weight", np.linspace(1.0, 8.0, model.head_dim // 2, dtype=np.float32)
+
+
+def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel, tokens: list[str]) -> None:
+    writer.add_block_count(model.num_hidden_layers)
+    writer.add_context_length(model.context_length)
+    writer.add_embedding_length(model.hidden_size)
+    writer.add_feed_forward_length(model.intermediate_size)
+    writer.add_head_count(model.num_attention_heads)
+    writer.add_head_count_kv(model.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(model.rope_freq_base)
+    if model.rope_scaling_factor is not None:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(model.rope_scaling_factor)
+    if model.activation != "silu" or model.down_t:
+        writer.add_uint32("turbosparse.version", 1)
+        writer.add_string("turbosparse.activation", model.activation)
+        writer.add_bool("turbosparse.gated", True)
+        if model.activation_param is not None:
+            writer.add_float32("turbosparse.activation_param", model.activation_param)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(tokens)
+    normal, control = gguf.TokenType.NORMAL, gguf.TokenType.CONTROL
+    writer.add_token_types([control if token in SPECIAL_TOKENS else normal for token in tokens])
+    writer.add_token_merges([f"{a} {b}" for a, b in MERGES])
+    writer.add_bos_token_id(tokens.index("<|endoftext|>"))
+    writer.add_eos_token_id(tokens.index("<|im_end|>"))
+    writer.add_chat_template(CHAT_TEMPLATE)
+    for key, value in model.extra_metadata.items():
+        if isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        else:
+            writer.add_float32(key, value)
+
+
+def make_tiny_model(path: Path, model: TinyModel | None = None) -> dict[str, NDArray[np.float32]]:
+    """Writes the model file and returns its weights as they read back (dequantised), by tensor name."""
+    model = model or TinyModel()
+    tokens = tiny_tokens()
+    writer = gguf.GGUFWriter(path, model.architecture)
+    _add_metadata(writer, model, tokens)
+    weight_type = gguf.GGMLQuantizationType[model.weight_type]
+    stored = {}
+    for name, array in _weights(model, len(tokens)):
+        kind = weight_type if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        data = quantize(array, kind)
+        stored[name] = dequantize(data, kind)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return stored
