@@ -1,9 +1,9 @@
 // The kernels: what the engine calls, what each entry promises, and how packed weights lie in memory.
 //
 // Kernels know pointers and sizes only. They are noexcept, allocate nothing and keep no state. Every algorithm
-// is written once over a small set of primitives; the primitives exist per instruction set (ISA). A table of
-// function pointers per ISA is chosen when an engine is constructed. The scalar table is the twin that all
-// others are tested against.
+// is written once (*.inl) over a small set of vector primitives; the primitives exist per instruction set (ISA,
+// isa/*.h). A table of function pointers per ISA is chosen when an engine is constructed. The scalar table is
+// written separately, in plain loops: it is the twin that all others are tested against.
 //
 // Shape letters as in docs/notation.md. Blocks are 32 columns. Quantised matrices have cols % 32 == 0.
 //
@@ -42,26 +42,27 @@ struct Matrix {
 };
 
 /// T input vectors, row t at `x + t * cols`. Kernels of float weights read `x`; kernels of quantised weights
-/// read `q`, `scale` and `scaled_sum`, filled by `quantize_q8`: x[i] ~ q[i] * scale[i / 32], |q| <= 127,
-/// scaled_sum[b] = scale[b] * sum of q in block b.
+/// read `q`, `scale` and `q_sum`, filled by `quantize_q8`: x[i] ~ q[i] * scale[i / 32], |q| <= 127,
+/// q_sum[b] = sum of q in block b (what an offset of the weights adds to a dot product, exactly).
 struct Input {
-  const float* x = nullptr;           // [T, cols]
-  const std::int8_t* q = nullptr;     // [T, cols]
-  const float* scale = nullptr;       // [T, cols / 32]
-  const float* scaled_sum = nullptr;  // [T, cols / 32]
+  const float* x = nullptr;             // [T, cols]
+  const std::int8_t* q = nullptr;       // [T, cols]
+  const float* scale = nullptr;         // [T, cols / 32]
+  const std::int32_t* q_sum = nullptr;  // [T, cols / 32]
 };
 
 /// FFN activation. A gated FFN computes f(gate) * g(up): drelu has f = g = relu, the others g = identity.
-/// A plain FFN computes f(up).
+/// A plain FFN computes f(up). gelu is the tanh form, as in ggml; fatrelu keeps x >= threshold; relu2 is
+/// relu(x)^2. NaN stays NaN in all of them.
 enum class Activation : std::uint8_t { kSilu = 0, kGelu, kRelu, kRelu2, kFatRelu, kDRelu };
 
 struct KernelTable {
   const char* isa;
 
   // ---- weights ----------------------------------------------------------------------------------------------
-  /// Quantises one vector of n floats (n % 32 == 0). A block of zeros gets scale 0. Non-finite input gives
-  /// unspecified q but no trap.
-  void (*quantize_q8)(const float* x, std::int64_t n, std::int8_t* q, float* scale, float* scaled_sum) noexcept;
+  /// Quantises one vector of n floats (n % 32 == 0). A block of zeros gets scale 0; a block with a NaN or an
+  /// Inf gets scale NaN, so that products show it.
+  void (*quantize_q8)(const float* x, std::int64_t n, std::int8_t* q, float* scale, std::int32_t* q_sum) noexcept;
   /// out[0..cols) = row `row` of w as float.
   void (*dequantize_row)(const Matrix& w, std::int64_t row, float* out) noexcept;
   /// y[r] = dot(w[r], x) for row_begin <= r < row_end; one input vector. Result of a row does not depend on
