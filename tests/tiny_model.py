@@ -1,7 +1,8 @@
 """A tiny seeded model file with a tokenizer inside, written with the ``gguf`` package.
 
-Small enough that every test can have its own, and varied enough to meet each branch of the engine: architecture,
-weight type, activation, tied or untied embeddings, biases, neuron-major down projection, thresholds.
+Small enough that every test can have its own, and varied enough to meet each branch of the engine:
+architecture, weight type, activation, tied or untied embeddings, biases, neuron-major down projection,
+thresholds.
 """
 
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(kw_only=True)
 class TinyModel:
-    """What to write. Sizes are multiples of 32, so that every weight type fits, and F has an odd block count."""
+    """What to write. All sizes are multiples of 32, so that every weight type fits."""
 
     arch: str = "llama"  # llama or qwen2; prefixed with "turbosparse-" unless the activation is silu
     weight_type: str = "F32"  # name of a gguf.GGMLQuantizationType that gguf.quants can write
@@ -85,10 +86,10 @@ def _weights(model: TinyModel, vocab_size: int) -> Iterator[tuple[str, NDArray[n
     kv_rows = model.num_key_value_heads * model.head_dim
 
     def matrix(rows: int, cols: int, gain: float = 1.0) -> NDArray[np.float32]:
-        return (rng.standard_normal((rows, cols)) * (gain / np.sqrt(cols))).astype(np.float32)
+        return np.asarray(rng.standard_normal((rows, cols)) * (gain / np.sqrt(cols)), np.float32)
 
     def norm() -> NDArray[np.float32]:
-        return (1 + 0.1 * rng.standard_normal(hidden)).astype(np.float32)
+        return np.asarray(1 + 0.1 * rng.standard_normal(hidden), np.float32)
 
     yield "token_embd.weight", matrix(vocab_size, hidden, 4.0)
     for n in range(model.num_hidden_layers):
@@ -97,7 +98,7 @@ def _weights(model: TinyModel, vocab_size: int) -> Iterator[tuple[str, NDArray[n
         for name, rows in (("q", hidden), ("k", kv_rows), ("v", kv_rows)):
             yield f"{block}attn_{name}.weight", matrix(rows, hidden, 1.5)
             if model.bias if model.bias is not None else model.arch == "qwen2":
-                yield f"{block}attn_{name}.bias", 0.1 * rng.standard_normal(rows).astype(np.float32)
+                yield f"{block}attn_{name}.bias", np.asarray(0.1 * rng.standard_normal(rows), np.float32)
         yield block + "attn_output.weight", matrix(hidden, hidden)
         yield block + "ffn_norm.weight", norm()
         yield block + "ffn_gate.weight", matrix(inter, hidden, 1.5)

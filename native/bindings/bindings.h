@@ -1,0 +1,11 @@
+// What module.cpp puts together.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+namespace turbosparse {
+
+/// Maps C++ errors to the classes of the same name in turbosparse.errors.
+void bind_errors();
+
+}  // namespace turbosparse

@@ -1,0 +1,170 @@
+#include "engine/model_config.h"
+
+#include <array>
+#include <cmath>
+#include <optional>
+#include <string_view>
+#include <utility>
+
+#include "util/error.h"
+
+namespace turbosparse {
+namespace {
+
+constexpr std::string_view kPrefix = "turbosparse-";
+constexpr std::int64_t kVersion = 1;
+
+constexpr std::array<std::pair<std::string_view, Activation>, 6> kActivations{{
+    {"silu", Activation::kSilu},
+    {"gelu", Activation::kGelu},
+    {"relu", Activation::kRelu},
+    {"relu2", Activation::kRelu2},
+    {"fatrelu", Activation::kFatRelu},
+    {"drelu", Activation::kDRelu},
+}};
+
+[[noreturn]] void fail(const std::string& place, const std::string& expected, const std::string& got) {
+  throw ModelFileError("[" + place + "] expected " + expected + ", got " + got);
+}
+
+/// Reads keys under the architecture's prefix.
+class Reader {
+ public:
+  Reader(const GgufFile& file, std::string architecture)
+      : file_(file), architecture_(std::move(architecture)) {}
+
+  std::string key(const char* name) const { return architecture_ + "." + name; }
+
+  std::int64_t integer(const char* name, std::int64_t low, std::int64_t high,
+                       std::optional<std::int64_t> fallback = std::nullopt) const {
+    const std::string full = key(name);
+    const std::optional<std::int64_t> value = file_.get_int(full);
+    const std::string expected = std::to_string(low) + " to " + std::to_string(high);
+    if (!value && !fallback) fail(full, expected, "no such key");
+    if (!value) return *fallback;
+    if (*value < low || *value > high) fail(full, expected, std::to_string(*value));
+    return *value;
+  }
+
+  double number(const char* name, double low, double high,
+                std::optional<double> fallback = std::nullopt) const {
+    const std::string full = key(name);
+    const std::optional<double> value = file_.get_float(full);
+    const std::string expected = "a number from " + std::to_string(low) + " to " + std::to_string(high);
+    if (!value && !fallback) fail(full, expected, "no such key");
+    if (!value) return *fallback;
+    if (!(*value >= low && *value <= high)) fail(full, expected, std::to_string(*value));
+    return *value;
+  }
+
+ private:
+  const GgufFile& file_;
+  std::string architecture_;
+};
+
+void read_sizes(const GgufFile& file, const Reader& read, ModelConfig& config) {
+  config.num_hidden_layers = read.integer("block_count", 1, 1024);
+  config.hidden_size = read.integer("embedding_length", 1, 1 << 16);
+  config.intermediate_size = read.integer("feed_forward_length", 1, 1 << 20);
+  config.num_attention_heads = read.integer("attention.head_count", 1, 1024);
+  config.num_key_value_heads =
+      read.integer("attention.head_count_kv", 1, config.num_attention_heads, config.num_attention_heads);
+  if (config.num_attention_heads % config.num_key_value_heads != 0) {
+    fail(read.key("attention.head_count_kv"), "a divisor of " + std::to_string(config.num_attention_heads),
+         std::to_string(config.num_key_value_heads));
+  }
+  const std::int64_t head_dim = config.hidden_size / config.num_attention_heads;
+  config.head_dim = read.integer("attention.key_length", 2, 1024, head_dim);
+  const std::int64_t value_dim = read.integer("attention.value_length", 2, 1024, config.head_dim);
+  if (value_dim != config.head_dim || config.head_dim < 2 || config.head_dim > 1024) {
+    fail(read.key("attention.value_length"), "the key length, 2 to 1024", std::to_string(value_dim));
+  }
+  config.context_length = read.integer("context_length", 1, 1 << 26);
+  config.rms_norm_eps = static_cast<float>(read.number("attention.layer_norm_rms_epsilon", 1e-12, 1.0));
+  const GgufTensor* embedding = file.tensor("token_embd.weight");
+  if (embedding == nullptr || embedding->shape.size() != 2) {
+    fail("token_embd.weight", "a matrix",
+         embedding == nullptr ? "no such tensor" : "another number of dimensions");
+  }
+  config.vocab_size = embedding->shape[0];
+  if (config.vocab_size < 1 || config.vocab_size > 1 << 22) {
+    fail("token_embd.weight", "1 to 4194304 rows", std::to_string(config.vocab_size));
+  }
+}
+
+void read_rope(const GgufFile& file, const Reader& read, ModelConfig& config) {
+  config.rope_base = read.number("rope.freq_base", 1.0, 1e12, 10000.0);
+  config.rotary_dim = read.integer("rope.dimension_count", 2, config.head_dim, config.head_dim);
+  if (config.rotary_dim % 2 != 0) {
+    fail(read.key("rope.dimension_count"), "an even number", std::to_string(config.rotary_dim));
+  }
+  const std::string_view scaling = file.get_string(read.key("rope.scaling.type")).value_or("none");
+  if (scaling == "linear") {
+    config.rope_scale = 1.0 / read.number("rope.scaling.factor", 1e-3, 1e6);
+  } else if (scaling != "none") {
+    fail(read.key("rope.scaling.type"), "none or linear", std::string(scaling));
+  } else {
+    config.rope_scale = 1.0 / read.number("rope.scale_linear", 1e-3, 1e6, 1.0);
+  }
+}
+
+void read_activation(const GgufFile& file, bool prefixed, ModelConfig& config) {
+  const std::optional<std::int64_t> version = file.get_int("turbosparse.version");
+  if (version && *version != kVersion)
+    fail("turbosparse.version", std::to_string(kVersion), std::to_string(*version));
+  const std::optional<std::string_view> name = file.get_string("turbosparse.activation");
+  if (!name && prefixed) fail("turbosparse.activation", "the name of an activation", "no such key");
+  if (!file.get_bool("turbosparse.gated").value_or(true)) fail("turbosparse.gated", "true", "false");
+  if (!name) return;  // llama and qwen2 of other people: SiLU
+  bool known = false;
+  for (const auto& [candidate, activation] : kActivations) {
+    if (candidate != *name) continue;
+    config.activation = activation;
+    known = true;
+  }
+  if (!known) fail("turbosparse.activation", "silu, gelu, relu, relu2, fatrelu or drelu", std::string(*name));
+  if (config.activation != Activation::kFatRelu) return;
+  const std::optional<double> parameter = file.get_float("turbosparse.activation_param");
+  if (!parameter || !(*parameter >= 0 && *parameter <= 1e6)) {
+    fail("turbosparse.activation_param", "FATReLU's threshold, 0 to 1e6",
+         parameter ? std::to_string(*parameter) : "no such key");
+  }
+  config.activation_parameter = static_cast<float>(*parameter);
+}
+
+}  // namespace
+
+ModelConfig read_model_config(const GgufFile& file) {
+  const std::optional<std::string_view> architecture = file.get_string("general.architecture");
+  if (!architecture) fail("general.architecture", "llama or qwen2", "no such key");
+  std::string_view base = *architecture;
+  const bool prefixed = base.starts_with(kPrefix);
+  if (prefixed) base.remove_prefix(kPrefix.size());
+  if (base != "llama" && base != "qwen2") {
+    fail("general.architecture", "llama, qwen2, turbosparse-llama or turbosparse-qwen2",
+         std::string(*architecture));
+  }
+  ModelConfig config;
+  config.architecture = *architecture;
+  config.rope_neox = base == "qwen2";
+  const Reader read(file, config.architecture);
+  if (const std::int64_t experts = read.integer("expert_count", 0, 1 << 20, 0); experts != 0) {
+    fail(read.key("expert_count"), "0 (a dense model)", std::to_string(experts));
+  }
+  read_sizes(file, read, config);
+  read_rope(file, read, config);
+  read_activation(file, prefixed, config);
+  // Attention over a sliding window equals full attention as long as the window holds everything.
+  const std::int64_t window = read.integer("attention.sliding_window", 0, 1 << 26, 0);
+  if (window > 0 && window < config.context_length) config.context_length = window;
+  return config;
+}
+
+const char* activation_name(Activation activation) {
+  for (const auto& [name, candidate] : kActivations) {
+    if (candidate == activation) return name.data();
+  }
+  return "?";
+}
+
+}  // namespace turbosparse

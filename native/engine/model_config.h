@@ -1,0 +1,37 @@
+// Hyper-parameters of a model, read from a GGUF file's metadata and checked.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "io/gguf_file.h"
+#include "kernels/kernels.h"
+
+namespace turbosparse {
+
+struct ModelConfig {
+  std::string architecture;  // as the file has it: llama, qwen2, or turbosparse- before it
+  std::int64_t num_hidden_layers = 0;
+  std::int64_t hidden_size = 0;          // D
+  std::int64_t intermediate_size = 0;    // F
+  std::int64_t num_attention_heads = 0;  // H
+  std::int64_t num_key_value_heads = 0;  // K
+  std::int64_t head_dim = 0;             // C
+  std::int64_t vocab_size = 0;           // V
+  std::int64_t context_length = 0;
+  float rms_norm_eps = 0;
+  std::int64_t rotary_dim = 0;  // values of a head that turn
+  double rope_base = 0;
+  double rope_scale = 1;  // positions are multiplied by it
+  bool rope_neox = false;
+  Activation activation = Activation::kSilu;
+  float activation_parameter = 0;
+};
+
+/// Throws ModelFileError for an architecture or a feature that the engine does not compute, and for a value
+/// out of range.
+ModelConfig read_model_config(const GgufFile& file);
+
+const char* activation_name(Activation activation);
+
+}  // namespace turbosparse

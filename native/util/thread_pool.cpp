@@ -1,0 +1,125 @@
+#include "util/thread_pool.h"
+
+#include <sched.h>
+
+#include <algorithm>
+#include <chrono>
+#include <fstream>
+#include <set>
+#include <string>
+
+#include "util/error.h"
+
+namespace turbosparse {
+namespace {
+
+constexpr int kMaxThreads = 256;
+constexpr int kDefaultThreads = 8;
+// A phase of a token takes 5 to 500 us; a thread that waits longer than this lost its partner to somebody
+// else.
+constexpr std::chrono::microseconds kBarrierSpin{100};
+// Sampling and detokenising between two tokens takes about as long.
+constexpr std::chrono::microseconds kIdleSpin{500};
+
+void pause_cpu() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+/// Returns when `value` is no longer `old`: spins for `budget`, then sleeps.
+void wait_while(const std::atomic<std::uint32_t>& value, std::uint32_t old,
+                std::chrono::microseconds budget) {
+  constexpr int kChecksPerClock = 64;
+  const auto deadline = std::chrono::steady_clock::now() + budget;
+  do {
+    for (int i = 0; i < kChecksPerClock; ++i) {
+      if (value.load(std::memory_order_acquire) != old) return;
+      pause_cpu();
+    }
+  } while (std::chrono::steady_clock::now() < deadline);
+  value.wait(old, std::memory_order_acquire);
+}
+
+}  // namespace
+
+int physical_cores() {
+  cpu_set_t allowed;
+  CPU_ZERO(&allowed);
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) {
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+  }
+  std::set<std::string> cores;
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &allowed)) continue;
+    std::ifstream topology("/sys/devices/system/cpu/cpu" + std::to_string(cpu) +
+                           "/topology/thread_siblings_list");
+    std::string siblings;
+    if (!std::getline(topology, siblings)) siblings = std::to_string(cpu);
+    cores.insert(siblings);
+  }
+  return std::max(1, static_cast<int>(cores.size()));
+}
+
+int thread_count(int requested) {
+  const int cores = physical_cores();
+  if (requested == 0) return std::min(cores, kDefaultThreads);
+  const int limit = std::min(4 * cores, kMaxThreads);
+  if (requested < 0 || requested > limit) {
+    throw ConfigError("[threads] expected 0 (automatic) to " + std::to_string(limit) + ", got " +
+                      std::to_string(requested));
+  }
+  return requested;
+}
+
+Range split(std::int64_t total, std::int64_t grain, int index, int parts) {
+  const std::int64_t grains = (total + grain - 1) / grain;
+  const auto cut = [&](std::int64_t part) { return std::min(total, grains * part / parts * grain); };
+  return {cut(index), cut(index + 1)};
+}
+
+ThreadPool::ThreadPool(int threads) : size_(threads) {
+  workers_.reserve(static_cast<std::size_t>(size_ - 1));
+  for (int index = 1; index < size_; ++index) workers_.emplace_back([this, index] { work(index); });
+}
+
+ThreadPool::~ThreadPool() {
+  stop_ = true;
+  jobs_.fetch_add(1, std::memory_order_release);
+  jobs_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::run_job(Job job, void* context) {
+  const std::lock_guard lock(turn_);
+  job_ = job;
+  context_ = context;
+  jobs_.fetch_add(1, std::memory_order_release);
+  jobs_.notify_all();
+  job(context, 0);
+  barrier();
+}
+
+void ThreadPool::work(int index) noexcept {
+  for (std::uint32_t seen = 0;; ++seen) {
+    wait_while(jobs_, seen, kIdleSpin);
+    if (stop_) return;
+    job_(context_, index);
+    barrier();
+  }
+}
+
+void ThreadPool::barrier() noexcept {
+  const std::uint32_t generation = generation_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<std::uint32_t>(size_)) {
+    arrived_.store(0, std::memory_order_relaxed);
+    generation_.fetch_add(1, std::memory_order_release);
+    generation_.notify_all();
+  } else {
+    wait_while(generation_, generation, kBarrierSpin);
+  }
+}
+
+}  // namespace turbosparse
