@@ -1,6 +1,7 @@
 #include <Python.h>
 
 #include <exception>
+#include <string_view>
 
 #include "bindings/bindings.h"
 #include "util/error.h"
@@ -14,7 +15,10 @@ namespace {
 /// package from inside its own native module would be circular.
 void raise(const char* name, const char* message) {
   nb::object type = nb::module_::import_("turbosparse.errors").attr(name);
-  PyErr_SetString(type.ptr(), message);
+  // A path may hold any bytes; the message must still reach the user.
+  const auto size = static_cast<Py_ssize_t>(std::string_view(message).size());
+  const nb::object text = nb::steal(PyUnicode_DecodeUTF8(message, size, "replace"));
+  PyErr_SetObject(type.ptr(), text.ptr());
 }
 
 }  // namespace

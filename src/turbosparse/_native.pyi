@@ -1,5 +1,6 @@
 """Types of the native module; see native/bindings/."""
 
+import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -27,16 +28,21 @@ class GgufTensor:
     def nbytes(self) -> int: ...
 
 class GgufFile:
-    """A memory-mapped, fully checked GGUF v3 file. Raises ModelFileError."""
+    """A memory-mapped, fully checked GGUF file (versions 2 and 3). Raises ModelFileError."""
 
-    def __init__(self, path: str) -> None: ...
+    def __init__(self, path: str | os.PathLike[str]) -> None: ...
     @property
     def path(self) -> str: ...
+    @property
+    def version(self) -> int: ...
     @property
     def file_bytes(self) -> int: ...
     @property
     def metadata(self) -> dict[str, Any]:
-        """Keys to int, float, bool, str or list of those, in file order."""
+        """Keys to int, float, bool, str or list of those, in file order. Built anew at each access."""
+    @property
+    def metadata_kinds(self) -> dict[str, str]:
+        """Keys to the kind stored: "uint8" ... "float64", "bool", "string"; arrays as "uint32[]"."""
     @property
     def tensors(self) -> list[GgufTensor]: ...
     def tensor(self, name: str) -> GgufTensor:
