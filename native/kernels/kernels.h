@@ -1,9 +1,10 @@
 // The kernels: what the engine calls, what each entry promises, and how packed weights lie in memory.
 //
-// Kernels know pointers and sizes only. They are noexcept, allocate nothing and keep no state. Every algorithm
-// is written once (*.inl) over a small set of vector primitives; the primitives exist per instruction set (ISA,
-// isa/*.h). A table of function pointers per ISA is chosen when an engine is constructed. The scalar table is
-// written separately, in plain loops: it is the twin that all others are tested against.
+// Kernels know pointers and sizes only. They are noexcept, allocate nothing and keep no state. Every
+// algorithm is written once (*.inl) over a small set of vector primitives; the primitives exist per
+// instruction set (ISA, isa/*.h). A table of function pointers per ISA is chosen when an engine is
+// constructed. The scalar table is written separately, in plain loops: it is the twin that all others are
+// tested against.
 //
 // Shape letters as in docs/notation.md. Blocks are 32 columns. Quantised matrices have cols % 32 == 0.
 //
@@ -59,20 +60,24 @@ enum class Activation : std::uint8_t { kSilu = 0, kGelu, kRelu, kRelu2, kFatRelu
 struct KernelTable {
   const char* isa;
 
-  // ---- weights ----------------------------------------------------------------------------------------------
+  // ---- weights
+  // ----------------------------------------------------------------------------------------------
   /// Quantises one vector of n floats (n % 32 == 0). A block of zeros gets scale 0; a block with a NaN or an
   /// Inf gets scale NaN, so that products show it.
-  void (*quantize_q8)(const float* x, std::int64_t n, std::int8_t* q, float* scale, std::int32_t* q_sum) noexcept;
+  void (*quantize_q8)(const float* x, std::int64_t n, std::int8_t* q, float* scale,
+                      std::int32_t* q_sum) noexcept;
   /// out[0..cols) = row `row` of w as float.
   void (*dequantize_row)(const Matrix& w, std::int64_t row, float* out) noexcept;
   /// y[r] = dot(w[r], x) for row_begin <= r < row_end; one input vector. Result of a row does not depend on
   /// the range it was computed in.
-  void (*gemv)(const Matrix& w, const Input& x, std::int64_t row_begin, std::int64_t row_end, float* y) noexcept;
+  void (*gemv)(const Matrix& w, const Input& x, std::int64_t row_begin, std::int64_t row_end,
+               float* y) noexcept;
   /// y[rows[i]] = dot(w[rows[i]], x) for 0 <= i < n; other entries of y are left alone. Bit-equal to gemv.
-  void (*gemv_rows)(const Matrix& w, const Input& x, const std::int32_t* rows, std::int64_t n, float* y) noexcept;
-  /// y[c] += sum_i coef[rows[i]] * w[rows[i], c] for col_begin <= c < col_end, both multiples of 32 (col_end may
-  /// also be cols). Adds in the order of `rows`, with one running sum per column, so that a zero coefficient
-  /// changes nothing and the result does not depend on how columns are split.
+  void (*gemv_rows)(const Matrix& w, const Input& x, const std::int32_t* rows, std::int64_t n,
+                    float* y) noexcept;
+  /// y[c] += sum_i coef[rows[i]] * w[rows[i], c] for col_begin <= c < col_end, both multiples of 32 (col_end
+  /// may also be cols). Adds in the order of `rows`, with one running sum per column, so that a zero
+  /// coefficient changes nothing and the result does not depend on how columns are split.
   void (*axpy_rows)(const Matrix& w, const std::int32_t* rows, std::int64_t n, const float* coef,
                     std::int64_t col_begin, std::int64_t col_end, float* y) noexcept;
   /// y[t * y_stride + r] = dot(w[r], x[t]) for t < T and row_begin <= r < row_end. `scratch` holds at least
@@ -81,39 +86,43 @@ struct KernelTable {
                float* y, std::int64_t y_stride, std::byte* scratch) noexcept;
   /// Transposed use of neuron-major weights: y[t * y_stride + c] += sum_r a[t * a_stride + r] * w[r, c] for
   /// col_begin <= c < col_end (multiples of 32, or cols), all rows r, t < T. Scratch as for gemm.
-  void (*gemm_t)(const Matrix& w, const float* a, std::int64_t a_stride, std::int64_t T, std::int64_t col_begin,
-                 std::int64_t col_end, float* y, std::int64_t y_stride, std::byte* scratch) noexcept;
+  void (*gemm_t)(const Matrix& w, const float* a, std::int64_t a_stride, std::int64_t T,
+                 std::int64_t col_begin, std::int64_t col_end, float* y, std::int64_t y_stride,
+                 std::byte* scratch) noexcept;
 
-  // ---- vectors ----------------------------------------------------------------------------------------------
+  // ---- vectors
+  // ----------------------------------------------------------------------------------------------
   /// out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]. out may be x.
   void (*rms_norm)(const float* x, const float* weight, std::int64_t n, float eps, float* out) noexcept;
   /// y[i] += x[i]
   void (*add)(const float* x, std::int64_t n, float* y) noexcept;
-  /// Rotates n_heads heads of C values in place. `neox` pairs (i, i + rotary/2), else (2i, 2i + 1). cos and sin
-  /// hold rotary / 2 values; values past `rotary` in a head stay.
-  void (*rope)(float* x, std::int64_t n_heads, std::int64_t C, std::int64_t rotary, bool neox, const float* cos,
-               const float* sin) noexcept;
+  /// Rotates n_heads heads of C values in place. `neox` pairs (i, i + rotary/2), else (2i, 2i + 1). cos and
+  /// sin hold rotary / 2 values; values past `rotary` in a head stay.
+  void (*rope)(float* x, std::int64_t n_heads, std::int64_t C, std::int64_t rotary, bool neox,
+               const float* cos, const float* sin) noexcept;
   /// out[i] = f(gate[i]); `parameter` is the FATReLU threshold. out may be gate.
   void (*activate)(Activation f, float parameter, const float* gate, std::int64_t n, float* out) noexcept;
   /// Float to IEEE half, round to nearest even.
   void (*to_half)(const float* x, std::int64_t n, std::uint16_t* out) noexcept;
   /// Attention of one query head over n cached positions: out = softmax(q . k * scale) v. k and v are half,
   /// position p at k + p * kv_stride; q and out hold C floats; `scores` has room for n.
-  void (*attend)(const float* q, const std::uint16_t* k, const std::uint16_t* v, std::int64_t n, std::int64_t C,
-                 std::int64_t kv_stride, float scale, float* scores, float* out) noexcept;
+  void (*attend)(const float* q, const std::uint16_t* k, const std::uint16_t* v, std::int64_t n,
+                 std::int64_t C, std::int64_t kv_stride, float scale, float* scores, float* out) noexcept;
 };
 
 /// Scratch that gemm and gemm_t need per thread for an inner dimension of `cols`.
 std::size_t gemm_scratch_bytes(std::int64_t cols);
 
-// ---- choice of the instruction set ----------------------------------------------------------------------------
+// ---- choice of the instruction set
+// ----------------------------------------------------------------------------
 /// Names this build and this CPU both have, best first; the last is always "scalar".
 std::vector<std::string> available_isas();
-/// The table of that name; an empty name means TURBOSPARSE_ISA where set, else the best. Throws ConfigError for
-/// an unknown name or one the CPU lacks.
+/// The table of that name; an empty name means TURBOSPARSE_ISA where set, else the best. Throws ConfigError
+/// for an unknown name or one the CPU lacks.
 const KernelTable& kernel_table(const std::string& isa = "");
 
-// ---- from file formats to packed rows (pack.cpp; scalar, run once at load) ---------------------------------------
+// ---- from file formats to packed rows (pack.cpp; scalar, run once at load)
+// ---------------------------------------
 /// ggml's numeric type codes that can be read: native ones and those that are transcoded.
 bool ggml_type_supported(std::uint32_t ggml_type);
 const char* ggml_type_name(std::uint32_t ggml_type);  // "Q4_K", or "?" where unknown
@@ -122,7 +131,8 @@ std::size_t ggml_row_bytes(std::uint32_t ggml_type, std::int64_t cols);
 /// Whether that type has a kernel, and which.
 bool native_type(std::uint32_t ggml_type, WeightType* type);
 /// Dequantises one file row to floats.
-void ggml_dequantize_row(std::uint32_t ggml_type, const std::byte* row, std::int64_t cols, float* out) noexcept;
+void ggml_dequantize_row(std::uint32_t ggml_type, const std::byte* row, std::int64_t cols,
+                         float* out) noexcept;
 /// Repacks one file row of a native type into a packed row of the same type, without loss.
 void pack_row(WeightType type, const std::byte* row, std::int64_t cols, std::byte* out) noexcept;
 /// Quantises (or converts) one row of floats into a packed row.
