@@ -1,0 +1,132 @@
+"""What the verbs share on the terminal: one console, progress bars, JSON lines, logging."""
+
+import argparse
+import json
+import logging
+import math
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+__all__ = ["add_json_option", "console", "print_json", "progress", "set_up_logging"]
+
+SHOW_AFTER_S = 2.0
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """Give a rich console on standard output, or on standard error.
+
+    Parameters
+    ----------
+    stderr : bool, optional
+        Where to write.
+
+    Returns
+    -------
+    rich.console.Console
+        Colours only where the stream is a terminal; in a pipe, lines are never cut or wrapped.
+    """
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 200)
+
+
+@contextmanager
+def progress(total: float | None, label: str) -> Iterator[Callable[[float], None]]:
+    """Show a progress bar on standard error while the block runs, if that takes more than two seconds.
+
+    Nothing is shown where standard error is not a terminal.
+
+    Parameters
+    ----------
+    total : float or None
+        Amount of work in any unit; None where it is not known beforehand.
+    label : str
+        What is being done.
+
+    Yields
+    ------
+    callable
+        ``advance(amount)``, to be called as work gets done.
+    """
+    terminal = console(stderr=True)
+    if not terminal.is_interactive:
+        yield lambda amount: None
+        return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=terminal, transient=True)
+    task = bar.add_task(label, total=total)
+    timer = threading.Timer(SHOW_AFTER_S, bar.start)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield lambda amount: bar.advance(task, amount)
+    finally:
+        timer.cancel()
+        timer.join()  # so that a bar which is just being shown is also taken away
+        bar.stop()
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``, the same in every verb that has it.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        The verb's parser; the flag becomes ``args.json``.
+    """
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object as the last line of stdout"
+    )
+
+
+def print_json(record: Mapping[str, Any]) -> None:
+    """Print a record as one line of JSON on standard output.
+
+    Parameters
+    ----------
+    record : mapping
+        Plain values, NumPy scalars and arrays; numbers that are not finite become null, since JSON has none.
+    """
+    sys.stdout.write(json.dumps(_plain(record), allow_nan=False) + "\n")
+    sys.stdout.flush()
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # NumPy, without importing it
+        value = value.tolist()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def set_up_logging(verbose: int) -> None:
+    """Send log records to standard error: warnings; with ``-v`` what is being done, twice for everything.
+
+    Parameters
+    ----------
+    verbose : int
+        How many times ``-v`` was given.
+    """
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    logging.getLogger("turbosparse").setLevel(level)
+
+
+class _Formatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return f"turbosparse: {record.levelname.lower()}: {record.getMessage()}"
