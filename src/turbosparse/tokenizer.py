@@ -1,7 +1,7 @@
 """Text to token ids and back, from the tokenizer that a GGUF file carries in its metadata.
 
 Two kinds exist in files of the supported architectures: byte-level BPE (``gpt2``: SmolLM2, Qwen, Llama 3) and
-SentencePiece BPE with byte fallback (``llama``: Llama 2, Mistral 7B, TinyLlama). Both run in the ``tokenizers``
+SentencePiece BPE with byte fallback (``llama``: Llama 2, Mistral 7B, TinyLlama). Both run in the `tokenizers`
 library; what this module adds is the reading of the metadata, control tokens that are parsed only on request,
 and decoding by bytes, so that a stream never shows half a character.
 
@@ -235,7 +235,13 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, unused ones included (int)."""
+        """Count the ids.
+
+        Returns
+        -------
+        int
+            Unused ids included.
+        """
         return len(self._tokens)
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = False) -> list[int]:
