@@ -1,0 +1,183 @@
+// T tokens through one layer: products of two matrices, cut by output rows; thresholds are masks, so that a mode
+// computes the same function as token by token.
+#include <algorithm>
+
+#include "engine/step.h"
+
+namespace turbosparse {
+namespace {
+
+void normalize_all(const Step& step, const float* weight, bool quantized, std::int64_t layer, int index) {
+  const Range tokens = split(step.T, 1, index, step.thread_count());
+  for (std::int64_t t = tokens.begin; t < tokens.end; ++t) {
+    normalize(step, weight, quantized, t, layer, step.scratch.input, t, index);
+  }
+  step.barrier();
+}
+
+/// This thread's rows of y = w x, all tokens.
+Range project(const Step& step, const Matrix& w, const Input& input, float* y, int index) {
+  const Range rows = share(step, w.rows, index);
+  step.kernels().gemm(w, input, step.T, rows.begin, rows.end, y, w.rows, step.thread(index).gemm.data());
+  return rows;
+}
+
+/// Adds this thread's outputs to the residual.
+void add_to_residual(const Step& step, Range columns) {
+  const std::int64_t D = step.config().hidden_size;
+  for (std::int64_t t = 0; t < step.T; ++t) {
+    const std::int64_t at = t * D + columns.begin;
+    step.kernels().add(step.scratch.out.data() + at, columns.size(), step.scratch.x.data() + at);
+  }
+}
+
+/// Bias, rotation and the cache's rows of one token.
+void place_token(const Step& step, const LayerWeights& w, std::int64_t layer, std::int64_t t) {
+  const ModelConfig& config = step.config();
+  const KernelTable& kernels = step.kernels();
+  const std::int64_t C = config.head_dim;
+  const std::int64_t K = config.num_key_value_heads;
+  Scratch& s = step.scratch;
+  float* q = s.q.data() + t * w.q.rows;
+  float* k = s.k.data() + t * w.k.rows;
+  float* v = s.v.data() + t * w.v.rows;
+  if (!w.q_bias.empty()) kernels.add(w.q_bias.data(), w.q.rows, q);
+  if (!w.k_bias.empty()) kernels.add(w.k_bias.data(), w.k.rows, k);
+  if (!w.v_bias.empty()) kernels.add(w.v_bias.data(), w.v.rows, v);
+  const float* cos = s.cos.data() + t * (config.rotary_dim / 2);
+  const float* sin = s.sin.data() + t * (config.rotary_dim / 2);
+  kernels.rope(q, config.num_attention_heads, C, config.rotary_dim, config.rope_neox, cos, sin);
+  kernels.rope(k, K, C, config.rotary_dim, config.rope_neox, cos, sin);
+  const std::int64_t at = (step.position + t) * step.cache.stride();
+  for (std::int64_t head = 0; head < K; ++head) {
+    kernels.to_half(k + head * C, C, step.cache.keys(layer, head) + at);
+    kernels.to_half(v + head * C, C, step.cache.values(layer, head) + at);
+  }
+}
+
+/// Causal attention, pairs of head and token dealt out in turn: later tokens have more to do.
+void attend_all(const Step& step, std::int64_t layer, int index) {
+  const ModelConfig& config = step.config();
+  const std::int64_t H = config.num_attention_heads;
+  const std::int64_t C = config.head_dim;
+  const std::int64_t group = H / config.num_key_value_heads;
+  const std::int64_t threads = step.thread_count();
+  for (std::int64_t head = 0; head < H; ++head) {
+    const std::uint16_t* keys = step.cache.keys(layer, head / group);
+    const std::uint16_t* values = step.cache.values(layer, head / group);
+    for (std::int64_t t = (index + head) % threads; t < step.T; t += threads) {
+      step.kernels().attend(step.scratch.q.data() + t * H * C + head * C, keys, values, step.position + t + 1, C,
+                            step.cache.stride(), config.attention_scale(), step.thread(index).scores.data(),
+                            step.scratch.input.row(t, H * C) + head * C);
+    }
+  }
+}
+
+void attention(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
+  Scratch& s = step.scratch;
+  const bool quantized = is_quantized(w.q.type) || is_quantized(w.k.type) || is_quantized(w.v.type);
+  normalize_all(step, w.attn_norm.data(), quantized, layer, index);
+  project(step, w.q, s.input.view(), s.q.data(), index);
+  project(step, w.k, s.input.view(), s.k.data(), index);
+  project(step, w.v, s.input.view(), s.v.data(), index);
+  step.barrier();
+  const Range tokens = split(step.T, 1, index, step.thread_count());
+  for (std::int64_t t = tokens.begin; t < tokens.end; ++t) place_token(step, w, layer, t);
+  step.barrier();
+  attend_all(step, layer, index);
+  step.barrier();
+  if (is_quantized(w.o.type)) {
+    for (std::int64_t t = tokens.begin; t < tokens.end; ++t) {
+      s.input.quantize(step.kernels(), t, w.o.cols, 0, w.o.cols);
+    }
+    step.barrier();
+  }
+  add_to_residual(step, project(step, w.o, s.input.view(), s.out.data(), index));
+  step.barrier();
+}
+
+/// gate and up of this thread's neurons become activations, and their product, masked, lands in the FFN input.
+LayerCounts combine(const Step& step, const LayerWeights& w, Range rows, const Capture& capture, std::int64_t t) {
+  const ModelConfig& config = step.config();
+  const KernelTable& kernels = step.kernels();
+  const std::int64_t F = config.intermediate_size;
+  const std::int64_t at = t * F + rows.begin;
+  float* gate = step.scratch.gate.data() + at;
+  float* up = step.scratch.up.data() + at;
+  float* product = step.scratch.ffn_input.row(t, F) + rows.begin;
+  kernels.activate(config.activation, config.activation_parameter, gate, rows.size(), gate);
+  if (config.activation == Activation::kDRelu) kernels.activate(Activation::kRelu, 0.0F, up, rows.size(), up);
+  if (capture.gate != nullptr) {
+    std::copy_n(gate, rows.size(), capture.gate + at);
+    std::copy_n(up, rows.size(), capture.up + at);
+  }
+  for (std::int64_t i = 0; i < rows.size(); ++i) product[i] = gate[i] * up[i];
+  if (step.mode == Mode::kDense) return {rows.size(), rows.size()};
+  const Thresholds limits = thresholds(step, w);
+  LayerCounts counts;
+  for (std::int64_t i = 0; i < rows.size(); ++i) {
+    const bool passed = !below(gate[i], limits.gate[rows.begin + i]);
+    const bool active = passed && !below(product[i], limits.neuron[rows.begin + i]);
+    counts.gate_passed += passed;
+    counts.active += active;
+    product[i] = active ? product[i] : 0.0F;
+  }
+  return counts;
+}
+
+void ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
+  const std::int64_t D = step.config().hidden_size;
+  const std::int64_t F = step.config().intermediate_size;
+  Scratch& s = step.scratch;
+  ThreadScratch& thread = step.thread(index);
+  const Capture capture = step.captures.empty() ? Capture{} : step.captures[static_cast<std::size_t>(layer)];
+  const bool neuron_major = step.model.weights->neuron_major;
+
+  normalize_all(step, w.ffn_norm.data(), is_quantized(w.gate.type) || is_quantized(w.up.type), layer, index);
+  project(step, w.gate, s.input.view(), s.gate.data(), index);
+  const Range rows = project(step, w.up, s.input.view(), s.up.data(), index);
+  thread.counts = {};
+  for (std::int64_t t = 0; t < step.T; ++t) {
+    const LayerCounts counts = combine(step, w, rows, capture, t);
+    thread.counts.gate_passed += counts.gate_passed;
+    thread.counts.active += counts.active;
+    if (!neuron_major && is_quantized(w.down.type)) {
+      s.ffn_input.quantize(step.kernels(), t, F, rows.begin, rows.end);
+    }
+  }
+  step.barrier();
+
+  Range columns = share(step, D, index);
+  if (neuron_major) {
+    for (std::int64_t t = 0; t < step.T; ++t) std::fill_n(s.out.data() + t * D + columns.begin, columns.size(), 0.0F);
+    step.kernels().gemm_t(w.down, s.ffn_input.row(0, F), F, step.T, columns.begin, columns.end, s.out.data(), D,
+                          thread.gemm.data());
+  } else {
+    columns = project(step, w.down, s.ffn_input.view(), s.out.data(), index);
+  }
+  if (capture.out != nullptr) {
+    for (std::int64_t t = 0; t < step.T; ++t) {
+      const std::int64_t at = t * D + columns.begin;
+      std::copy_n(s.out.data() + at, columns.size(), capture.out + at);
+    }
+  }
+  add_to_residual(step, columns);
+  if (index == 0) {
+    LayerCounts& total = step.counts[static_cast<std::size_t>(layer)];
+    for (const ThreadScratch& other : s.threads) {
+      total.gate_passed += other.counts.gate_passed;
+      total.active += other.counts.active;
+    }
+  }
+  step.barrier();
+}
+
+}  // namespace
+
+void batch_layer(Step& step, std::int64_t layer, int index) noexcept {
+  const LayerWeights& w = step.model.weights->layers[static_cast<std::size_t>(layer)];
+  attention(step, w, layer, index);
+  ffn(step, w, layer, index);
+}
+
+}  // namespace turbosparse

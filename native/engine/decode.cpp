@@ -1,0 +1,83 @@
+// One token through one layer. Small vectors (norms, 8-bit inputs) are computed by every thread for itself: that
+// costs less than a barrier.
+#include <algorithm>
+
+#include "engine/step.h"
+
+namespace turbosparse {
+namespace {
+
+/// This thread's rows of y = w x + bias.
+void project(const Step& step, const Matrix& w, const std::vector<float>& bias, const Input& x, float* y, int index) {
+  const Range rows = share(step, w.rows, index);
+  step.kernels().gemv(w, x, rows.begin, rows.end, y);
+  if (!bias.empty()) step.kernels().add(bias.data() + rows.begin, rows.size(), y + rows.begin);
+}
+
+/// This thread's rows of the residual: x += w input.
+void project_to_residual(const Step& step, const Matrix& w, const Input& input, int index) {
+  float* out = step.scratch.out.data();
+  const Range rows = share(step, w.rows, index);
+  step.kernels().gemv(w, input, rows.begin, rows.end, out);
+  step.kernels().add(out + rows.begin, rows.size(), step.scratch.x.data() + rows.begin);
+}
+
+void store_kv(const Step& step, std::int64_t layer, int index) {
+  const ModelConfig& config = step.config();
+  const std::int64_t C = config.head_dim;
+  Scratch& s = step.scratch;
+  const Range heads = split(config.num_key_value_heads, 1, index, step.thread_count());
+  for (std::int64_t head = heads.begin; head < heads.end; ++head) {
+    float* key = s.k.data() + head * C;
+    step.kernels().rope(key, 1, C, config.rotary_dim, config.rope_neox, s.cos.data(), s.sin.data());
+    const std::int64_t at = step.position * step.cache.stride();
+    step.kernels().to_half(key, C, step.cache.keys(layer, head) + at);
+    step.kernels().to_half(s.v.data() + head * C, C, step.cache.values(layer, head) + at);
+  }
+}
+
+void attend(const Step& step, std::int64_t layer, float scale, int index) {
+  const ModelConfig& config = step.config();
+  const std::int64_t C = config.head_dim;
+  const std::int64_t group = config.num_attention_heads / config.num_key_value_heads;
+  Scratch& s = step.scratch;
+  const Range heads = split(config.num_attention_heads, 1, index, step.thread_count());
+  for (std::int64_t head = heads.begin; head < heads.end; ++head) {
+    float* query = s.q.data() + head * C;
+    step.kernels().rope(query, 1, C, config.rotary_dim, config.rope_neox, s.cos.data(), s.sin.data());
+    step.kernels().attend(query, step.cache.keys(layer, head / group), step.cache.values(layer, head / group),
+                          step.position + 1, C, step.cache.stride(), scale, step.thread(index).scores.data(),
+                          s.input.row(0, 0) + head * C);
+  }
+}
+
+}  // namespace
+
+void decode_layer(Step& step, std::int64_t layer, int index) noexcept {
+  const LayerWeights& w = step.model.weights->layers[static_cast<std::size_t>(layer)];
+  const ModelConfig& config = step.config();
+  Scratch& s = step.scratch;
+  InputBuffer& input = step.thread(index).input;
+
+  const bool quantized = is_quantized(w.q.type) || is_quantized(w.k.type) || is_quantized(w.v.type);
+  normalize(step, w.attn_norm.data(), quantized, 0, layer, input, 0, index);
+  project(step, w.q, w.q_bias, input.view(), s.q.data(), index);
+  project(step, w.k, w.k_bias, input.view(), s.k.data(), index);
+  project(step, w.v, w.v_bias, input.view(), s.v.data(), index);
+  step.barrier();
+  store_kv(step, layer, index);
+  step.barrier();
+  attend(step, layer, config.attention_scale(), index);
+  step.barrier();
+
+  const float* attended = s.input.row(0, 0);
+  std::copy_n(attended, w.o.cols, input.row(0, 0));
+  if (is_quantized(w.o.type)) input.quantize(step.kernels(), 0, w.o.cols, 0, w.o.cols);
+  project_to_residual(step, w.o, input.view(), index);
+  step.barrier();
+
+  normalize(step, w.ffn_norm.data(), is_quantized(w.gate.type) || is_quantized(w.up.type), 0, layer, input, 0, index);
+  decode_ffn(step, layer, index);
+}
+
+}  // namespace turbosparse

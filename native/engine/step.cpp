@@ -1,0 +1,123 @@
+#include "engine/step.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <numeric>
+
+namespace turbosparse {
+namespace {
+
+std::size_t count(std::int64_t a, std::int64_t b = 1) { return static_cast<std::size_t>(a * b); }
+
+std::int64_t widest(const ModelConfig& config) {
+  return std::max(config.hidden_size, config.num_attention_heads * config.head_dim);
+}
+
+std::int64_t blocks(std::int64_t cols) { return (cols + kBlock - 1) / kBlock; }
+
+}  // namespace
+
+InputBuffer::InputBuffer(std::int64_t T, std::int64_t cols)
+    : x_(count(T, cols)), q_(count(T, cols)), scale_(count(T, blocks(cols))), scaled_sum_(count(T, blocks(cols))) {}
+
+void InputBuffer::quantize(const KernelTable& kernels, std::int64_t t, std::int64_t cols, std::int64_t begin,
+                           std::int64_t end) {
+  const std::int64_t at = t * cols + begin;
+  kernels.quantize_q8(x_.data() + at, end - begin, q_.data() + at, scale_.data() + at / kBlock,
+                      scaled_sum_.data() + at / kBlock);
+}
+
+ThreadScratch::ThreadScratch(const ModelConfig& config, std::int64_t context)
+    : input(1, widest(config)),
+      scores(count(context)),
+      out(count(widest(config))),
+      by_gate{std::vector<std::int32_t>(count(config.intermediate_size))},
+      by_product{std::vector<std::int32_t>(count(config.intermediate_size))},
+      active(count(config.intermediate_size)),
+      gemm(gemm_scratch_bytes(std::max(widest(config), config.intermediate_size))) {}
+
+Scratch::Scratch(const Model& model, std::int64_t context, std::int64_t tokens)
+    : capacity(tokens),
+      x(count(tokens, model.config.hidden_size)),
+      q(count(tokens, model.config.num_attention_heads * model.config.head_dim)),
+      k(count(tokens, model.config.num_key_value_heads * model.config.head_dim)),
+      v(k.size()),
+      gate(count(tokens, model.config.intermediate_size)),
+      up(gate.size()),
+      out(x.size()),
+      cos(count(tokens, model.config.rotary_dim / 2)),
+      sin(cos.size()),
+      input(tokens, widest(model.config)),
+      ffn_input(tokens, model.config.intermediate_size),
+      all(count(model.config.intermediate_size)),
+      zeros(all.size()) {
+  for (int index = 0; index < model.pool.size(); ++index) threads.emplace_back(model.config, context);
+  std::iota(all.begin(), all.end(), 0);
+}
+
+void begin_step(Step& step, std::span<const std::int32_t> ids) {
+  const ModelConfig& config = step.config();
+  const std::vector<float>& factors = step.model.weights->rope_freqs;
+  const std::int64_t half = config.rotary_dim / 2;
+  for (std::int64_t i = 0; i < half; ++i) {
+    double frequency = config.rope_scale * std::pow(config.rope_base, -static_cast<double>(i) / static_cast<double>(half));
+    if (!factors.empty()) frequency /= static_cast<double>(factors[static_cast<std::size_t>(i)]);
+    for (std::int64_t t = 0; t < step.T; ++t) {
+      const double angle = static_cast<double>(step.position + t) * frequency;
+      step.scratch.cos[count(t * half + i)] = static_cast<float>(std::cos(angle));
+      step.scratch.sin[count(t * half + i)] = static_cast<float>(std::sin(angle));
+    }
+  }
+  for (std::int64_t t = 0; t < step.T; ++t) {
+    step.model.weights->embed(ids[count(t)], step.scratch.x.data() + t * config.hidden_size);
+  }
+  for (ThreadScratch& thread : step.scratch.threads) thread.broken_layer = INT64_MAX;
+}
+
+bool all_finite(const float* x, std::int64_t n) {
+  constexpr std::uint32_t kExponent = 0x7f800000;
+  std::uint32_t broken = 0;
+  for (std::int64_t i = 0; i < n; ++i) broken |= (std::bit_cast<std::uint32_t>(x[i]) & kExponent) == kExponent;
+  return broken == 0;
+}
+
+void normalize(const Step& step, const float* weight, bool quantized, std::int64_t t, std::int64_t layer,
+               InputBuffer& input, std::int64_t to, int index) {
+  const std::int64_t D = step.config().hidden_size;
+  const float* x = step.scratch.x.data() + t * D;
+  ThreadScratch& thread = step.thread(index);
+  if (!all_finite(x, D)) thread.broken_layer = std::min(thread.broken_layer, layer);
+  step.kernels().rms_norm(x, weight, D, step.config().rms_norm_eps, input.row(to, D));
+  if (quantized) input.quantize(step.kernels(), to, D, 0, D);
+}
+
+Thresholds thresholds(const Step& step, const LayerWeights& w) {
+  if (step.mode == Mode::kThreshold) return {w.gate_threshold.data(), w.threshold.data()};
+  return {step.scratch.zeros.data(), step.scratch.zeros.data()};
+}
+
+void output_logits(Step& step, std::int64_t first, float* logits, int index) noexcept {
+  const Weights& weights = *step.model.weights;
+  const ModelConfig& config = step.config();
+  const bool quantized = is_quantized(weights.output.type);
+  const Range rows = share(step, config.vocab_size, index);
+  if (step.T - first == 1) {
+    InputBuffer& input = step.thread(index).input;
+    normalize(step, weights.output_norm.data(), quantized, first, config.num_hidden_layers, input, 0, index);
+    step.kernels().gemv(weights.output, input.view(), rows.begin, rows.end, logits);
+    step.barrier();
+    return;
+  }
+  InputBuffer& input = step.scratch.input;
+  const Range tokens = split(step.T - first, 1, index, step.thread_count());
+  for (std::int64_t t = tokens.begin; t < tokens.end; ++t) {
+    normalize(step, weights.output_norm.data(), quantized, first + t, config.num_hidden_layers, input, t, index);
+  }
+  step.barrier();
+  step.kernels().gemm(weights.output, input.view(), step.T - first, rows.begin, rows.end, logits, config.vocab_size,
+                      step.thread(index).gemm.data());
+  step.barrier();
+}
+
+}  // namespace turbosparse

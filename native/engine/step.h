@@ -1,0 +1,141 @@
+// One step of a sequence: T tokens through all layers. What its phases share, and the phases themselves.
+//
+// A step runs as a job of the thread pool. Phases split output rows, columns, heads or tokens over the threads, so
+// that every number is computed by one thread in one order: results do not depend on the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "engine/kv_cache.h"
+#include "engine/model.h"
+#include "util/memory.h"
+
+namespace turbosparse {
+
+/// T vectors of up to `cols` values as input of a product: floats, and their 8-bit form where a weight needs it.
+class InputBuffer {
+ public:
+  InputBuffer(std::int64_t T, std::int64_t cols);
+  float* row(std::int64_t t, std::int64_t cols) { return x_.data() + t * cols; }
+  /// Fills the 8-bit form of values [begin, end) of row t; both multiples of 32.
+  void quantize(const KernelTable& kernels, std::int64_t t, std::int64_t cols, std::int64_t begin, std::int64_t end);
+  Input view() const { return {x_.data(), q_.data(), scale_.data(), scaled_sum_.data()}; }
+
+ private:
+  AlignedVector<float> x_;
+  AlignedVector<std::int8_t> q_;
+  AlignedVector<float> scale_;
+  AlignedVector<float> scaled_sum_;
+};
+
+/// Neurons of one thread that passed a test, ascending.
+struct KeptNeurons {
+  std::vector<std::int32_t> rows;  // [F]
+  std::int64_t count = 0;
+  /// Without a branch: which neurons pass is hard to predict.
+  void add_if(std::int32_t row, bool keep) {
+    rows[static_cast<std::size_t>(count)] = row;
+    count += keep;
+  }
+};
+
+/// What happened in a step.
+struct LayerCounts {
+  std::int64_t gate_passed = 0;  // neurons whose row of up was needed, summed over tokens
+  std::int64_t active = 0;       // neurons whose row of down was needed
+};
+
+/// Memory of one thread.
+struct ThreadScratch {
+  ThreadScratch(const ModelConfig& config, std::int64_t context);
+  InputBuffer input;                    // one vector
+  AlignedVector<float> scores;          // [context]
+  AlignedVector<float> out;             // [max(D, H * C)]
+  KeptNeurons by_gate;                  // by |f(gate)|
+  KeptNeurons by_product;               // by |f(gate) g(up)|
+  std::vector<std::int32_t> active;     // [F] what all threads kept
+  AlignedVector<std::byte> gemm;        // scratch of the kernels
+  LayerCounts counts;                   // of this thread's neurons in the layer at hand
+  std::int64_t broken_layer = INT64_MAX;  // first layer with NaN or Inf in its input that this thread saw
+};
+
+/// Memory of up to `capacity` tokens that all threads share.
+struct Scratch {
+  Scratch(const Model& model, std::int64_t context, std::int64_t capacity);
+  std::int64_t capacity;
+  AlignedVector<float> x;          // [T, D] residual stream
+  AlignedVector<float> q;          // [T, H * C]
+  AlignedVector<float> k, v;       // [T, K * C]
+  AlignedVector<float> gate, up;   // [T, F]
+  AlignedVector<float> out;        // [T, D]
+  AlignedVector<float> cos, sin;   // [T, rotary / 2]
+  InputBuffer input;               // [T, max(D, H * C)]
+  InputBuffer ffn_input;           // [T, F]
+  std::vector<ThreadScratch> threads;
+  std::vector<std::int32_t> all;       // [F] 0, 1, 2 ...
+  std::vector<float> zeros;            // [F] thresholds of the exact mode
+};
+
+/// Where `capture` wants the FFN of one layer; row t of the step is row `first + t`.
+struct Capture {
+  float* gate = nullptr;  // [*, F], null: not asked for
+  float* up = nullptr;    // [*, F]
+  float* out = nullptr;   // [*, D]
+};
+
+struct Step {
+  const Model& model;
+  KvCache& cache;
+  Scratch& scratch;
+  std::vector<LayerCounts>& counts;  // per layer; added to by thread 0
+  Mode mode = Mode::kDense;
+  std::int64_t position = 0;  // of the first token
+  std::int64_t T = 1;
+  std::span<Capture> captures = {};  // per layer, or empty
+
+  const ModelConfig& config() const { return model.config; }
+  const KernelTable& kernels() const { return model.kernels; }
+  int thread_count() const { return model.pool.size(); }
+  void barrier() const { model.pool.barrier(); }
+  ThreadScratch& thread(int index) const { return scratch.threads[static_cast<std::size_t>(index)]; }
+};
+
+/// Fills the residual with the tokens' embeddings, and the rotation of their positions.
+void begin_step(Step& step, std::span<const std::int32_t> ids);
+
+// Each is called by every thread of the pool inside one job, and ends with a barrier.
+
+/// One layer for one token: products of a matrix and a vector, neurons skipped one by one.
+void decode_layer(Step& step, std::int64_t layer, int index) noexcept;
+/// One layer for T tokens: products of two matrices; thresholds are masks.
+void batch_layer(Step& step, std::int64_t layer, int index) noexcept;
+/// Logits of tokens [first, T), [T - first, V].
+void output_logits(Step& step, std::int64_t first, float* logits, int index) noexcept;
+
+// ---- shared by the phases ---------------------------------------------------------------------------------------
+/// The part of `total` outputs that a thread computes; 32 floats are two cache lines and one block.
+inline Range share(const Step& step, std::int64_t total, int index) {
+  return split(total, kBlock, index, step.thread_count());
+}
+/// Normalises token t into row `to` of `input`, with its 8-bit form where `quantized`; notes NaN and Inf.
+void normalize(const Step& step, const float* weight, bool quantized, std::int64_t t, std::int64_t layer,
+               InputBuffer& input, std::int64_t to, int index);
+bool all_finite(const float* x, std::int64_t n);
+/// Whether neurons with this value are skipped.
+inline bool below(float value, float threshold) {
+  const float size = value < 0 ? -value : value;
+  return size < threshold || size == 0.0F;  // false for NaN, which must not vanish
+}
+/// The thresholds of a layer in the mode of the step.
+struct Thresholds {
+  const float* gate;
+  const float* neuron;
+};
+Thresholds thresholds(const Step& step, const LayerWeights& w);
+
+// FFN of one token, of which every thread has normalised the input into its own scratch.
+void decode_ffn(Step& step, std::int64_t layer, int index) noexcept;
+
+}  // namespace turbosparse

@@ -1,0 +1,59 @@
+// A model's weights, ready for the kernels. F32, F16 and BF16 rows are used where the file is mapped; the other
+// types are packed into memory of the engine's own, tensor by tensor, so that file and copy never lie in memory
+// together.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine/model_config.h"
+#include "io/gguf_file.h"
+#include "kernels/kernels.h"
+#include "util/memory.h"
+#include "util/thread_pool.h"
+
+namespace turbosparse {
+
+struct LayerWeights {
+  std::vector<float> attn_norm;  // [D]
+  std::vector<float> ffn_norm;   // [D]
+  Matrix q;                      // [H * C, D]
+  Matrix k, v;                   // [K * C, D]
+  std::vector<float> q_bias, k_bias, v_bias;  // as many as rows, or empty
+  Matrix o;                                   // [D, H * C]
+  Matrix gate, up;                            // [F, D]
+  Matrix down;                                // [D, F], or [F, D] where Weights::neuron_major
+  std::vector<float> threshold;               // [F], or empty
+  std::vector<float> gate_threshold;          // [F] where there are thresholds, else empty
+};
+
+class Weights {
+ public:
+  /// Reads what `config` needs, on the threads of `pool`; types without a kernel become `transcode`. Throws
+  /// ModelFileError for tensors that are missing, unknown, or of another shape or type than expected.
+  Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config, ThreadPool& pool, WeightType transcode);
+
+  /// The embedding of a token as floats; 0 <= id < vocab_size.
+  void embed(std::int32_t id, float* out) const noexcept;
+
+  std::vector<LayerWeights> layers;
+  std::vector<float> output_norm;  // [D]
+  Matrix output;                   // [V, D]; the embedding where the file has no other
+  std::vector<float> rope_freqs;   // [rotary / 2], frequencies are divided by it; or empty
+  bool neuron_major = false;       // whether `down` has one row per neuron
+  bool has_thresholds = false;
+  std::size_t bytes = 0;                          // of all matrices, as packed
+  std::map<std::string, std::string> transcoded;  // type in the file -> type in memory
+  std::vector<std::string> ffn_types;             // types of gate, up and down after loading, sorted
+
+ private:
+  std::shared_ptr<const GgufFile> file_;
+  const GgufTensor* embedding_ = nullptr;
+  Arena arena_;
+};
+
+}  // namespace turbosparse
