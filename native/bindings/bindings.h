@@ -8,5 +8,6 @@ namespace turbosparse {
 /// Maps C++ errors to the classes of the same name in turbosparse.errors.
 void bind_errors();
 void bind_gguf(nanobind::module_& m);
+void bind_engine(nanobind::module_& m);
 
 }  // namespace turbosparse

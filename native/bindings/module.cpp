@@ -5,4 +5,5 @@ NB_MODULE(_native, m) {
   m.doc() = "Native core of turbosparse: model files, kernels and the engine.";
   turbosparse::bind_errors();
   turbosparse::bind_gguf(m);
+  turbosparse::bind_engine(m);
 }

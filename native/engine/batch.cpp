@@ -1,5 +1,5 @@
-// T tokens through one layer: products of two matrices, cut by output rows; thresholds are masks, so that a mode
-// computes the same function as token by token.
+// T tokens through one layer: products of two matrices, cut by output rows; thresholds are masks, so that a
+// mode computes the same function as token by token.
 #include <algorithm>
 
 #include "engine/step.h"
@@ -7,10 +7,11 @@
 namespace turbosparse {
 namespace {
 
-void normalize_all(const Step& step, const float* weight, bool quantized, std::int64_t layer, int index) {
+void normalize_all(const Step& step, const std::vector<float>& weight, bool quantized, std::int64_t stage,
+                   int index) {
   const Range tokens = split(step.T, 1, index, step.thread_count());
   for (std::int64_t t = tokens.begin; t < tokens.end; ++t) {
-    normalize(step, weight, quantized, t, layer, step.scratch.input, t, index);
+    normalize(step, weight, quantized, stage, t, step.scratch.input, t, index);
   }
   step.barrier();
 }
@@ -66,9 +67,9 @@ void attend_all(const Step& step, std::int64_t layer, int index) {
     const std::uint16_t* keys = step.cache.keys(layer, head / group);
     const std::uint16_t* values = step.cache.values(layer, head / group);
     for (std::int64_t t = (index + head) % threads; t < step.T; t += threads) {
-      step.kernels().attend(step.scratch.q.data() + t * H * C + head * C, keys, values, step.position + t + 1, C,
-                            step.cache.stride(), config.attention_scale(), step.thread(index).scores.data(),
-                            step.scratch.input.row(t, H * C) + head * C);
+      step.kernels().attend(step.scratch.q.data() + t * H * C + head * C, keys, values, step.position + t + 1,
+                            C, step.cache.stride(), config.attention_scale(),
+                            step.thread(index).scores.data(), step.scratch.input.row(t, H * C) + head * C);
     }
   }
 }
@@ -76,7 +77,7 @@ void attend_all(const Step& step, std::int64_t layer, int index) {
 void attention(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
   Scratch& s = step.scratch;
   const bool quantized = is_quantized(w.q.type) || is_quantized(w.k.type) || is_quantized(w.v.type);
-  normalize_all(step, w.attn_norm.data(), quantized, layer, index);
+  normalize_all(step, w.attn_norm, quantized, attention_stage(layer), index);
   project(step, w.q, s.input.view(), s.q.data(), index);
   project(step, w.k, s.input.view(), s.k.data(), index);
   project(step, w.v, s.input.view(), s.v.data(), index);
@@ -96,8 +97,10 @@ void attention(Step& step, const LayerWeights& w, std::int64_t layer, int index)
   step.barrier();
 }
 
-/// gate and up of this thread's neurons become activations, and their product, masked, lands in the FFN input.
-LayerCounts combine(const Step& step, const LayerWeights& w, Range rows, const Capture& capture, std::int64_t t) {
+/// gate and up of this thread's neurons become activations, and their product, masked, lands in the FFN
+/// input.
+LayerCounts combine(const Step& step, const LayerWeights& w, Range rows, const Capture& capture,
+                    std::int64_t t) {
   const ModelConfig& config = step.config();
   const KernelTable& kernels = step.kernels();
   const std::int64_t F = config.intermediate_size;
@@ -133,7 +136,8 @@ void ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
   const Capture capture = step.captures.empty() ? Capture{} : step.captures[static_cast<std::size_t>(layer)];
   const bool neuron_major = step.model.weights->neuron_major;
 
-  normalize_all(step, w.ffn_norm.data(), is_quantized(w.gate.type) || is_quantized(w.up.type), layer, index);
+  normalize_all(step, w.ffn_norm, is_quantized(w.gate.type) || is_quantized(w.up.type), ffn_stage(layer),
+                index);
   project(step, w.gate, s.input.view(), s.gate.data(), index);
   const Range rows = project(step, w.up, s.input.view(), s.up.data(), index);
   thread.counts = {};
@@ -149,9 +153,10 @@ void ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
 
   Range columns = share(step, D, index);
   if (neuron_major) {
-    for (std::int64_t t = 0; t < step.T; ++t) std::fill_n(s.out.data() + t * D + columns.begin, columns.size(), 0.0F);
-    step.kernels().gemm_t(w.down, s.ffn_input.row(0, F), F, step.T, columns.begin, columns.end, s.out.data(), D,
-                          thread.gemm.data());
+    for (std::int64_t t = 0; t < step.T; ++t)
+      std::fill_n(s.out.data() + t * D + columns.begin, columns.size(), 0.0F);
+    step.kernels().gemm_t(w.down, s.ffn_input.row(0, F), F, step.T, columns.begin, columns.end, s.out.data(),
+                          D, thread.gemm.data());
   } else {
     columns = project(step, w.down, s.ffn_input.view(), s.out.data(), index);
   }

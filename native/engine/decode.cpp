@@ -1,5 +1,5 @@
-// One token through one layer. Small vectors (norms, 8-bit inputs) are computed by every thread for itself: that
-// costs less than a barrier.
+// One token through one layer. Small vectors (norms, 8-bit inputs) are computed by every thread for itself:
+// that costs less than a barrier.
 #include <algorithm>
 
 #include "engine/step.h"
@@ -8,7 +8,8 @@ namespace turbosparse {
 namespace {
 
 /// This thread's rows of y = w x + bias.
-void project(const Step& step, const Matrix& w, const std::vector<float>& bias, const Input& x, float* y, int index) {
+void project(const Step& step, const Matrix& w, const std::vector<float>& bias, const Input& x, float* y,
+             int index) {
   const Range rows = share(step, w.rows, index);
   step.kernels().gemv(w, x, rows.begin, rows.end, y);
   if (!bias.empty()) step.kernels().add(bias.data() + rows.begin, rows.size(), y + rows.begin);
@@ -60,7 +61,7 @@ void decode_layer(Step& step, std::int64_t layer, int index) noexcept {
   InputBuffer& input = step.thread(index).input;
 
   const bool quantized = is_quantized(w.q.type) || is_quantized(w.k.type) || is_quantized(w.v.type);
-  normalize(step, w.attn_norm.data(), quantized, 0, layer, input, 0, index);
+  normalize(step, w.attn_norm, quantized, attention_stage(layer), 0, input, 0, index);
   project(step, w.q, w.q_bias, input.view(), s.q.data(), index);
   project(step, w.k, w.k_bias, input.view(), s.k.data(), index);
   project(step, w.v, w.v_bias, input.view(), s.v.data(), index);
@@ -76,7 +77,8 @@ void decode_layer(Step& step, std::int64_t layer, int index) noexcept {
   project_to_residual(step, w.o, input.view(), index);
   step.barrier();
 
-  normalize(step, w.ffn_norm.data(), is_quantized(w.gate.type) || is_quantized(w.up.type), 0, layer, input, 0, index);
+  const bool quantized_ffn = is_quantized(w.gate.type) || is_quantized(w.up.type);
+  normalize(step, w.ffn_norm, quantized_ffn, ffn_stage(layer), 0, input, 0, index);
   decode_ffn(step, layer, index);
 }
 

@@ -6,7 +6,8 @@
 namespace turbosparse {
 namespace {
 
-/// gate[r] = f(gate[r]) and up[r] = g(up[r]) come together: the coefficients of a range of neurons, in `gate`.
+/// gate[r] = f(gate[r]) and up[r] = g(up[r]) come together: the coefficients of a range of neurons, in
+/// `gate`.
 void combine(const Step& step, Range rows) {
   float* gate = step.scratch.gate.data();
   const float* up = step.scratch.up.data();
@@ -43,7 +44,8 @@ void dense_ffn(const Step& step, const LayerWeights& w, int index) {
     return;
   }
   std::copy_n(gate, rows.size(), s.ffn_input.row(0, 0) + rows.begin);
-  if (is_quantized(w.down.type)) s.ffn_input.quantize(kernels, 0, config.intermediate_size, rows.begin, rows.end);
+  if (is_quantized(w.down.type))
+    s.ffn_input.quantize(kernels, 0, config.intermediate_size, rows.begin, rows.end);
   step.barrier();
   const Range outputs = share(step, config.hidden_size, index);
   kernels.gemv(w.down, s.ffn_input.view(), outputs.begin, outputs.end, s.out.data());
@@ -52,7 +54,7 @@ void dense_ffn(const Step& step, const LayerWeights& w, int index) {
 
 /// Meets the other threads and lists what all of them kept in a stage, in order, in this thread's `active`.
 /// The two stages have lists of their own, so that a slower thread may still read the first.
-std::int64_t gather(const Step& step, KeptNeurons ThreadScratch::*stage, int index) {
+std::int64_t gather(const Step& step, KeptNeurons ThreadScratch::* stage, int index) {
   step.barrier();
   std::int32_t* active = step.thread(index).active.data();
   std::int64_t total = 0;
@@ -74,7 +76,8 @@ void sparse_ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index
 
   const Range rows = share(step, config.intermediate_size, index);
   kernels.gemv(w.gate, thread.input.view(), rows.begin, rows.end, gate);
-  kernels.activate(config.activation, config.activation_parameter, gate + rows.begin, rows.size(), gate + rows.begin);
+  kernels.activate(config.activation, config.activation_parameter, gate + rows.begin, rows.size(),
+                   gate + rows.begin);
   thread.by_gate.count = 0;
   for (std::int64_t r = rows.begin; r < rows.end; ++r) {
     thread.by_gate.add_if(static_cast<std::int32_t>(r), !below(gate[r], limits.gate[r]));
@@ -89,7 +92,8 @@ void sparse_ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index
   thread.by_product.count = 0;
   for (std::int64_t i = 0; i < part.size(); ++i) {
     const std::int32_t r = mine[i];
-    gate[r] *= relu_up ? std::max(s.up[static_cast<std::size_t>(r)], 0.0F) : s.up[static_cast<std::size_t>(r)];
+    gate[r] *=
+        relu_up ? std::max(s.up[static_cast<std::size_t>(r)], 0.0F) : s.up[static_cast<std::size_t>(r)];
     thread.by_product.add_if(r, !below(gate[r], limits.neuron[r]));
   }
   const std::int64_t active = gather(step, &ThreadScratch::by_product, index);

@@ -1,5 +1,5 @@
-// Keys and values of one sequence in IEEE half, one contiguous [context, C] block per layer and kv head: attention
-// of a head reads a single stream. Pages of positions that were never written cost nothing.
+// Keys and values of one sequence in IEEE half, one contiguous [context, C] block per layer and kv head:
+// attention of a head reads a single stream. Pages of positions that were never written cost nothing.
 #pragma once
 
 #include <cstddef>

@@ -19,13 +19,16 @@ std::int64_t blocks(std::int64_t cols) { return (cols + kBlock - 1) / kBlock; }
 }  // namespace
 
 InputBuffer::InputBuffer(std::int64_t T, std::int64_t cols)
-    : x_(count(T, cols)), q_(count(T, cols)), scale_(count(T, blocks(cols))), scaled_sum_(count(T, blocks(cols))) {}
+    : x_(count(T, cols)),
+      q_(count(T, cols)),
+      scale_(count(T, blocks(cols))),
+      q_sum_(count(T, blocks(cols))) {}
 
 void InputBuffer::quantize(const KernelTable& kernels, std::int64_t t, std::int64_t cols, std::int64_t begin,
                            std::int64_t end) {
   const std::int64_t at = t * cols + begin;
   kernels.quantize_q8(x_.data() + at, end - begin, q_.data() + at, scale_.data() + at / kBlock,
-                      scaled_sum_.data() + at / kBlock);
+                      q_sum_.data() + at / kBlock);
 }
 
 ThreadScratch::ThreadScratch(const ModelConfig& config, std::int64_t context)
@@ -61,7 +64,8 @@ void begin_step(Step& step, std::span<const std::int32_t> ids) {
   const std::vector<float>& factors = step.model.weights->rope_freqs;
   const std::int64_t half = config.rotary_dim / 2;
   for (std::int64_t i = 0; i < half; ++i) {
-    double frequency = config.rope_scale * std::pow(config.rope_base, -static_cast<double>(i) / static_cast<double>(half));
+    double frequency =
+        config.rope_scale * std::pow(config.rope_base, -static_cast<double>(i) / static_cast<double>(half));
     if (!factors.empty()) frequency /= static_cast<double>(factors[static_cast<std::size_t>(i)]);
     for (std::int64_t t = 0; t < step.T; ++t) {
       const double angle = static_cast<double>(step.position + t) * frequency;
@@ -72,23 +76,24 @@ void begin_step(Step& step, std::span<const std::int32_t> ids) {
   for (std::int64_t t = 0; t < step.T; ++t) {
     step.model.weights->embed(ids[count(t)], step.scratch.x.data() + t * config.hidden_size);
   }
-  for (ThreadScratch& thread : step.scratch.threads) thread.broken_layer = INT64_MAX;
+  for (ThreadScratch& thread : step.scratch.threads) thread.broken_at = INT64_MAX;
 }
 
 bool all_finite(const float* x, std::int64_t n) {
   constexpr std::uint32_t kExponent = 0x7f800000;
   std::uint32_t broken = 0;
-  for (std::int64_t i = 0; i < n; ++i) broken |= (std::bit_cast<std::uint32_t>(x[i]) & kExponent) == kExponent;
+  for (std::int64_t i = 0; i < n; ++i)
+    broken |= (std::bit_cast<std::uint32_t>(x[i]) & kExponent) == kExponent;
   return broken == 0;
 }
 
-void normalize(const Step& step, const float* weight, bool quantized, std::int64_t t, std::int64_t layer,
-               InputBuffer& input, std::int64_t to, int index) {
+void normalize(const Step& step, const std::vector<float>& weight, bool quantized, std::int64_t stage,
+               std::int64_t t, InputBuffer& input, std::int64_t to, int index) {
   const std::int64_t D = step.config().hidden_size;
   const float* x = step.scratch.x.data() + t * D;
   ThreadScratch& thread = step.thread(index);
-  if (!all_finite(x, D)) thread.broken_layer = std::min(thread.broken_layer, layer);
-  step.kernels().rms_norm(x, weight, D, step.config().rms_norm_eps, input.row(to, D));
+  if (!all_finite(x, D)) thread.broken_at = std::min(thread.broken_at, stage);
+  step.kernels().rms_norm(x, weight.data(), D, step.config().rms_norm_eps, input.row(to, D));
   if (quantized) input.quantize(step.kernels(), to, D, 0, D);
 }
 
@@ -101,10 +106,11 @@ void output_logits(Step& step, std::int64_t first, float* logits, int index) noe
   const Weights& weights = *step.model.weights;
   const ModelConfig& config = step.config();
   const bool quantized = is_quantized(weights.output.type);
+  const std::int64_t stage = attention_stage(config.num_hidden_layers);
   const Range rows = share(step, config.vocab_size, index);
   if (step.T - first == 1) {
     InputBuffer& input = step.thread(index).input;
-    normalize(step, weights.output_norm.data(), quantized, first, config.num_hidden_layers, input, 0, index);
+    normalize(step, weights.output_norm, quantized, stage, first, input, 0, index);
     step.kernels().gemv(weights.output, input.view(), rows.begin, rows.end, logits);
     step.barrier();
     return;
@@ -112,11 +118,11 @@ void output_logits(Step& step, std::int64_t first, float* logits, int index) noe
   InputBuffer& input = step.scratch.input;
   const Range tokens = split(step.T - first, 1, index, step.thread_count());
   for (std::int64_t t = tokens.begin; t < tokens.end; ++t) {
-    normalize(step, weights.output_norm.data(), quantized, first + t, config.num_hidden_layers, input, t, index);
+    normalize(step, weights.output_norm, quantized, stage, first + t, input, t, index);
   }
   step.barrier();
-  step.kernels().gemm(weights.output, input.view(), step.T - first, rows.begin, rows.end, logits, config.vocab_size,
-                      step.thread(index).gemm.data());
+  step.kernels().gemm(weights.output, input.view(), step.T - first, rows.begin, rows.end, logits,
+                      config.vocab_size, step.thread(index).gemm.data());
   step.barrier();
 }
 

@@ -1,7 +1,8 @@
 // One step of a sequence: T tokens through all layers. What its phases share, and the phases themselves.
 //
-// A step runs as a job of the thread pool. Phases split output rows, columns, heads or tokens over the threads, so
-// that every number is computed by one thread in one order: results do not depend on the number of threads.
+// A step runs as a job of the thread pool. Phases split output rows, columns, heads or tokens over the
+// threads, so that every number is computed by one thread in one order: results do not depend on the number
+// of threads.
 #pragma once
 
 #include <cstdint>
@@ -14,20 +15,22 @@
 
 namespace turbosparse {
 
-/// T vectors of up to `cols` values as input of a product: floats, and their 8-bit form where a weight needs it.
+/// T vectors of up to `cols` values as input of a product: floats, and their 8-bit form where a weight needs
+/// it.
 class InputBuffer {
  public:
   InputBuffer(std::int64_t T, std::int64_t cols);
   float* row(std::int64_t t, std::int64_t cols) { return x_.data() + t * cols; }
   /// Fills the 8-bit form of values [begin, end) of row t; both multiples of 32.
-  void quantize(const KernelTable& kernels, std::int64_t t, std::int64_t cols, std::int64_t begin, std::int64_t end);
-  Input view() const { return {x_.data(), q_.data(), scale_.data(), scaled_sum_.data()}; }
+  void quantize(const KernelTable& kernels, std::int64_t t, std::int64_t cols, std::int64_t begin,
+                std::int64_t end);
+  Input view() const { return {x_.data(), q_.data(), scale_.data(), q_sum_.data()}; }
 
  private:
   AlignedVector<float> x_;
   AlignedVector<std::int8_t> q_;
   AlignedVector<float> scale_;
-  AlignedVector<float> scaled_sum_;
+  AlignedVector<std::int32_t> q_sum_;
 };
 
 /// Neurons of one thread that passed a test, ascending.
@@ -50,32 +53,32 @@ struct LayerCounts {
 /// Memory of one thread.
 struct ThreadScratch {
   ThreadScratch(const ModelConfig& config, std::int64_t context);
-  InputBuffer input;                    // one vector
-  AlignedVector<float> scores;          // [context]
-  AlignedVector<float> out;             // [max(D, H * C)]
-  KeptNeurons by_gate;                  // by |f(gate)|
-  KeptNeurons by_product;               // by |f(gate) g(up)|
-  std::vector<std::int32_t> active;     // [F] what all threads kept
-  AlignedVector<std::byte> gemm;        // scratch of the kernels
-  LayerCounts counts;                   // of this thread's neurons in the layer at hand
-  std::int64_t broken_layer = INT64_MAX;  // first layer with NaN or Inf in its input that this thread saw
+  InputBuffer input;                   // one vector
+  AlignedVector<float> scores;         // [context]
+  AlignedVector<float> out;            // [max(D, H * C)]
+  KeptNeurons by_gate;                 // by |f(gate)|
+  KeptNeurons by_product;              // by |f(gate) g(up)|
+  std::vector<std::int32_t> active;    // [F] what all threads kept
+  AlignedVector<std::byte> gemm;       // scratch of the kernels
+  LayerCounts counts;                  // of this thread's neurons in the layer at hand
+  std::int64_t broken_at = INT64_MAX;  // first stage with NaN or Inf in its input that this thread saw
 };
 
 /// Memory of up to `capacity` tokens that all threads share.
 struct Scratch {
   Scratch(const Model& model, std::int64_t context, std::int64_t capacity);
   std::int64_t capacity;
-  AlignedVector<float> x;          // [T, D] residual stream
-  AlignedVector<float> q;          // [T, H * C]
-  AlignedVector<float> k, v;       // [T, K * C]
-  AlignedVector<float> gate, up;   // [T, F]
-  AlignedVector<float> out;        // [T, D]
-  AlignedVector<float> cos, sin;   // [T, rotary / 2]
-  InputBuffer input;               // [T, max(D, H * C)]
-  InputBuffer ffn_input;           // [T, F]
+  AlignedVector<float> x;         // [T, D] residual stream
+  AlignedVector<float> q;         // [T, H * C]
+  AlignedVector<float> k, v;      // [T, K * C]
+  AlignedVector<float> gate, up;  // [T, F]
+  AlignedVector<float> out;       // [T, D]
+  AlignedVector<float> cos, sin;  // [T, rotary / 2]
+  InputBuffer input;              // [T, max(D, H * C)]
+  InputBuffer ffn_input;          // [T, F]
   std::vector<ThreadScratch> threads;
-  std::vector<std::int32_t> all;       // [F] 0, 1, 2 ...
-  std::vector<float> zeros;            // [F] thresholds of the exact mode
+  std::vector<std::int32_t> all;  // [F] 0, 1, 2 ...
+  std::vector<float> zeros;       // [F] thresholds of the exact mode
 };
 
 /// Where `capture` wants the FFN of one layer; row t of the step is row `first + t`.
@@ -114,14 +117,18 @@ void batch_layer(Step& step, std::int64_t layer, int index) noexcept;
 /// Logits of tokens [first, T), [T - first, V].
 void output_logits(Step& step, std::int64_t first, float* logits, int index) noexcept;
 
-// ---- shared by the phases ---------------------------------------------------------------------------------------
+// ---- shared by the phases
+// ---------------------------------------------------------------------------------------
 /// The part of `total` outputs that a thread computes; 32 floats are two cache lines and one block.
 inline Range share(const Step& step, std::int64_t total, int index) {
   return split(total, kBlock, index, step.thread_count());
 }
+/// Stages at which the residual is looked at: the attention of layer n is stage 2 n, its FFN 2 n + 1.
+constexpr std::int64_t attention_stage(std::int64_t layer) { return 2 * layer; }
+constexpr std::int64_t ffn_stage(std::int64_t layer) { return 2 * layer + 1; }
 /// Normalises token t into row `to` of `input`, with its 8-bit form where `quantized`; notes NaN and Inf.
-void normalize(const Step& step, const float* weight, bool quantized, std::int64_t t, std::int64_t layer,
-               InputBuffer& input, std::int64_t to, int index);
+void normalize(const Step& step, const std::vector<float>& weight, bool quantized, std::int64_t stage,
+               std::int64_t t, InputBuffer& input, std::int64_t to, int index);
 bool all_finite(const float* x, std::int64_t n);
 /// Whether neurons with this value are skipped.
 inline bool below(float value, float threshold) {

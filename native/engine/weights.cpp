@@ -36,7 +36,7 @@ class Binder {
 
   const GgufTensor* find(const std::string& name) {
     const GgufTensor* tensor = file_.tensor(name);
-    if (tensor != nullptr) known_.insert(name);
+    if (tensor != nullptr) known_.insert(tensor->name);
     return tensor;
   }
 
@@ -85,7 +85,8 @@ class Binder {
   /// Tensors nobody asked for belong to another function than the one computed here.
   void refuse_unknown() const {
     for (const GgufTensor& tensor : file_.tensors()) {
-      if (!known_.contains(tensor.name)) fail(tensor.name, "a tensor that this version uses", "an unknown one");
+      if (!known_.contains(tensor.name))
+        fail(tensor.name, "a tensor that this version uses", "an unknown one");
     }
   }
 
@@ -102,7 +103,8 @@ class Binder {
   std::size_t bytes_ = 0;
 };
 
-void bind_attention(Binder& binder, const std::string& block, const ModelConfig& config, LayerWeights& layer) {
+void bind_attention(Binder& binder, const std::string& block, const ModelConfig& config,
+                    LayerWeights& layer) {
   const std::int64_t D = config.hidden_size;
   const std::int64_t q_rows = config.num_attention_heads * config.head_dim;
   const std::int64_t kv_rows = config.num_key_value_heads * config.head_dim;
@@ -176,7 +178,8 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
     bind_attention(binder, block, config, layers[n]);
     bind_ffn(binder, block, config, neuron_major, layers[n]);
     const bool thresholds = !layers[n].threshold.empty();
-    if (n > 0 && thresholds != has_thresholds) fail(block + "ffn_threshold", "thresholds in all layers or none", "some");
+    if (n > 0 && thresholds != has_thresholds)
+      fail(block + "ffn_threshold", "thresholds in all layers or none", "some");
     has_thresholds = thresholds;
   }
   embedding_ = &binder.tensor("token_embd.weight", {config.vocab_size, D});
@@ -201,7 +204,8 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
   transcoded = binder.transcoded();
   std::set<std::string> types;
   for (const LayerWeights& layer : layers) {
-    for (const Matrix* matrix : {&layer.gate, &layer.up, &layer.down}) types.insert(weight_type_name(matrix->type));
+    for (const Matrix* matrix : {&layer.gate, &layer.up, &layer.down})
+      types.insert(weight_type_name(matrix->type));
   }
   ffn_types.assign(types.begin(), types.end());
 }
@@ -209,7 +213,8 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
 void Weights::embed(std::int32_t id, float* out) const noexcept {
   const std::int64_t cols = embedding_->shape[1];
   const std::size_t row_bytes = ggml_row_bytes(embedding_->type, cols);
-  ggml_dequantize_row(embedding_->type, embedding_->data.data() + static_cast<std::size_t>(id) * row_bytes, cols, out);
+  ggml_dequantize_row(embedding_->type, embedding_->data.data() + static_cast<std::size_t>(id) * row_bytes,
+                      cols, out);
 }
 
 }  // namespace turbosparse

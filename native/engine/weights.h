@@ -1,6 +1,6 @@
-// A model's weights, ready for the kernels. F32, F16 and BF16 rows are used where the file is mapped; the other
-// types are packed into memory of the engine's own, tensor by tensor, so that file and copy never lie in memory
-// together.
+// A model's weights, ready for the kernels. F32, F16 and BF16 rows are used where the file is mapped; the
+// other types are packed into memory of the engine's own, tensor by tensor, so that file and copy never lie
+// in memory together.
 #pragma once
 
 #include <cstddef>
@@ -19,10 +19,10 @@
 namespace turbosparse {
 
 struct LayerWeights {
-  std::vector<float> attn_norm;  // [D]
-  std::vector<float> ffn_norm;   // [D]
-  Matrix q;                      // [H * C, D]
-  Matrix k, v;                   // [K * C, D]
+  std::vector<float> attn_norm;               // [D]
+  std::vector<float> ffn_norm;                // [D]
+  Matrix q;                                   // [H * C, D]
+  Matrix k, v;                                // [K * C, D]
   std::vector<float> q_bias, k_bias, v_bias;  // as many as rows, or empty
   Matrix o;                                   // [D, H * C]
   Matrix gate, up;                            // [F, D]
@@ -35,7 +35,8 @@ class Weights {
  public:
   /// Reads what `config` needs, on the threads of `pool`; types without a kernel become `transcode`. Throws
   /// ModelFileError for tensors that are missing, unknown, or of another shape or type than expected.
-  Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config, ThreadPool& pool, WeightType transcode);
+  Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config, ThreadPool& pool,
+          WeightType transcode);
 
   /// The embedding of a token as floats; 0 <= id < vocab_size.
   void embed(std::int32_t id, float* out) const noexcept;

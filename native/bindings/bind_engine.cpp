@@ -1,0 +1,189 @@
+// turbosparse._native.Model, ModelInfo and Session: the engine as Python sees it. No arithmetic here.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/filesystem.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <filesystem>
+#include <memory>
+#include <utility>
+
+#include "bindings/bindings.h"
+#include "engine/session.h"
+#include "util/error.h"
+
+namespace nb = nanobind;
+
+namespace turbosparse {
+namespace {
+
+using ModelPtr = std::shared_ptr<const Model>;
+using Ids = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Floats = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+
+/// What Python calls info: it shares the model.
+struct InfoView {
+  ModelPtr model;
+};
+
+std::span<const std::int32_t> as_span(const Ids& ids) { return {ids.data(), ids.shape(0)}; }
+
+/// An uninitialised array that Python owns.
+Floats make_floats(std::int64_t rows, std::int64_t cols) {
+  auto data = std::make_unique<float[]>(static_cast<std::size_t>(rows * cols));
+  float* values = data.get();
+  const nb::capsule owner(data.release(), [](void* p) noexcept { delete[] static_cast<float*>(p); });
+  return {values, {static_cast<std::size_t>(rows), static_cast<std::size_t>(cols)}, owner};
+}
+
+/// Raises the error of a pending signal (KeyboardInterrupt), at most once in 20 ms: taking the GIL from a
+/// busy Python thread may cost several.
+std::function<void()> signal_check() {
+  constexpr std::chrono::milliseconds kPeriod{20};
+  return [next = std::chrono::steady_clock::now() + kPeriod, kPeriod]() mutable {
+    const auto now = std::chrono::steady_clock::now();
+    if (now < next) return;
+    next = now + kPeriod;
+    const nb::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+  };
+}
+
+std::function<void()> stop_check(const nb::object& should_stop) {
+  if (should_stop.is_none()) return {};
+  return [&should_stop] {
+    const nb::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    if (nb::cast<bool>(nb::bool_(should_stop()))) throw Interrupted();
+  };
+}
+
+WeightType parse_transcode(const std::string& name) {
+  for (int i = 0; i < kWeightTypes; ++i) {
+    if (name == weight_type_name(static_cast<WeightType>(i))) return static_cast<WeightType>(i);
+  }
+  throw ConfigError("[transcode] expected F32, F16, BF16, Q8_0 or Q4_0, got " + name);
+}
+
+ModelPtr load(const std::filesystem::path& path, int threads, const std::string& isa,
+              const std::string& transcode) {
+  const WeightType type = parse_transcode(transcode);
+  const nb::gil_scoped_release release;
+  return std::make_shared<const Model>(path.string(), threads, isa, type);
+}
+
+Floats forward(Session& self, const Ids& ids, const std::string& mode, const std::string& logits,
+               const nb::object& should_stop) {
+  const WantedLogits wanted = parse_wanted_logits(logits);
+  const ForwardOptions options{.mode = parse_mode(mode),
+                               .logits = wanted,
+                               .between_layers = signal_check(),
+                               .between_chunks = stop_check(should_stop)};
+  const std::int64_t rows = Session::logit_rows(wanted, static_cast<std::int64_t>(ids.shape(0)));
+  Floats out = make_floats(rows, self.model().config.vocab_size);
+  const nb::gil_scoped_release release;
+  self.forward(as_span(ids), options, out.data());
+  return out;
+}
+
+nb::list capture(Session& self, const Ids& ids, const std::vector<std::int64_t>& layers) {
+  const ModelConfig& config = self.model().config;
+  const auto tokens = static_cast<std::int64_t>(ids.shape(0));
+  nb::list arrays;
+  std::vector<CapturedLayer> wanted;
+  for (const std::int64_t layer : layers) {
+    if (layer < 0 || layer >= config.num_hidden_layers) {
+      throw ConfigError("[layers] expected 0 to " + std::to_string(config.num_hidden_layers - 1) + ", got " +
+                        std::to_string(layer));
+    }
+    Floats gate = make_floats(tokens, config.intermediate_size);
+    Floats up = make_floats(tokens, config.intermediate_size);
+    Floats out = make_floats(tokens, config.hidden_size);
+    wanted.push_back({layer, gate.data(), up.data(), out.data()});
+    arrays.append(nb::make_tuple(std::move(gate), std::move(up), std::move(out)));
+  }
+  const nb::gil_scoped_release release;
+  self.capture(as_span(ids), wanted, signal_check());
+  return arrays;
+}
+
+nb::dict counters(const Session& self) {
+  const Counters& counters = self.counters();
+  nb::list active;
+  nb::list gate_passed;
+  for (const LayerCounts& layer : counters.layers) {
+    active.append(layer.active);
+    gate_passed.append(layer.gate_passed);
+  }
+  nb::dict out;
+  out["tokens"] = counters.tokens;
+  out["active"] = active;
+  out["gate_passed"] = gate_passed;
+  out["bytes_read"] = counters.bytes_read;
+  out["decode_tokens"] = counters.decode_tokens;
+  return out;
+}
+
+std::vector<std::string> mode_names(const InfoView& self) {
+  std::vector<std::string> names;
+  for (const Mode mode : self.model->modes()) names.emplace_back(mode_name(mode));
+  return names;
+}
+
+void bind_info(nb::module_& m) {
+  const auto size = [](std::int64_t ModelConfig::* field) {
+    return [field](const InfoView& self) { return self.model->config.*field; };
+  };
+  nb::class_<InfoView>(m, "ModelInfo")
+      .def_prop_ro("architecture", [](const InfoView& self) { return self.model->config.architecture; })
+      .def_prop_ro("hidden_size", size(&ModelConfig::hidden_size))
+      .def_prop_ro("intermediate_size", size(&ModelConfig::intermediate_size))
+      .def_prop_ro("num_hidden_layers", size(&ModelConfig::num_hidden_layers))
+      .def_prop_ro("num_attention_heads", size(&ModelConfig::num_attention_heads))
+      .def_prop_ro("num_key_value_heads", size(&ModelConfig::num_key_value_heads))
+      .def_prop_ro("head_dim", size(&ModelConfig::head_dim))
+      .def_prop_ro("vocab_size", size(&ModelConfig::vocab_size))
+      .def_prop_ro("context_length", size(&ModelConfig::context_length))
+      .def_prop_ro("activation",
+                   [](const InfoView& self) { return activation_name(self.model->config.activation); })
+      .def_prop_ro("modes", mode_names)
+      .def_prop_ro("neuron_major_down",
+                   [](const InfoView& self) { return self.model->weights->neuron_major; })
+      .def_prop_ro("weight_bytes", [](const InfoView& self) { return self.model->weights->bytes; })
+      .def_prop_ro("transcoded", [](const InfoView& self) { return self.model->weights->transcoded; })
+      .def_prop_ro("ffn_types", [](const InfoView& self) { return self.model->weights->ffn_types; });
+}
+
+}  // namespace
+
+void bind_engine(nb::module_& m) {
+  bind_info(m);
+  nb::class_<Session>(m, "Session")
+      .def_prop_ro("context", &Session::context)
+      .def_prop_ro("position", &Session::position)
+      .def("truncate", &Session::truncate, nb::arg("position"))
+      .def("forward", &forward, nb::arg("ids"), nb::kw_only(), nb::arg("mode") = "dense",
+           nb::arg("logits") = "last", nb::arg("should_stop") = nb::none())
+      .def("capture", &capture, nb::arg("ids"), nb::arg("layers"))
+      .def_prop_ro("counters", &counters)
+      .def("reset_counters", &Session::reset_counters);
+  nb::class_<ModelPtr>(m, "Model")
+      .def(
+          "__init__",
+          [](ModelPtr* self, const std::filesystem::path& path, int threads, const std::string& isa,
+             const std::string& transcode) { new (self) ModelPtr(load(path, threads, isa, transcode)); },
+          nb::arg("path"), nb::kw_only(), nb::arg("threads") = 0, nb::arg("isa") = "",
+          nb::arg("transcode") = "Q8_0")
+      .def_prop_ro("info", [](const ModelPtr& self) { return InfoView{self}; })
+      .def_prop_ro("threads", [](const ModelPtr& self) { return self->pool.size(); })
+      .def_prop_ro("isa", [](const ModelPtr& self) { return self->kernels.isa; })
+      .def(
+          "session", [](const ModelPtr& self, std::int64_t context) { return new Session(self, context); },
+          nb::arg("context"), nb::rv_policy::take_ownership);
+}
+
+}  // namespace turbosparse

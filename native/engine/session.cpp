@@ -1,0 +1,241 @@
+#include "engine/session.h"
+
+#include <algorithm>
+#include <array>
+#include <utility>
+
+#include "util/error.h"
+
+namespace turbosparse {
+namespace {
+
+constexpr std::int64_t kChunk =
+    256;  // tokens of a step: enough to reuse each weight from cache, and bounded memory
+constexpr std::array<const char*, 3> kLogitNames{"none", "last", "all"};
+
+std::int64_t checked_context(const Model& model, std::int64_t context) {
+  if (context < 1 || context > model.config.context_length) {
+    throw ConfigError("[context] expected 1 to " + std::to_string(model.config.context_length) + ", got " +
+                      std::to_string(context));
+  }
+  return context;
+}
+
+std::string stage_name(const ModelConfig& config, std::int64_t stage) {
+  if (stage == 0) return "token embedding";
+  if (stage > attention_stage(config.num_hidden_layers)) return "output projection";
+  const std::int64_t before = stage - 1;  // the stage that wrote this one's input
+  return (before % 2 == 0 ? "attention of layer " : "FFN of layer ") + std::to_string(before / 2);
+}
+
+}  // namespace
+
+WantedLogits parse_wanted_logits(const std::string& name) {
+  for (std::size_t i = 0; i < kLogitNames.size(); ++i) {
+    if (name == kLogitNames[i]) return static_cast<WantedLogits>(i);
+  }
+  throw ConfigError("[logits] expected none, last or all, got " + name);
+}
+
+/// Marks the session as busy, and takes back what a call that did not finish has done.
+class Session::Guard {
+ public:
+  explicit Guard(Session& session) : session_(session) {
+    if (session.busy_.exchange(true)) throw EngineError("[session] expected one call at a time, got two");
+    position_ = session.position_;
+    counters_ = session.counters_;
+  }
+  ~Guard() {
+    if (!done_) {
+      session_.position_ = position_;
+      session_.counters_ = std::move(counters_);
+    }
+    session_.busy_.store(false);
+  }
+  Guard(const Guard&) = delete;
+  Guard& operator=(const Guard&) = delete;
+  void done() { done_ = true; }
+
+ private:
+  Session& session_;
+  std::int64_t position_;
+  Counters counters_;
+  bool done_ = false;
+};
+
+Session::Session(std::shared_ptr<const Model> model, std::int64_t context)
+    : model_(std::move(model)), cache_(model_->config, checked_context(*model_, context)) {
+  reset_counters();
+}
+
+void Session::reset_counters() {
+  counters_ = {};
+  counters_.layers.resize(model_->weights->layers.size());
+}
+
+void Session::truncate(std::int64_t position) {
+  if (position < 0 || position > position_) {
+    throw ConfigError("[truncate] expected 0 to " + std::to_string(position_) + ", got " +
+                      std::to_string(position));
+  }
+  if (busy_) throw EngineError("[session] expected one call at a time, got two");
+  position_ = position;
+}
+
+std::int64_t Session::logit_rows(WantedLogits wanted, std::int64_t tokens) {
+  if (wanted == WantedLogits::kAll) return tokens;
+  return wanted == WantedLogits::kLast ? 1 : 0;
+}
+
+void Session::check(std::span<const std::int32_t> ids, Mode mode) const {
+  const auto tokens = static_cast<std::int64_t>(ids.size());
+  if (ids.empty()) throw ConfigError("[ids] expected at least one token, got none");
+  if (tokens > context() - position_) {
+    throw ContextLengthError("[ids] expected at most " + std::to_string(context() - position_) +
+                             " tokens (context " + std::to_string(context()) + ", " +
+                             std::to_string(position_) + " used), got " + std::to_string(tokens));
+  }
+  for (const std::int32_t id : ids) {
+    if (id < 0 || id >= model_->config.vocab_size) {
+      throw ConfigError("[ids] expected 0 to " + std::to_string(model_->config.vocab_size - 1) + ", got " +
+                        std::to_string(id));
+    }
+  }
+  const std::vector<Mode> modes = model_->modes();
+  if (std::ranges::find(modes, mode) == modes.end()) {
+    const char* needs =
+        mode == Mode::kExact ? "ffn_down_t and an activation with zeros" : "ffn_down_t and thresholds";
+    throw ModelFileError(std::string("[mode ") + mode_name(mode) + "] expected a file with " + needs +
+                         ", got one without");
+  }
+}
+
+Scratch& Session::scratch(std::int64_t tokens) {
+  if (!scratch_ || scratch_->capacity < tokens) {
+    scratch_.reset();
+    scratch_ = std::make_unique<Scratch>(*model_, context(), tokens);
+  }
+  return *scratch_;
+}
+
+void Session::forward(std::span<const std::int32_t> ids, const ForwardOptions& options, float* logits) {
+  Guard guard(*this);
+  check(ids, options.mode);
+  const auto tokens = static_cast<std::int64_t>(ids.size());
+  for (std::int64_t begin = 0; begin < tokens; begin += kChunk) {
+    if (options.between_chunks) options.between_chunks();
+    const std::int64_t T = std::min(kChunk, tokens - begin);
+    const bool last = begin + T == tokens;
+    Step step{.model = *model_,
+              .cache = cache_,
+              .scratch = scratch(T),
+              .counts = counters_.layers,
+              .mode = options.mode,
+              .position = position_,
+              .T = T};
+    begin_step(step, ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(T)));
+    std::int64_t first_logit = T;
+    if (options.logits == WantedLogits::kAll) first_logit = 0;
+    if (options.logits == WantedLogits::kLast && last) first_logit = T - 1;
+    if (tokens == 1) {
+      run_decode(step, first_logit == 0 ? logits : nullptr);
+    } else {
+      run_batch(step, first_logit, logits, options.between_layers);
+    }
+    finish(step, logits, T - first_logit);
+    if (options.logits == WantedLogits::kAll) logits += T * model_->config.vocab_size;
+  }
+  guard.done();
+}
+
+void Session::capture(std::span<const std::int32_t> ids, std::span<const CapturedLayer> layers,
+                      const std::function<void()>& between_layers) {
+  Guard guard(*this);
+  check(ids, Mode::kDense);
+  const ModelConfig& config = model_->config;
+  const auto tokens = static_cast<std::int64_t>(ids.size());
+  std::vector<Capture> captures(static_cast<std::size_t>(config.num_hidden_layers));
+  for (std::int64_t begin = 0; begin < tokens; begin += kChunk) {
+    const std::int64_t T = std::min(kChunk, tokens - begin);
+    for (const CapturedLayer& wanted : layers) {
+      const std::int64_t F = config.intermediate_size;
+      captures.at(static_cast<std::size_t>(wanted.layer)) = {wanted.gate + begin * F, wanted.up + begin * F,
+                                                             wanted.out + begin * config.hidden_size};
+    }
+    Step step{.model = *model_,
+              .cache = cache_,
+              .scratch = scratch(T),
+              .counts = counters_.layers,
+              .mode = Mode::kDense,
+              .position = position_,
+              .T = T,
+              .captures = captures};
+    begin_step(step, ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(T)));
+    run_batch(step, T, nullptr, between_layers);
+    finish(step, nullptr, 0);
+  }
+  guard.done();
+}
+
+void Session::run_decode(Step& step, float* logits) {
+  const std::vector<LayerCounts> before = counters_.layers;
+  const std::int64_t layers = model_->config.num_hidden_layers;
+  model_->pool.run([&](int index) noexcept {
+    for (std::int64_t layer = 0; layer < layers; ++layer) decode_layer(step, layer, index);
+    if (logits != nullptr) output_logits(step, 0, logits, index);
+  });
+  counters_.decode_tokens += 1;
+  counters_.bytes_read += token_bytes(step, before);
+  if (logits != nullptr) {
+    counters_.bytes_read +=
+        static_cast<std::int64_t>(model_->weights->output.row_bytes) * model_->config.vocab_size;
+  }
+}
+
+void Session::run_batch(Step& step, std::int64_t first_logit, float* logits,
+                        const std::function<void()>& between_layers) {
+  for (std::int64_t layer = 0; layer < model_->config.num_hidden_layers; ++layer) {
+    if (between_layers) between_layers();
+    model_->pool.run([&](int index) noexcept { batch_layer(step, layer, index); });
+  }
+  if (first_logit == step.T) return;
+  model_->pool.run([&](int index) noexcept { output_logits(step, first_logit, logits, index); });
+}
+
+/// Checks what a step computed and makes it count.
+void Session::finish(const Step& step, const float* logits, std::int64_t rows) {
+  const ModelConfig& config = model_->config;
+  std::int64_t broken = INT64_MAX;
+  for (const ThreadScratch& thread : step.scratch.threads) broken = std::min(broken, thread.broken_at);
+  const std::int64_t output_stage = attention_stage(config.num_hidden_layers);
+  if (broken == INT64_MAX && !all_finite(step.scratch.x.data(), step.T * config.hidden_size))
+    broken = output_stage;
+  if (broken == INT64_MAX && !all_finite(logits, rows * config.vocab_size)) broken = output_stage + 1;
+  if (broken != INT64_MAX) {
+    throw EngineError("[" + stage_name(config, broken) +
+                      "] expected finite numbers, got NaN or Inf (position " + std::to_string(step.position) +
+                      ")");
+  }
+  position_ += step.T;
+  counters_.tokens += step.T;
+}
+
+/// Bytes of weights and cache that a decode step has read up to the last layer.
+std::int64_t Session::token_bytes(const Step& step, const std::vector<LayerCounts>& before) const {
+  const ModelConfig& config = model_->config;
+  const auto row_bytes = [](const Matrix& w) { return static_cast<std::int64_t>(w.row_bytes); };
+  std::int64_t bytes = 0;
+  for (std::size_t n = 0; n < before.size(); ++n) {
+    const LayerWeights& w = model_->weights->layers[n];
+    for (const Matrix* matrix : {&w.q, &w.k, &w.v, &w.o, &w.gate}) bytes += matrix->rows * row_bytes(*matrix);
+    bytes += (counters_.layers[n].gate_passed - before[n].gate_passed) * row_bytes(w.up);
+    const std::int64_t active = counters_.layers[n].active - before[n].active;
+    bytes += (model_->weights->neuron_major ? active : config.hidden_size) * row_bytes(w.down);
+    if (step.mode == Mode::kThreshold)
+      bytes += 2 * config.intermediate_size * static_cast<std::int64_t>(sizeof(float));
+  }
+  const std::int64_t cached = (step.position + 1) * config.num_key_value_heads * config.head_dim;
+  return bytes + 2 * config.num_hidden_layers * cached * static_cast<std::int64_t>(sizeof(std::uint16_t));
+}
+
+}  // namespace turbosparse

@@ -1,0 +1,89 @@
+// One sequence on a model: its KV cache, its memory and its counters. Not for two threads at once.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "engine/kv_cache.h"
+#include "engine/model.h"
+#include "engine/step.h"
+
+namespace turbosparse {
+
+enum class WantedLogits : std::uint8_t { kNone = 0, kLast, kAll };
+
+/// Throws ConfigError for an unknown name.
+WantedLogits parse_wanted_logits(const std::string& name);
+
+struct ForwardOptions {
+  Mode mode = Mode::kDense;
+  WantedLogits logits = WantedLogits::kLast;
+  /// Called on the caller's thread, between layers of many tokens and between chunks of tokens. What they
+  /// throw leaves forward, with the cache rolled back.
+  std::function<void()> between_layers = {};
+  std::function<void()> between_chunks = {};
+};
+
+/// Since the last reset.
+struct Counters {
+  std::int64_t tokens = 0;
+  std::int64_t decode_tokens = 0;   // tokens that came alone
+  std::int64_t bytes_read = 0;      // weights and KV cache of those
+  std::vector<LayerCounts> layers;  // of all tokens
+};
+
+/// FFN arrays of one layer; see Session.capture in _native.pyi.
+struct CapturedLayer {
+  std::int64_t layer = 0;
+  float* gate = nullptr;  // [T, F]
+  float* up = nullptr;    // [T, F]
+  float* out = nullptr;   // [T, D]
+};
+
+class Session {
+ public:
+  /// Throws ConfigError where `context` is below 1 or beyond what the model was trained for.
+  Session(std::shared_ptr<const Model> model, std::int64_t context);
+
+  const Model& model() const { return *model_; }
+  std::int64_t context() const { return cache_.context(); }
+  std::int64_t position() const { return position_; }
+  const Counters& counters() const { return counters_; }
+  void reset_counters();
+
+  /// Forgets everything from `position` on. Throws ConfigError for a position that is not in the cache.
+  void truncate(std::int64_t position);
+
+  /// Rows of logits that forward writes for `tokens` ids.
+  static std::int64_t logit_rows(WantedLogits wanted, std::int64_t tokens);
+  /// Appends ids and writes logit_rows x vocab_size floats to `logits`. On any error the cache is as before.
+  /// Throws ConfigError (no ids, an id out of range), ContextLengthError, ModelFileError (mode), EngineError
+  /// (two calls at once, NaN or Inf).
+  void forward(std::span<const std::int32_t> ids, const ForwardOptions& options, float* logits);
+  /// Appends ids densely and fills the arrays of `layers`.
+  void capture(std::span<const std::int32_t> ids, std::span<const CapturedLayer> layers,
+               const std::function<void()>& between_layers);
+
+ private:
+  class Guard;
+  void check(std::span<const std::int32_t> ids, Mode mode) const;
+  void run_decode(Step& step, float* logits);
+  void run_batch(Step& step, std::int64_t first_logit, float* logits,
+                 const std::function<void()>& between_layers);
+  void finish(const Step& step, const float* logits, std::int64_t rows);
+  Scratch& scratch(std::int64_t tokens);
+  std::int64_t token_bytes(const Step& step, const std::vector<LayerCounts>& before) const;
+
+  std::shared_ptr<const Model> model_;
+  KvCache cache_;
+  std::unique_ptr<Scratch> scratch_;
+  std::int64_t position_ = 0;
+  Counters counters_;
+  std::atomic<bool> busy_{false};
+};
+
+}  // namespace turbosparse

@@ -1,0 +1,247 @@
+"""The engine once more, in plain NumPy: slow, readable, and what the native engine is tested against.
+
+Weights are dequantised to float32 and every product is a float32 matrix product; there is no cache trick, no
+thread and no kernel here. What it computes is the definition of each mode:
+
+- ``dense``: every neuron of the feed-forward network (FFN).
+- ``exact``: the same numbers, leaving out neurons whose activation is zero.
+- ``threshold``: a neuron is dropped where ``|f(gate)| < ffn_gate_threshold`` or
+  ``|f(gate) * g(up)| < ffn_threshold`` (a neuron that equals its threshold is kept).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from gguf.quants import dequantize
+from numpy.typing import NDArray
+
+from turbosparse._native import GgufFile
+from turbosparse.errors import ModelFileError
+
+__all__ = ["ReferenceEngine"]
+
+Array = NDArray[np.float32]
+Mode = Literal["dense", "exact", "threshold"]
+PREFIX = "turbosparse-"
+
+
+def _relu(x: Array) -> Array:
+    return np.maximum(x, np.float32(0))
+
+
+def _silu(x: Array) -> Array:
+    with np.errstate(over="ignore"):  # exp(-x) may reach infinity, and x / infinity is right
+        return x / (1 + np.exp(-x))
+
+
+def _gelu(x: Array) -> Array:
+    return np.asarray(0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))), np.float32)
+
+
+def _softmax(x: Array) -> Array:
+    e = np.exp(x - x.max(axis=-1, keepdims=True))
+    return np.asarray(e / e.sum(axis=-1, keepdims=True), np.float32)
+
+
+def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight, np.float32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shape:
+    """Hyper-parameters under their names in the file."""
+
+    architecture: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: int
+    rope_base: float
+    rope_scale: float
+    eps: float
+    activation: str
+    activation_param: float
+
+    @classmethod
+    def read(cls, metadata: dict[str, Any]) -> "_Shape":
+        arch = metadata["general.architecture"]
+        heads = metadata[f"{arch}.attention.head_count"]
+        head_dim = metadata.get(f"{arch}.attention.key_length", metadata[f"{arch}.embedding_length"] // heads)
+        linear = metadata.get(f"{arch}.rope.scaling.type", "none") == "linear"
+        return cls(
+            architecture=arch.removeprefix(PREFIX),
+            layers=metadata[f"{arch}.block_count"],
+            heads=heads,
+            kv_heads=metadata.get(f"{arch}.attention.head_count_kv", heads),
+            head_dim=head_dim,
+            rotary=metadata.get(f"{arch}.rope.dimension_count", head_dim),
+            rope_base=metadata.get(f"{arch}.rope.freq_base", 10000.0),
+            rope_scale=1 / metadata[f"{arch}.rope.scaling.factor"] if linear else 1.0,
+            eps=metadata[f"{arch}.attention.layer_norm_rms_epsilon"],
+            activation=metadata.get("turbosparse.activation", "silu"),
+            activation_param=metadata.get("turbosparse.activation_param", 0.0),
+        )
+
+
+class ReferenceEngine:
+    """A model and the KV cache of one sequence.
+
+    Parameters
+    ----------
+    path : str
+        GGUF file of architecture llama or qwen2 (or turbosparse- before either).
+
+    Notes
+    -----
+    All weights are held as float32: four bytes per weight. The cache is float32 as well, where the native engine
+    keeps halves.
+    """
+
+    def __init__(self, path: str) -> None:
+        file = GgufFile(path)
+        self._shape = _Shape.read(file.metadata)
+        if self._shape.architecture not in ("llama", "qwen2"):
+            raise ModelFileError(
+                f"[general.architecture] expected llama or qwen2, got {self._shape.architecture}"
+            )
+        self._weights: dict[str, Array] = {}
+        for tensor in file.tensors:
+            raw = file.tensor_bytes(tensor.name)
+            values = dequantize(raw.reshape(*tensor.shape[:-1], -1) if tensor.type > 1 else raw, tensor.type)
+            self._weights[tensor.name] = np.asarray(values, np.float32).reshape(tensor.shape)
+        self._keys: list[Array] = []
+        self._values: list[Array] = []
+        self.truncate(0)
+
+    @property
+    def position(self) -> int:
+        """Tokens in the cache."""
+        return len(self._keys[0])
+
+    def truncate(self, position: int) -> None:
+        """Forget everything from a position on.
+
+        Parameters
+        ----------
+        position : int
+            Tokens to keep; 0 empties the cache.
+        """
+        shape = (0, self._shape.kv_heads, self._shape.head_dim)
+        empty = [np.zeros(shape, np.float32)] * self._shape.layers
+        self._keys = [keys[:position] for keys in self._keys or empty]
+        self._values = [values[:position] for values in self._values or empty]
+
+    def forward(self, ids: NDArray[np.int32], mode: Mode = "dense") -> Array:
+        """Append tokens and compute the logits after each of them.
+
+        Parameters
+        ----------
+        ids : int array, shape (T,)
+            Token ids; they follow what is in the cache.
+        mode : {"dense", "exact", "threshold"}
+            Which neurons of the FFN count.
+
+        Returns
+        -------
+        float32 array, shape (T, vocab_size)
+            Logits.
+        """
+        shape, weights = self._shape, self._weights
+        x = weights["token_embd.weight"][ids]  # [T, D]
+        positions = self.position + np.arange(len(ids))
+        for n in range(shape.layers):
+            x = x + self._attention(n, _rms_norm(x, weights[f"blk.{n}.attn_norm.weight"], shape.eps), positions)
+            gate, up = self.neurons(n, _rms_norm(x, weights[f"blk.{n}.ffn_norm.weight"], shape.eps))
+            x = x + self._down(n, self._masked(n, gate, up, mode))
+        x = _rms_norm(x, weights["output_norm.weight"], shape.eps)
+        return x @ weights.get("output.weight", weights["token_embd.weight"]).T
+
+    def neurons(self, layer: int, x: Array) -> tuple[Array, Array]:
+        """Both factors of every neuron of a layer.
+
+        Parameters
+        ----------
+        layer : int
+            Index of the layer.
+        x : float32 array, shape (T, D)
+            Normalised input of the FFN.
+
+        Returns
+        -------
+        gate : float32 array, shape (T, F)
+            The gate after its activation, f(gate).
+        up : float32 array, shape (T, F)
+            The other factor, g(up): ReLU of it for dReLU [1]_, else unchanged.
+
+        References
+        ----------
+        .. [1] Turbo Sparse, arXiv:2406.05955.
+        """
+        gate = x @ self._weights[f"blk.{layer}.ffn_gate.weight"].T
+        up = x @ self._weights[f"blk.{layer}.ffn_up.weight"].T
+        match self._shape.activation:
+            case "silu":
+                return _silu(gate), up
+            case "gelu":
+                return _gelu(gate), up
+            case "relu":
+                return _relu(gate), up
+            case "relu2":
+                return _relu(gate) ** 2, up
+            case "fatrelu":
+                kept = gate >= np.float32(self._shape.activation_param)
+                return np.where(kept, gate, np.float32(0)), up
+            case "drelu":
+                return _relu(gate), _relu(up)
+            case other:
+                raise ModelFileError(f"[turbosparse.activation] expected a known activation, got {other}")
+
+    def _masked(self, layer: int, gate: Array, up: Array, mode: Mode) -> Array:
+        product = gate * up
+        if mode != "threshold":
+            return product
+        neuron = self._weights[f"blk.{layer}.ffn_threshold"]
+        first = self._weights.get(f"blk.{layer}.ffn_gate_threshold", np.zeros_like(neuron))
+        kept = (np.abs(gate) >= first) & (np.abs(product) >= neuron)
+        return np.where(kept, product, np.float32(0))
+
+    def _down(self, layer: int, product: Array) -> Array:
+        transposed = self._weights.get(f"blk.{layer}.ffn_down_t.weight")
+        return product @ (self._weights[f"blk.{layer}.ffn_down.weight"].T if transposed is None else transposed)
+
+    def _attention(self, layer: int, x: Array, positions: NDArray[np.int64]) -> Array:
+        shape = self._shape
+        q, k, v = (self._project(layer, name, x) for name in ("q", "k", "v"))  # [T, H | K, C]
+        self._keys[layer] = np.concatenate([self._keys[layer], self._rotate(k, positions)])
+        self._values[layer] = np.concatenate([self._values[layer], v])
+        group = shape.heads // shape.kv_heads
+        keys = np.repeat(self._keys[layer], group, axis=1)  # [positions, H, C]
+        values = np.repeat(self._values[layer], group, axis=1)
+        scores = np.einsum("thc,phc->htp", self._rotate(q, positions), keys) / np.float32(np.sqrt(shape.head_dim))
+        future = np.arange(len(keys))[None, :] > positions[:, None]  # [T, positions]
+        scores = np.where(future, np.float32(-np.inf), scores)
+        out = np.einsum("htp,phc->thc", _softmax(scores), values).reshape(len(x), -1)
+        return out @ self._weights[f"blk.{layer}.attn_output.weight"].T
+
+    def _project(self, layer: int, name: str, x: Array) -> Array:
+        block = f"blk.{layer}.attn_{name}"
+        y = x @ self._weights[f"{block}.weight"].T + self._weights.get(f"{block}.bias", np.float32(0))
+        return y.reshape(len(x), -1, self._shape.head_dim)
+
+    def _rotate(self, x: Array, positions: NDArray[np.int64]) -> Array:
+        """Rotary embedding of x [T, heads, C]: llama turns pairs (2i, 2i + 1), qwen2 (i, i + rotary / 2)."""
+        shape = self._shape
+        half = shape.rotary // 2
+        frequency = shape.rope_scale * shape.rope_base ** (-np.arange(half) / half)
+        frequency = frequency / self._weights.get("rope_freqs.weight", np.float32(1))
+        angle = (positions[:, None] * frequency)[:, None, :]  # [T, 1, half]
+        cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        interleaved = shape.architecture == "llama"
+        first = np.s_[..., 0 : shape.rotary : 2] if interleaved else np.s_[..., :half]
+        second = np.s_[..., 1 : shape.rotary : 2] if interleaved else np.s_[..., half : shape.rotary]
+        out = x.copy()
+        out[first] = x[first] * cos - x[second] * sin
+        out[second] = x[first] * sin + x[second] * cos
+        return out
