@@ -9,12 +9,13 @@ thread and no kernel here. What it computes is the definition of each mode:
   ``|f(gate) * g(up)| < ffn_threshold`` (a neuron that equals its threshold is kept).
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from gguf.quants import dequantize
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from turbosparse._native import GgufFile
 from turbosparse.errors import ModelFileError
@@ -32,7 +33,7 @@ def _relu(x: Array) -> Array:
 
 def _silu(x: Array) -> Array:
     with np.errstate(over="ignore"):  # exp(-x) may reach infinity, and x / infinity is right
-        return x / (1 + np.exp(-x))
+        return np.asarray(x / (1 + np.exp(-x)), np.float32)
 
 
 def _gelu(x: Array) -> Array:
@@ -45,7 +46,9 @@ def _softmax(x: Array) -> Array:
 
 
 def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
-    return np.asarray(x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight, np.float32)
+    return np.asarray(
+        x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight, np.float32
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,16 +93,22 @@ class ReferenceEngine:
 
     Parameters
     ----------
-    path : str
+    path : str or path-like
         GGUF file of architecture llama or qwen2 (or turbosparse- before either).
+    cache_dtype : float16 or float32
+        What the KV cache holds; the native engine keeps halves.
+
+    Raises
+    ------
+    ModelFileError
+        For a broken file and for another architecture.
 
     Notes
     -----
-    All weights are held as float32: four bytes per weight. The cache is float32 as well, where the native engine
-    keeps halves.
+    All weights are held as float32: four bytes per weight.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, cache_dtype: DTypeLike = np.float16) -> None:
         file = GgufFile(path)
         self._shape = _Shape.read(file.metadata)
         if self._shape.architecture not in ("llama", "qwen2"):
@@ -111,13 +120,20 @@ class ReferenceEngine:
             raw = file.tensor_bytes(tensor.name)
             values = dequantize(raw.reshape(*tensor.shape[:-1], -1) if tensor.type > 1 else raw, tensor.type)
             self._weights[tensor.name] = np.asarray(values, np.float32).reshape(tensor.shape)
-        self._keys: list[Array] = []
-        self._values: list[Array] = []
+        self._cache_dtype = np.dtype(cache_dtype)
+        self._keys: list[NDArray[Any]] = []
+        self._values: list[NDArray[Any]] = []
         self.truncate(0)
 
     @property
     def position(self) -> int:
-        """Tokens in the cache."""
+        """Count the tokens in the cache.
+
+        Returns
+        -------
+        int
+            Number of tokens.
+        """
         return len(self._keys[0])
 
     def truncate(self, position: int) -> None:
@@ -129,7 +145,7 @@ class ReferenceEngine:
             Tokens to keep; 0 empties the cache.
         """
         shape = (0, self._shape.kv_heads, self._shape.head_dim)
-        empty = [np.zeros(shape, np.float32)] * self._shape.layers
+        empty = [np.zeros(shape, self._cache_dtype)] * self._shape.layers
         self._keys = [keys[:position] for keys in self._keys or empty]
         self._values = [values[:position] for values in self._values or empty]
 
@@ -152,7 +168,9 @@ class ReferenceEngine:
         x = weights["token_embd.weight"][ids]  # [T, D]
         positions = self.position + np.arange(len(ids))
         for n in range(shape.layers):
-            x = x + self._attention(n, _rms_norm(x, weights[f"blk.{n}.attn_norm.weight"], shape.eps), positions)
+            x = x + self._attention(
+                n, _rms_norm(x, weights[f"blk.{n}.attn_norm.weight"], shape.eps), positions
+            )
             gate, up = self.neurons(n, _rms_norm(x, weights[f"blk.{n}.ffn_norm.weight"], shape.eps))
             x = x + self._down(n, self._masked(n, gate, up, mode))
         x = _rms_norm(x, weights["output_norm.weight"], shape.eps)
@@ -209,21 +227,26 @@ class ReferenceEngine:
 
     def _down(self, layer: int, product: Array) -> Array:
         transposed = self._weights.get(f"blk.{layer}.ffn_down_t.weight")
-        return product @ (self._weights[f"blk.{layer}.ffn_down.weight"].T if transposed is None else transposed)
+        return product @ (
+            self._weights[f"blk.{layer}.ffn_down.weight"].T if transposed is None else transposed
+        )
 
     def _attention(self, layer: int, x: Array, positions: NDArray[np.int64]) -> Array:
         shape = self._shape
         q, k, v = (self._project(layer, name, x) for name in ("q", "k", "v"))  # [T, H | K, C]
-        self._keys[layer] = np.concatenate([self._keys[layer], self._rotate(k, positions)])
-        self._values[layer] = np.concatenate([self._values[layer], v])
+        k = self._rotate(k, positions).astype(self._cache_dtype)
+        self._keys[layer] = np.concatenate([self._keys[layer], k])
+        self._values[layer] = np.concatenate([self._values[layer], v.astype(self._cache_dtype)])
         group = shape.heads // shape.kv_heads
-        keys = np.repeat(self._keys[layer], group, axis=1)  # [positions, H, C]
-        values = np.repeat(self._values[layer], group, axis=1)
-        scores = np.einsum("thc,phc->htp", self._rotate(q, positions), keys) / np.float32(np.sqrt(shape.head_dim))
+        keys = np.repeat(self._keys[layer].astype(np.float32), group, axis=1)  # [positions, H, C]
+        values = np.repeat(self._values[layer].astype(np.float32), group, axis=1)
+        scores = np.einsum("thc,phc->htp", self._rotate(q, positions), keys) / np.float32(
+            np.sqrt(shape.head_dim)
+        )
         future = np.arange(len(keys))[None, :] > positions[:, None]  # [T, positions]
         scores = np.where(future, np.float32(-np.inf), scores)
         out = np.einsum("htp,phc->thc", _softmax(scores), values).reshape(len(x), -1)
-        return out @ self._weights[f"blk.{layer}.attn_output.weight"].T
+        return np.asarray(out @ self._weights[f"blk.{layer}.attn_output.weight"].T, np.float32)
 
     def _project(self, layer: int, name: str, x: Array) -> Array:
         block = f"blk.{layer}.attn_{name}"
