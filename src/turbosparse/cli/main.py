@@ -1,7 +1,7 @@
 """The program ``turbosparse``: finds the verb, imports its module, turns errors into one line and a status.
 
-Each verb is a module with ``add_arguments(parser)`` and ``run(args) -> int``, whose docstring is its help text;
-only the one that is called gets imported, so that ``turbosparse --help`` is instant. Status: 0 done, 2 wrong
+Each verb is a module with ``add_arguments(parser)`` and ``run(args) -> int``; its docstring is its help text.
+Only the one that is called is imported, so that ``turbosparse --help`` is instant. Status: 0 done, 2 wrong
 input or usage, 130 Ctrl-C.
 """
 
