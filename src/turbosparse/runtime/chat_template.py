@@ -81,8 +81,8 @@ class ChatTemplate:
         if source is None:
             if None in (tokenizer.token_to_id("<|im_start|>"), tokenizer.token_to_id("<|im_end|>")):
                 raise TokenizerError(
-                    "[tokenizer.chat_template] expected a chat template or ChatML's tokens in the model file, "
-                    "got neither: this model was not made for chat; give it a plain prompt"
+                    "[tokenizer.chat_template] expected a chat template or ChatML's tokens in the file, got "
+                    "neither: this model was not made for chat; give it a plain prompt"
                 )
             source = _CHATML
         names = {
