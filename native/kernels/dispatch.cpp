@@ -1,6 +1,7 @@
 // Which instruction sets there are, and the choice of one.
 #include <cstdlib>
 
+#include "kernels/gemm_sizes.h"
 #include "kernels/tables.h"
 #include "util/error.h"
 
@@ -35,7 +36,7 @@ std::vector<const KernelTable*> usable_tables() {
 
 }  // namespace
 
-std::size_t gemm_scratch_bytes(std::int64_t) { return std::size_t{256} << 10; }
+std::size_t gemm_scratch_bytes(std::int64_t) { return kPanelBytes + kTokenBytes; }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

@@ -1,0 +1,178 @@
+// Speed of the matrix kernels: per ISA, weight type and shape, weights and bytes per second, median of short
+// runs. Matrices are larger than the caches where the model's are, so decode kernels show memory bandwidth.
+//   bench_kernels [kernel [isa [type]]]    e.g. bench_kernels gemv avx2 Q4_0; "" is any
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <functional>
+#include <string>
+#include <thread>
+
+#include "../tests/kernel_cases.h"
+
+namespace turbosparse {
+namespace {
+
+using namespace test;  // NOLINT: one program
+
+struct Shape {
+  const char* name;
+  std::int64_t rows, cols;
+};
+
+constexpr Shape kShapes[] = {{"SmolLM2 ffn", 1536, 576},
+                             {"Qwen2.5-1.5B ffn", 8960, 1536},
+                             {"Qwen2.5-1.5B down", 1536, 8960},
+                             {"7B ffn", 11008, 4096}};
+constexpr std::int64_t kTokens = 256;
+constexpr std::size_t kCopiesBytes = std::size_t{192} << 20;  // matrices of one shape, used in turn
+
+/// Runs f(thread) on every thread at once; the median of the wall times of several runs, in seconds.
+double median_seconds(int threads, const std::function<void(int)>& f) {
+  std::vector<double> times;
+  double total = 0.0;
+  while (times.size() < 5 || (total < 0.3 && times.size() < 200)) {
+    const auto start = std::chrono::steady_clock::now();
+    std::vector<std::thread> others;
+    for (int t = 1; t < threads; ++t) others.emplace_back(f, t);
+    f(0);
+    for (std::thread& other : others) other.join();
+    times.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+    total += times.back();
+  }
+  std::nth_element(times.begin(), times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2), times.end());
+  return times[times.size() / 2];
+}
+
+/// Copies of one matrix, enough of them to fall out of the caches.
+struct Weights {
+  Weights(WeightType type, const Shape& shape) : first(type, 64, shape.cols, 1) {
+    const std::size_t bytes = static_cast<std::size_t>(shape.rows) * first.view.row_bytes;
+    const std::size_t count = std::max<std::size_t>(1, kCopiesBytes / bytes);
+    memory.resize(count * bytes);
+    for (std::size_t at = 0; at < memory.size(); at += first.view.row_bytes) {
+      std::memcpy(memory.data() + at, first.bytes.data() + at % first.bytes.size(), first.view.row_bytes);
+    }
+    for (std::size_t i = 0; i < count; ++i) {
+      copies.push_back({memory.data() + i * bytes, shape.rows, shape.cols, first.view.row_bytes, type});
+    }
+  }
+  OwnedMatrix first;
+  std::vector<std::byte> memory;
+  std::vector<Matrix> copies;
+};
+
+/// Every tenth row or so, in order.
+std::vector<std::int32_t> tenth_of_rows(std::int64_t rows) {
+  std::mt19937 generator(3);
+  std::vector<std::int32_t> list;
+  for (std::int32_t r = 0; r < rows; ++r) {
+    if (generator() % 10 == 0) list.push_back(r);
+  }
+  return list;
+}
+
+void report(const char* kernel, const KernelTable& k, const Matrix& w, const Shape& shape, int threads,
+            double weights, double seconds) {
+  const double bytes = weights / static_cast<double>(w.cols) * static_cast<double>(w.row_bytes);
+  std::printf("%-10s %-7s %-5s %-18s %d thread%s %8.1f G weights/s %7.1f GB/s\n", kernel, k.isa,
+              weight_type_name(w.type), shape.name, threads, threads == 1 ? " " : "s",
+              weights / seconds * 1e-9, bytes / seconds * 1e-9);
+  std::fflush(stdout);
+}
+
+struct Filter {
+  std::string kernel, isa, type;
+  static bool matches(const std::string& wanted, const char* name) {
+    return wanted.empty() || wanted == name;
+  }
+};
+
+void bench_decode(const KernelTable& k, const Weights& weights, const Shape& shape, int threads,
+                  const Filter& filter) {
+  const OwnedInput x(1, shape.cols, 4);
+  const std::vector<float> coef = normal_floats(shape.rows, 5);
+  std::vector<float> y(static_cast<std::size_t>(std::max(shape.rows, shape.cols)));
+  const auto copies = static_cast<double>(weights.copies.size());
+  const double all = copies * static_cast<double>(shape.rows) * static_cast<double>(shape.cols);
+  const std::vector<std::int32_t> every = all_rows(shape.rows), tenth = tenth_of_rows(shape.rows);
+  const auto rows_of = [&](const std::vector<std::int32_t>& list, int t) {
+    const std::size_t begin = list.size() * static_cast<std::size_t>(t) / static_cast<std::size_t>(threads);
+    const std::size_t end = list.size() * static_cast<std::size_t>(t + 1) / static_cast<std::size_t>(threads);
+    return std::pair(list.data() + begin, static_cast<std::int64_t>(end - begin));
+  };
+  const auto columns = [&](int t) { return shape.cols / kBlock * t / threads * kBlock; };
+  const auto run = [&](const char* kernel, const std::vector<std::int32_t>& list, auto call) {
+    if (!Filter::matches(filter.kernel, kernel)) return;
+    const double seconds = median_seconds(threads, [&](int t) {
+      for (const Matrix& w : weights.copies) call(w, list, t);
+    });
+    report(kernel, k, weights.copies[0], shape, threads,
+           all * static_cast<double>(list.size()) / static_cast<double>(shape.rows), seconds);
+  };
+  run("gemv", every, [&](const Matrix& w, const auto& list, int t) {
+    const auto [rows, n] = rows_of(list, t);
+    k.gemv(w, x.view, rows[0], rows[0] + n, y.data());
+  });
+  const auto gemv_rows = [&](const Matrix& w, const auto& list, int t) {
+    const auto [rows, n] = rows_of(list, t);
+    k.gemv_rows(w, x.view, rows, n, y.data());
+  };
+  run("gemv_rows", tenth, gemv_rows);
+  const auto axpy = [&](const Matrix& w, const auto& list, int t) {
+    k.axpy_rows(w, list.data(), static_cast<std::int64_t>(list.size()), coef.data(), columns(t),
+                columns(t + 1), y.data());
+  };
+  run("axpy", every, axpy);
+  run("axpy_rows", tenth, axpy);
+}
+
+void bench_prefill(const KernelTable& k, const Weights& weights, const Shape& shape, int threads,
+                   const Filter& filter) {
+  const OwnedInput x(kTokens, shape.cols, 4);
+  const std::vector<float> a = normal_floats(kTokens * shape.rows, 5);
+  const std::int64_t stride = std::max(shape.rows, shape.cols);
+  std::vector<float> y(static_cast<std::size_t>(kTokens * stride));
+  const Scratch scratch[2] = {Scratch(shape.cols), Scratch(shape.cols)};
+  const Matrix& w = weights.copies[0];
+  const double all =
+      static_cast<double>(kTokens) * static_cast<double>(shape.rows) * static_cast<double>(shape.cols);
+  if (Filter::matches(filter.kernel, "gemm")) {
+    report("gemm", k, w, shape, threads, all, median_seconds(threads, [&](int t) {
+             k.gemm(w, x.view, kTokens, shape.rows * t / threads, shape.rows * (t + 1) / threads, y.data(),
+                    stride, scratch[t].memory);
+           }));
+  }
+  if (Filter::matches(filter.kernel, "gemm_t")) {
+    report("gemm_t", k, w, shape, threads, all, median_seconds(threads, [&](int t) {
+             k.gemm_t(w, a.data(), shape.rows, kTokens, shape.cols / kBlock * t / threads * kBlock,
+                      shape.cols / kBlock * (t + 1) / threads * kBlock, y.data(), stride, scratch[t].memory);
+           }));
+  }
+}
+
+}  // namespace
+}  // namespace turbosparse
+
+int main(int argc, char** argv) {
+  using namespace turbosparse;  // NOLINT: one program
+  Filter filter;
+  if (argc > 1) filter.kernel = argv[1];
+  if (argc > 2) filter.isa = argv[2];
+  if (argc > 3) filter.type = argv[3];
+  for (const Shape& shape : kShapes) {
+    for (const WeightType type : {WeightType::kQ4_0, WeightType::kQ8_0, WeightType::kF16}) {
+      if (!Filter::matches(filter.type, weight_type_name(type))) continue;
+      const Weights weights(type, shape);
+      for (const KernelTable* k : test::tables()) {
+        if (filter.isa.empty() ? std::strcmp(k->isa, "scalar") == 0 : filter.isa != k->isa) continue;
+        for (const int threads : {1, 2}) {
+          bench_decode(*k, weights, shape, threads, filter);
+          bench_prefill(*k, weights, shape, threads, filter);
+        }
+      }
+    }
+  }
+  return 0;
+}
