@@ -11,7 +11,13 @@ from numpy.typing import NDArray
 from turbosparse.errors import CalibrationError, ConfigError
 from turbosparse.sparsity import thresholds as thresholds_module
 from turbosparse.sparsity.cett import cett, dropped_error, find_cett_threshold
-from turbosparse.sparsity.thresholds import LayerThresholds, find_layer_thresholds, kept_neurons
+from turbosparse.sparsity.thresholds import (
+    ONE_STAGE,
+    TWO_STAGES,
+    LayerThresholds,
+    find_layer_thresholds,
+    kept_neurons,
+)
 
 Array = NDArray[np.float32]
 
@@ -32,11 +38,11 @@ def bytes_read(found: LayerThresholds, up: float = 1.0, down: float = 1.0) -> fl
     return found.gate_passed * up + found.active * down
 
 
-@pytest.mark.parametrize("stages", [1, 2])
+@pytest.mark.parametrize("splits", [ONE_STAGE, TWO_STAGES])
 @pytest.mark.parametrize("target", [0.05, 0.2, 0.5])
-def test_both_stages_together_meet_the_target(stages: int, target: float) -> None:
+def test_both_stages_together_meet_the_target(splits: tuple[float, ...], target: float) -> None:
     gate, up, down_t = make_layer(1)
-    found = find_layer_thresholds(gate, up, down_t, target, stages=stages)
+    found = find_layer_thresholds(gate, up, down_t, target, splits=splits)
     passed, kept = kept_neurons(gate, up, found.gate_threshold, found.threshold)
     assert target * 0.98 <= found.cett <= target
     assert dropped_error(gate * up, down_t, kept) == pytest.approx(found.cett)
@@ -46,7 +52,7 @@ def test_both_stages_together_meet_the_target(stages: int, target: float) -> Non
 
 def test_one_stage_is_the_search_for_one_threshold() -> None:
     gate, up, down_t = make_layer(2)
-    found = find_layer_thresholds(gate, up, down_t, 0.2, stages=1)
+    found = find_layer_thresholds(gate, up, down_t, 0.2, splits=ONE_STAGE)
     single = find_cett_threshold(gate * up, down_t, 0.2)
     assert found.split == 0
     assert found.gate_passed == 1
@@ -58,7 +64,7 @@ def test_one_stage_is_the_search_for_one_threshold() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_two_stages_never_read_more_than_one(seed: int) -> None:
     layer = make_layer(seed, tokens=96)
-    one, two = (find_layer_thresholds(*layer, 0.2, stages=stages) for stages in (1, 2))
+    one, two = (find_layer_thresholds(*layer, 0.2, splits=splits) for splits in (ONE_STAGE, TWO_STAGES))
     assert bytes_read(two) < bytes_read(one)
 
 
@@ -114,8 +120,8 @@ def test_boundary_is_kept() -> None:
 
 def test_bad_arguments() -> None:
     gate, up, down_t = make_layer(0)
-    with pytest.raises(ConfigError, match="expected 1 or 2 stages, got 3"):
-        find_layer_thresholds(gate, up, down_t, 0.2, stages=3)
+    with pytest.raises(ConfigError, match=r"splits of at least 0, got \[-1\.0\]"):
+        find_layer_thresholds(gate, up, down_t, 0.2, splits=(-1.0,))
     with pytest.raises(ConfigError, match="gate and up of one shape"):
         find_layer_thresholds(gate, up[1:], down_t, 0.2)
     with pytest.raises(CalibrationError, match="not all zero"):

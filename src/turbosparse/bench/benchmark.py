@@ -1,0 +1,246 @@
+"""The benchmark: one model file, every mode and thread count asked for, next to llama.cpp if wanted.
+
+Prompts are real text (a book nobody calibrated on), since random ids distort activation sparsity. Decoding is
+forced through the text's own ids, so that every side evaluates the same tokens; sampling is not timed.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turbosparse import _native
+from turbosparse.bench.rounds import Case, Timing, alternate, median_ratio
+from turbosparse.bench.runners import EngineRunner, LlamaCppRunner, Runner
+from turbosparse.errors import ConfigError
+from turbosparse.runtime.texts import HELD_OUT, read_text
+from turbosparse.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from turbosparse._native import Mode
+
+__all__ = ["BenchConfig", "Row", "bench_model", "runs_per_model"]
+
+_BANDWIDTH_BUFFER = 512 << 20  # far beyond any cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    """What to time."""
+
+    modes: "tuple[Mode, ...]" = ()
+    """Modes of our engine; empty means all that the file can run."""
+    threads: tuple[int, ...] = (0,)
+    """Thread counts, each at least 1; 0 means physical cores, at most 8."""
+    prompt_tokens: int = 256
+    """Tokens of the prompt test, 0 to leave it out."""
+    generated_tokens: int = 64
+    """Tokens of the decode test, 0 to leave it out."""
+    depth: int = 0
+    """Tokens in the cache before each test, at least 0."""
+    rounds: int = 5
+    """Timed runs of everything, at least 1."""
+    against_llama_cpp: bool = False
+    """Time llama.cpp in turn with ours."""
+    baseline_model: Path | None = None
+    """The file llama.cpp reads; by default the same one."""
+    isa: str = ""
+    """Instruction set of our kernels; empty means the best there is."""
+
+    def __post_init__(self) -> None:
+        _check("rounds", self.rounds, 1, 1000)
+        _check("depth", self.depth, 0, 1 << 20)
+        _check("prompt tokens", self.prompt_tokens, 0, 1 << 20)
+        _check("generated tokens", self.generated_tokens, 0, 1 << 20)
+        for count in self.threads:
+            _check("threads", count, 0, 1024)
+        if not self.threads:
+            raise ConfigError("[bench threads] expected at least one thread count, got none")
+        if self.prompt_tokens == self.generated_tokens == 0:
+            raise ConfigError("[bench] expected prompt or generated tokens above 0, got none")
+        if self.baseline_model is not None and not self.against_llama_cpp:
+            raise ConfigError("[bench] expected --against llama.cpp together with --baseline-model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One line of the table. None where a number was not measured."""
+
+    model: str
+    size_bytes: int
+    """Bytes of the file's tensors."""
+    params: int
+    backend: str
+    threads: int
+    test: str
+    mode: str
+    quant: str
+    """Weight types of the FFN as they are computed with."""
+    tok_per_s: float
+    """Median over rounds."""
+    tok_per_s_sd: float
+    ratio_to_dense: float | None
+    """Median ratio of pairs to the dense mode of the same build and file."""
+    ratio_to_baseline: float | None
+    """Median ratio of pairs to llama.cpp."""
+    active_ratio: float | None
+    """Share of FFN neurons computed, 0 to 1."""
+    bytes_per_token: float | None
+    """Weights and KV cache read per decoded token."""
+    bandwidth_share: float | None
+    """bytes_per_token * tok_per_s relative to the read bandwidth measured with as many threads."""
+    read_bandwidth_gb_per_s: float
+    isa: str
+    rounds_tok_per_s: list[float]
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        return asdict(self)
+
+
+def runs_per_model(config: BenchConfig, path: Path) -> int:
+    """Count runs, untimed ones included, for a progress bar.
+
+    Parameters
+    ----------
+    config : BenchConfig
+        What to time.
+    path : Path
+        Model file.
+
+    Returns
+    -------
+    int
+        How often :func:`bench_model` calls ``progress``.
+    """
+    modes = len(config.modes) or len(_native.Model(str(path), threads=1).info.modes)
+    tests = (config.prompt_tokens > 0) + (config.generated_tokens > 0)
+    return (modes + config.against_llama_cpp) * tests * (config.rounds + 1) * len(config.threads)
+
+
+def bench_model(path: Path, config: BenchConfig, *, progress: Callable[[], None]) -> Iterator[Row]:
+    """Time one model file.
+
+    Parameters
+    ----------
+    path : Path
+        Model file.
+    config : BenchConfig
+        What to time.
+    progress : callable
+        Called after every run.
+
+    Yields
+    ------
+    Row
+        Per thread count, test, and side.
+
+    Raises
+    ------
+    ConfigError
+        When a mode is not in the file, the tests do not fit the text or the model's context, or llama.cpp is
+        asked for and missing, or cannot read the file.
+    """
+    for threads in config.threads:
+        model = _native.Model(str(path), threads=threads, isa=config.isa)
+        cases = _cases(path, config, model.info.context_length)
+        context = max(len(case.warm) + len(case.timed) for case in cases)
+        unknown = [mode for mode in config.modes if mode not in model.info.modes]
+        if unknown:
+            have = ", ".join(model.info.modes)
+            raise ConfigError(
+                f"[bench mode] expected one that {path.name} can run ({have}), got {unknown[0]}"
+            )
+        runners: list[Runner] = [
+            EngineRunner(model, mode, context) for mode in config.modes or model.info.modes
+        ]
+        with contextlib.ExitStack() as stack:
+            if config.against_llama_cpp:
+                baseline = _baseline_path(path, config, model.info)
+                runners.append(stack.enter_context(LlamaCppRunner(baseline, model.threads, context)))
+            timings = alternate(runners, cases, config.rounds, progress=progress)
+        yield from _rows(path, config, model, timings)
+
+
+def _rows(path: Path, config: BenchConfig, model: _native.Model, timings: Sequence[Timing]) -> Iterator[Row]:
+    bandwidth = _native.read_bandwidth(model.threads, _BANDWIDTH_BUFFER)
+    for timing in timings:
+        peers = [other for other in timings if other.case is timing.case]
+        ours = isinstance(timing.runner, EngineRunner)
+        file = path if ours else config.baseline_model or path
+        tensors = _native.GgufFile(str(file)).tensors
+        usage = timing.runner.usage[timing.case.stepwise] if isinstance(timing.runner, EngineRunner) else None
+        bytes_per_token = usage.bytes_per_token if usage else None
+        yield Row(
+            model=file.stem,
+            size_bytes=sum(tensor.nbytes for tensor in tensors),
+            params=sum(math.prod(tensor.shape) for tensor in tensors if "threshold" not in tensor.name),
+            backend=timing.runner.backend,
+            threads=model.threads,
+            test=timing.case.name,
+            mode=timing.runner.mode,
+            quant="+".join(model.info.ffn_types if ours else _file_ffn_types(tensors)),
+            tok_per_s=timing.median,
+            tok_per_s_sd=timing.deviation,
+            ratio_to_dense=median_ratio(timing, _find(peers, "turbosparse", "dense")) if ours else None,
+            ratio_to_baseline=median_ratio(timing, _find(peers, "llama.cpp", "dense")) if ours else None,
+            active_ratio=usage.active_ratio if usage else None,
+            bytes_per_token=bytes_per_token,
+            bandwidth_share=bytes_per_token * timing.median / bandwidth if bytes_per_token else None,
+            read_bandwidth_gb_per_s=bandwidth / 1e9,
+            isa=model.isa if ours else "",
+            rounds_tok_per_s=timing.tok_per_s,
+        )
+
+
+def _find(timings: Sequence[Timing], backend: str, mode: str) -> Timing | None:
+    for timing in timings:
+        if timing.runner.backend == backend and timing.runner.mode == mode:
+            return timing
+    return None
+
+
+def _cases(path: Path, config: BenchConfig, context_length: int) -> list[Case]:
+    tokenizer = Tokenizer.from_metadata(_native.GgufFile(str(path)).metadata)
+    ids = tokenizer.encode(read_text(HELD_OUT))
+    longest = config.depth + max(config.prompt_tokens, config.generated_tokens)
+    limit = min(len(ids), context_length)
+    if longest > limit:
+        what = "the model's context" if limit == context_length else "the text that ships with turbosparse"
+        raise ConfigError(f"[bench] expected at most {limit} tokens at once ({what}), got {longest}")
+    at = f" @ d{config.depth}" if config.depth else ""
+    cases = []
+    for name, count, stepwise in (
+        ("pp", config.prompt_tokens, False),
+        ("tg", config.generated_tokens, True),
+    ):
+        if count:
+            timed = ids[config.depth : config.depth + count]
+            cases.append(
+                Case(name=f"{name}{count}{at}", warm=ids[: config.depth], timed=timed, stepwise=stepwise)
+            )
+    return cases
+
+
+def _baseline_path(path: Path, config: BenchConfig, info: _native.ModelInfo) -> Path:
+    if config.baseline_model is not None:
+        return config.baseline_model
+    if info.neuron_major_down or info.architecture.startswith("turbosparse"):
+        raise ConfigError(
+            f"[bench] expected --baseline-model FILE, the plain file that {path.name} was made from: "
+            "llama.cpp cannot read a file whose neurons can be skipped"
+        )
+    return path
+
+
+def _file_ffn_types(tensors: Sequence[_native.GgufTensor]) -> list[str]:
+    return sorted(
+        {tensor.type_name for tensor in tensors if ".ffn_" in tensor.name and len(tensor.shape) == 2}
+    )
+
+
+def _check(name: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"[bench {name}] expected {low} to {high}, got {value}")

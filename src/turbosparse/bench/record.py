@@ -1,0 +1,166 @@
+"""How results leave the program: llama-bench's table with our columns, and files that say how to repeat."""
+
+import datetime
+import hashlib
+import importlib.metadata
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from turbosparse import __version__
+from turbosparse.bench.benchmark import Row
+
+__all__ = ["as_table", "describe_machine", "result_record", "unused_path"]
+
+_MEBI, _GIBI = 2**20, 2**30
+_HEADER = (
+    *("model", "size", "params", "backend", "threads", "test", "t/s", "mode", "active", "MB/token"),
+    *("bandwidth", "vs dense", "vs llama.cpp"),
+)
+
+
+def as_table(rows: Sequence[Row]) -> str:
+    """Lay rows out as a Markdown table.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        What was measured.
+
+    Returns
+    -------
+    str
+        llama-bench's columns, then ours; "-" where a number was not measured.
+    """
+    lines = [
+        _HEADER,
+        *(
+            (
+                f"{row.model} {row.quant}",
+                _size(row.size_bytes),
+                f"{row.params / 1e6:.2f} M" if row.params < 1e9 else f"{row.params / 1e9:.2f} B",
+                row.backend,
+                str(row.threads),
+                row.test,
+                f"{row.tok_per_s:.2f} ± {row.tok_per_s_sd:.2f}",
+                row.mode,
+                _number(row.active_ratio, "{:.1%}"),
+                _number(row.bytes_per_token and row.bytes_per_token / 1e6, "{:.1f}"),
+                _number(row.bandwidth_share, "{:.0%}"),
+                _number(row.ratio_to_dense, "{:.2f}x"),
+                _number(row.ratio_to_baseline, "{:.2f}x"),
+            )
+            for row in rows
+        ),
+    ]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+    text = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([text[0], rule, *text[1:]])
+
+
+def result_record(rows: Sequence[Row], *, command: str, files: Sequence[Path]) -> dict[str, Any]:
+    """Collect what a result file holds.
+
+    Parameters
+    ----------
+    rows : sequence of Row
+        What was measured.
+    command : str
+        Command that measures it again.
+    files : sequence of Path
+        Model files that were read.
+
+    Returns
+    -------
+    dict
+        Command, time, versions, machine, hashes of the files, and the rows with every single round.
+    """
+    return {
+        "command": command,
+        "finished_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "versions": {
+            "turbosparse": __version__,
+            "python": platform.python_version(),
+            "llama_cpp_python": _version("llama-cpp-python")
+            if any(row.backend == "llama.cpp" for row in rows)
+            else None,
+        },
+        "machine": describe_machine(),
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("OMP_")},
+        "files": [
+            {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
+        ],
+        "rows": [row.as_record() for row in rows],
+    }
+
+
+def describe_machine() -> dict[str, Any]:
+    """Say what machine this is.
+
+    Returns
+    -------
+    dict
+        CPU model, logical CPUs, memory in GiB, system.
+    """
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
+        cpu = names[0] if names else cpu
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "cpu": cpu,
+        "logical_cpus": os.cpu_count(),
+        "memory_gib": round(memory / _GIBI, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def unused_path(folder: Path, name: str) -> Path:
+    """Name a result file that does not exist yet.
+
+    Parameters
+    ----------
+    folder : Path
+        Where result files lie.
+    name : str
+        What was measured.
+
+    Returns
+    -------
+    Path
+        ``folder/DATE-name.json``, with a number behind the name from the second of a day on.
+    """
+    stem = f"{datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d}-{name}"
+    path, number = folder / f"{stem}.json", 2
+    while path.exists():
+        path, number = folder / f"{stem}-{number}.json", number + 1
+    return path
+
+
+def _size(count: int) -> str:
+    return f"{count / _MEBI:.2f} MiB" if count < _GIBI else f"{count / _GIBI:.2f} GiB"
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else form.format(value)
+
+
+def _version(package: str) -> str:
+    return importlib.metadata.version(package)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,253 @@
+"""What a benchmark times: our engine in one mode, or llama.cpp in a process of its own."""
+
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from turbosparse import _native
+from turbosparse.errors import ConfigError, EngineError
+
+if TYPE_CHECKING:
+    from turbosparse._native import Mode
+
+__all__ = ["EngineRunner", "LlamaCppRunner", "Runner", "Usage", "require_llama_cpp"]
+
+
+class Runner(Protocol):
+    """Evaluates token ids and says how long that took."""
+
+    @property
+    def backend(self) -> str:
+        """Name of the engine."""
+
+    @property
+    def mode(self) -> str:
+        """How it skips neurons."""
+
+    def evaluate(self, warm: list[int], timed: list[int], *, stepwise: bool) -> float:
+        """Time an evaluation.
+
+        Parameters
+        ----------
+        warm : list of int
+            Tokens that fill the cache first, untimed.
+        timed : list of int
+            Tokens that are timed.
+        stepwise : bool
+            Token by token, as in generation, instead of in one batch.
+
+        Returns
+        -------
+        float
+            Seconds.
+        """
+
+
+class Usage:
+    """What the engine read and computed, summed over runs.
+
+    Parameters
+    ----------
+    neurons_per_token : int
+        FFN neurons of all layers.
+    """
+
+    def __init__(self, neurons_per_token: int) -> None:
+        self._neurons = neurons_per_token
+        self._tokens = self._decoded = self._bytes = self._active = 0
+
+    def add(self, counters: dict[str, Any]) -> None:
+        """Add a run.
+
+        Parameters
+        ----------
+        counters : dict
+            The session's counters over the timed part alone.
+        """
+        self._tokens += counters["tokens"]
+        self._decoded += counters["decode_tokens"]
+        self._bytes += counters["bytes_read"]
+        self._active += sum(counters["active"])
+
+    @property
+    def bytes_per_token(self) -> float | None:
+        """Average the bytes of weights and KV cache per decoded token.
+
+        Returns
+        -------
+        float or None
+            Bytes; None where nothing was decoded.
+        """
+        return self._bytes / self._decoded if self._decoded else None
+
+    @property
+    def active_ratio(self) -> float | None:
+        """Average the share of neurons computed.
+
+        Returns
+        -------
+        float or None
+            0 to 1; None before the first run.
+        """
+        return self._active / (self._tokens * self._neurons) if self._tokens else None
+
+
+class EngineRunner:
+    """Our engine in one mode.
+
+    Parameters
+    ----------
+    model : _native.Model
+        Weights and threads, shared by the modes that are compared.
+    mode : {"dense", "exact", "threshold"}
+        How neurons are skipped.
+    context : int
+        Positions of the KV cache.
+    """
+
+    backend = "turbosparse"
+
+    def __init__(self, model: _native.Model, mode: "Mode", context: int) -> None:
+        self.mode: Mode = mode
+        self._session = model.session(context)
+        self._neurons = model.info.num_hidden_layers * model.info.intermediate_size
+        self.usage: dict[bool, Usage] = {}
+
+    def evaluate(self, warm: list[int], timed: list[int], *, stepwise: bool) -> float:
+        """Time an evaluation.
+
+        Parameters
+        ----------
+        warm : list of int
+            Tokens that fill the cache first, untimed.
+        timed : list of int
+            Tokens that are timed.
+        stepwise : bool
+            Token by token, as in generation, instead of in one batch.
+
+        Returns
+        -------
+        float
+            Seconds.
+        """
+        session = self._session
+        session.truncate(0)
+        if warm:
+            session.forward(np.array(warm, np.int32), mode=self.mode, logits="none")
+        ids = np.array(timed, np.int32)
+        pieces = np.split(ids, len(ids)) if stepwise else [ids]
+        session.reset_counters()
+        begin = time.perf_counter()
+        for piece in pieces:
+            session.forward(piece, mode=self.mode, logits="last")
+        seconds = time.perf_counter() - begin
+        self.usage.setdefault(stepwise, Usage(self._neurons)).add(session.counters)
+        return seconds
+
+
+class LlamaCppRunner:
+    """llama.cpp through llama-cpp-python's low-level API, in a process of its own; use it as a context.
+
+    Parameters
+    ----------
+    path : Path
+        Model file, without turbosparse's own tensors.
+    threads : int
+        Threads for prompts and single tokens.
+    context : int
+        Positions of the KV cache.
+    """
+
+    backend = "llama.cpp"
+    mode = "dense"
+
+    def __init__(self, path: Path, threads: int, context: int) -> None:
+        require_llama_cpp()
+        worker = Path(__file__).with_name("llama_cpp_worker.py")
+        self._process = subprocess.Popen(
+            [sys.executable, str(worker), str(path), str(threads), str(context)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def evaluate(self, warm: list[int], timed: list[int], *, stepwise: bool) -> float:
+        """Time an evaluation.
+
+        Parameters
+        ----------
+        warm : list of int
+            Tokens that fill the cache first, untimed.
+        timed : list of int
+            Tokens that are timed.
+        stepwise : bool
+            Token by token, as in generation, instead of in one batch.
+
+        Returns
+        -------
+        float
+            Seconds.
+        """
+        assert self._process.stdin is not None
+        request = {"warm": warm, "timed": timed, "stepwise": stepwise}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return float(self._read()["seconds"])
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def __enter__(self) -> "LlamaCppRunner":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        message: dict[str, Any] = json.loads(line) if line else {"error": "its process ended"}
+        if "error" in message:
+            raise EngineError(
+                f"[llama.cpp] expected a plain model file and a running engine, got: {message['error']}"
+            )
+        return message
+
+
+def require_llama_cpp() -> str:
+    """Version of llama-cpp-python.
+
+    Returns
+    -------
+    str
+        The installed version.
+
+    Raises
+    ------
+    ConfigError
+        When it is not installed, with the command that installs it.
+    """
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise ConfigError(
+            "[bench] expected llama-cpp-python for --against llama.cpp, got none; "
+            "install it (about 15 CPU minutes): pip install 'turbosparse[baseline]'"
+        )
+    return importlib.metadata.version("llama-cpp-python")

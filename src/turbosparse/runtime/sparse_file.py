@@ -1,0 +1,171 @@
+"""A model file that can skip neurons, in the making: down projections transposed, thresholds to come."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from turbosparse import _native
+from turbosparse.errors import ConfigError, ModelFileError
+from turbosparse.runtime.model_file import KEY_ACTIVATION_PARAM, KEY_CALIBRATION, KEY_CETT_TARGET, ModelFile
+from turbosparse.runtime.model_file_copy import copy_with, transposed_down, with_activation
+from turbosparse.runtime.model_file_writer import TensorSource
+from turbosparse.sparsity.thresholds import LayerThresholds
+
+__all__ = ["SparseDraft", "down_t", "packed_type", "row_bytes"]
+
+_NATIVE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+
+
+def packed_type(type_name: str) -> str:
+    """Say what the engine makes of a weight type.
+
+    Parameters
+    ----------
+    type_name : str
+        ggml type of a tensor in a file.
+
+    Returns
+    -------
+    str
+        The type itself where it has a kernel, else ``"Q8_0"``, which is what it is transcoded to by default.
+    """
+    return type_name if type_name in _NATIVE_TYPES else "Q8_0"
+
+
+def row_bytes(type_name: str, columns: int) -> float:
+    """Count the bytes of one row as the engine holds it, without padding.
+
+    Parameters
+    ----------
+    type_name : str
+        ggml type of a tensor in a file.
+    columns : int
+        Weights per row.
+
+    Returns
+    -------
+    float
+        Bytes.
+    """
+    block, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[packed_type(type_name)]]
+    return float(columns * block_bytes / block)
+
+
+def down_t(source: ModelFile, layer: int) -> NDArray[np.float32]:
+    """Give a layer's down projection, one row per neuron, from either layout.
+
+    Parameters
+    ----------
+    source : ModelFile
+        File with ``ffn_down`` or ``ffn_down_t``.
+    layer : int
+        Index of the block.
+
+    Returns
+    -------
+    float32, shape (F, D)
+        Dequantised.
+    """
+    name = f"blk.{layer}.ffn_down_t.weight"
+    if name in source.tensors:
+        return source.dequantised(name)
+    return np.ascontiguousarray(source.dequantised(f"blk.{layer}.ffn_down.weight").T)
+
+
+class SparseDraft:
+    """The new file with all its tensors, beside its final place, so that thresholds can be tried.
+
+    Parameters
+    ----------
+    source : ModelFile
+        The file to make sparse; one that is sparse already gets new thresholds.
+    path : Path
+        Where the draft is written.
+    down_type : str or None
+        Weight type of the transposed down projection; None takes what ffn_down has in the engine.
+    progress : callable
+        Told which share of the file was written.
+
+    Attributes
+    ----------
+    down_type : str
+        Type of ``ffn_down_t``.
+    file : ModelFile
+        The draft.
+    """
+
+    def __init__(
+        self, source: ModelFile, path: Path, down_type: str | None, progress: Callable[[float], None]
+    ) -> None:
+        activation = source.activation
+        if activation is None or not source.gated:
+            raise ModelFileError(f"[{source.path}] expected a gated FFN with a known activation, got another")
+        layers, neurons = range(source.num_hidden_layers), source.intermediate_size
+        zeros = np.zeros(neurons, np.float32)
+        tensors = [
+            TensorSource.of_array(f"blk.{layer}.{name}", zeros)
+            for layer in layers
+            for name in ("ffn_gate_threshold", "ffn_threshold")
+        ]
+        drop = []
+        if source.neuron_major_down:
+            self.down_type = source.tensor("blk.0.ffn_down_t.weight").type_name
+            if down_type not in (None, self.down_type):
+                raise ConfigError(
+                    f"[calibration down_type] expected {self.down_type}, which the file has, got {down_type}"
+                )
+        else:
+            self.down_type = down_type or packed_type(source.tensor("blk.0.ffn_down.weight").type_name)
+            tensors += [transposed_down(source, layer, self.down_type) for layer in layers]
+            drop = [f"blk.{layer}.ffn_down.weight" for layer in layers]
+        metadata = {
+            key: value
+            for key, value in source.stored_metadata().items()
+            if key != KEY_CETT_TARGET and not key.startswith(KEY_CALIBRATION)
+        }
+        parameter = source.metadata.get(KEY_ACTIVATION_PARAM)
+        metadata = with_activation(metadata, activation, parameter=parameter)
+        copy_with(
+            source,
+            path,
+            metadata=metadata,
+            tensors=tensors,
+            drop=drop,
+            progress=lambda count: progress(count / source.file_bytes),
+        )
+        self.file = ModelFile(path)
+
+    def set_thresholds(self, layers: Sequence[LayerThresholds]) -> None:
+        """Write thresholds into the draft.
+
+        Parameters
+        ----------
+        layers : sequence of LayerThresholds
+            One per layer.
+        """
+        with Path(self.file.path).open("r+b") as file:
+            for number, layer in enumerate(layers):
+                for name, values in (
+                    ("ffn_gate_threshold", layer.gate_threshold),
+                    ("ffn_threshold", layer.threshold),
+                ):
+                    file.seek(self.file.tensor(f"blk.{number}.{name}").offset)
+                    file.write(values.astype("<f4").tobytes())
+
+    def load(self, threads: int) -> _native.Model:
+        """Load the draft as it is now.
+
+        Parameters
+        ----------
+        threads : int
+            Threads of the engine; 0 means physical cores, at most 8.
+
+        Returns
+        -------
+        _native.Model
+            Ready to run in threshold mode.
+        """
+        return _native.Model(self.file.path, threads=threads)
