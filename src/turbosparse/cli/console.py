@@ -120,13 +120,13 @@ def set_up_logging(verbose: int) -> None:
     verbose : int
         How many times ``-v`` was given.
     """
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Formatter())
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    level = {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
-    logging.getLogger("turbosparse").setLevel(level)
+    logger = logging.getLogger("turbosparse")
+    logger.handlers[:] = [_StderrHandler()]
+    logger.setLevel({0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG))
 
 
-class _Formatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return f"turbosparse: {record.levelname.lower()}: {record.getMessage()}"
+class _StderrHandler(logging.Handler):
+    """Looks up standard error for each record: a progress bar stands in for it while it is shown."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(f"turbosparse: {record.levelname.lower()}: {record.getMessage()}\n")

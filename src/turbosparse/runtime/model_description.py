@@ -1,0 +1,123 @@
+"""What is worth knowing about a model file, as plain values: shape, types, bytes, thresholds, calibration."""
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from turbosparse.runtime.model_file import KEY_ACTIVATION_PARAM, ModelFile
+
+__all__ = ["describe"]
+
+FFN_TENSOR = re.compile(r"blk\.\d+\.ffn_(gate|up|down|down_t)(_exps|_shexp)?\.weight")
+
+
+def describe(file: ModelFile, *, tensors: bool) -> dict[str, Any]:
+    """Collect what is worth knowing about a model file.
+
+    Parameters
+    ----------
+    file : ModelFile
+        The file.
+    tensors : bool
+        Whether to list each tensor.
+
+    Returns
+    -------
+    dict
+        Plain values, ready for JSON.
+    """
+    record: dict[str, Any] = {
+        "file": file.path,
+        "file_bytes": file.file_bytes,
+        "gguf_version": file.gguf_version,
+        "name": file.metadata.get("general.name"),
+        **_shape(file),
+        "activation": file.activation,
+        "activation_param": file.metadata.get(KEY_ACTIVATION_PARAM),
+        "gated": file.gated,
+        "neuron_major_down": file.neuron_major_down,
+        "modes": file.modes,
+        "tokenizer": file.metadata.get("tokenizer.ggml.model"),
+        "pre_tokenizer": file.metadata.get("tokenizer.ggml.pre"),
+        "chat_template": "tokenizer.chat_template" in file.metadata,
+        **_weights(file),
+        "thresholds": list(_thresholds(file)),
+        "calibration": file.calibration() or None,
+    }
+    if tensors:
+        record["tensors"] = [
+            {
+                "name": t.name,
+                "type": t.type_name,
+                "shape": list(t.shape),
+                "bytes": t.nbytes,
+                "offset": t.offset,
+            }
+            for t in file.tensors.values()
+        ]
+    return record
+
+
+def _shape(file: ModelFile) -> dict[str, Any]:
+    """Sizes by the names that Hugging Face configurations use; null where the file does not say."""
+    architecture = file.architecture
+    keys = {
+        "hidden_size": "embedding_length",
+        "intermediate_size": "feed_forward_length",
+        "num_hidden_layers": "block_count",
+        "num_attention_heads": "attention.head_count",
+        "num_key_value_heads": "attention.head_count_kv",
+        "context_length": "context_length",
+        "num_experts": "expert_count",
+    }
+    shape = {name: file.metadata.get(f"{architecture}.{key}") for name, key in keys.items()}
+    embedding = file.tensors.get("token_embd.weight")
+    vocab_size = embedding.shape[0] if embedding is not None else None
+    tied = None if embedding is None else "output.weight" not in file.tensors
+    return {"architecture": architecture, **shape, "vocab_size": vocab_size, "tied_embeddings": tied}
+
+
+def _weights(file: ModelFile) -> dict[str, Any]:
+    parameters = weight_bytes = ffn_bytes = 0
+    types: dict[str, dict[str, int]] = {}
+    for tensor in file.tensors.values():
+        values = math.prod(tensor.shape)
+        parameters += values
+        weight_bytes += tensor.nbytes
+        ffn_bytes += tensor.nbytes if FFN_TENSOR.fullmatch(tensor.name) else 0
+        of_type = types.setdefault(tensor.type_name, {"tensors": 0, "parameters": 0, "bytes": 0})
+        of_type["tensors"] += 1
+        of_type["parameters"] += values
+        of_type["bytes"] += tensor.nbytes
+    return {
+        "parameters": parameters,
+        "weight_bytes": weight_bytes,
+        "ffn_bytes": ffn_bytes,
+        "ffn_share": ffn_bytes / weight_bytes if weight_bytes else 0.0,
+        "types": dict(sorted(types.items(), key=lambda item: -item[1]["bytes"])),
+    }
+
+
+def _thresholds(file: ModelFile) -> Iterator[dict[str, Any]]:
+    """One entry per layer that has thresholds: the median of each stage."""
+    layers = file.metadata.get(f"{file.architecture}.block_count")
+    achieved = file.calibration()
+    for layer in range(layers if isinstance(layers, int) else 0):
+        if f"blk.{layer}.ffn_threshold" not in file.tensors:
+            continue
+        down, gate = file.thresholds(layer), file.gate_thresholds(layer)
+        yield {
+            "layer": layer,
+            "median_threshold": None if down is None else float(np.median(down)),
+            "median_gate_threshold": None if gate is None else float(np.median(gate)),
+            "cett": _entry(achieved.get("cett"), layer),
+            "gate_passed": _entry(achieved.get("gate_passed"), layer),
+            "active_ratio": _entry(achieved.get("active_ratio"), layer),
+        }
+
+
+def _entry(values: Any, layer: int) -> float | None:
+    return values[layer] if isinstance(values, list) and layer < len(values) else None

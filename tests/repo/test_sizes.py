@@ -1,0 +1,44 @@
+"""Files and functions stay as small as CONTRIBUTING.md says."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PYTHON = sorted((ROOT / "src").rglob("*.py"))
+NATIVE = sorted(path for path in (ROOT / "native").rglob("*") if path.suffix in {".cpp", ".h", ".inl"})
+MOST_LINES_OF_A_FUNCTION = 60
+
+
+def lines(path: Path) -> int:
+    return path.read_text(encoding="utf-8").count("\n")
+
+
+def most_lines(path: Path) -> int:
+    """The limit for a file, by where it is."""
+    if path.parent == ROOT / "src" / "turbosparse" / "cli" and path.name not in {"main.py", "console.py"}:
+        return 120
+    return 300 if ROOT / "native" / "kernels" in path.parents else 500
+
+
+def test_files_are_found() -> None:
+    assert len(PYTHON) > 20
+    assert len(NATIVE) > 20
+
+
+@pytest.mark.parametrize("path", PYTHON + NATIVE, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_short(path: Path) -> None:
+    assert lines(path) <= most_lines(path)
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=lambda path: str(path.relative_to(ROOT)))
+def test_functions_are_short(path: Path) -> None:
+    long = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            size = (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+            if size > MOST_LINES_OF_A_FUNCTION:
+                long[node.name] = size
+    assert long == {}
