@@ -1,15 +1,14 @@
-// Speed of the matrix kernels: per ISA, weight type and shape, weights and bytes per second, median of short
-// runs. Matrices are larger than the caches where the model's are, so decode kernels show memory bandwidth.
+// Speed of the matrix kernels: per ISA, weight type and shape, weights and bytes per second in the median
+// and in the best twentieth of short runs. Matrices are larger than the caches where the model's are, so
+// decode kernels show memory bandwidth.
 //   bench_kernels [kernel [isa [type]]]    e.g. bench_kernels gemv avx2 Q4_0; "" is any
 #include <algorithm>
-#include <chrono>
 #include <cstdio>
 #include <cstring>
-#include <functional>
 #include <string>
-#include <thread>
 
 #include "../tests/kernel_cases.h"
+#include "timing.h"
 
 namespace turbosparse {
 namespace {
@@ -28,22 +27,7 @@ constexpr Shape kShapes[] = {{"SmolLM2 ffn", 1536, 576},
 constexpr std::int64_t kTokens = 256;
 constexpr std::size_t kCopiesBytes = std::size_t{192} << 20;  // matrices of one shape, used in turn
 
-/// Runs f(thread) on every thread at once; the median of the wall times of several runs, in seconds.
-double median_seconds(int threads, const std::function<void(int)>& f) {
-  std::vector<double> times;
-  double total = 0.0;
-  while (times.size() < 5 || (total < 0.3 && times.size() < 200)) {
-    const auto start = std::chrono::steady_clock::now();
-    std::vector<std::thread> others;
-    for (int t = 1; t < threads; ++t) others.emplace_back(f, t);
-    f(0);
-    for (std::thread& other : others) other.join();
-    times.push_back(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
-    total += times.back();
-  }
-  std::nth_element(times.begin(), times.begin() + static_cast<std::ptrdiff_t>(times.size() / 2), times.end());
-  return times[times.size() / 2];
-}
+constexpr double kSeconds = 0.3;  // per line
 
 /// Copies of one matrix, enough of them to fall out of the caches.
 struct Weights {
@@ -74,11 +58,12 @@ std::vector<std::int32_t> tenth_of_rows(std::int64_t rows) {
 }
 
 void report(const char* kernel, const KernelTable& k, const Matrix& w, const Shape& shape, int threads,
-            double weights, double seconds) {
+            double weights, bench::Times times) {
   const double bytes = weights / static_cast<double>(w.cols) * static_cast<double>(w.row_bytes);
-  std::printf("%-10s %-7s %-5s %-18s %d thread%s %8.1f G weights/s %7.1f GB/s\n", kernel, k.isa,
-              weight_type_name(w.type), shape.name, threads, threads == 1 ? " " : "s",
-              weights / seconds * 1e-9, bytes / seconds * 1e-9);
+  std::printf("%-10s %-7s %-5s %-18s %d thread%s %8.1f G weights/s %7.1f GB/s, best %8.1f %7.1f\n", kernel,
+              k.isa, weight_type_name(w.type), shape.name, threads, threads == 1 ? " " : "s",
+              weights / times.median * 1e-9, bytes / times.median * 1e-9, weights / times.best * 1e-9,
+              bytes / times.best * 1e-9);
   std::fflush(stdout);
 }
 
@@ -94,8 +79,6 @@ void bench_decode(const KernelTable& k, const Weights& weights, const Shape& sha
   const OwnedInput x(1, shape.cols, 4);
   const std::vector<float> coef = normal_floats(shape.rows, 5);
   std::vector<float> y(static_cast<std::size_t>(std::max(shape.rows, shape.cols)));
-  const auto copies = static_cast<double>(weights.copies.size());
-  const double all = copies * static_cast<double>(shape.rows) * static_cast<double>(shape.cols);
   const std::vector<std::int32_t> every = all_rows(shape.rows), tenth = tenth_of_rows(shape.rows);
   const auto rows_of = [&](const std::vector<std::int32_t>& list, int t) {
     const std::size_t begin = list.size() * static_cast<std::size_t>(t) / static_cast<std::size_t>(threads);
@@ -105,11 +88,11 @@ void bench_decode(const KernelTable& k, const Weights& weights, const Shape& sha
   const auto columns = [&](int t) { return shape.cols / kBlock * t / threads * kBlock; };
   const auto run = [&](const char* kernel, const std::vector<std::int32_t>& list, auto call) {
     if (!Filter::matches(filter.kernel, kernel)) return;
-    const double seconds = median_seconds(threads, [&](int t) {
-      for (const Matrix& w : weights.copies) call(w, list, t);
+    const bench::Times times = bench::measure(threads, kSeconds, [&](int t, std::size_t i) {
+      call(weights.copies[i % weights.copies.size()], list, t);
     });
     report(kernel, k, weights.copies[0], shape, threads,
-           all * static_cast<double>(list.size()) / static_cast<double>(shape.rows), seconds);
+           static_cast<double>(list.size()) * static_cast<double>(shape.cols), times);
   };
   run("gemv", every, [&](const Matrix& w, const auto& list, int t) {
     const auto [rows, n] = rows_of(list, t);
@@ -128,24 +111,27 @@ void bench_decode(const KernelTable& k, const Weights& weights, const Shape& sha
   run("axpy_rows", tenth, axpy);
 }
 
-void bench_prefill(const KernelTable& k, const Weights& weights, const Shape& shape, int threads,
+/// 256 rows of the shape: enough to be limited by arithmetic, as prefill is, and short enough to repeat.
+void bench_prefill(const KernelTable& k, const Weights& weights, const Shape& full, int threads,
                    const Filter& filter) {
+  const Shape shape{full.name, 256, full.cols};
   const OwnedInput x(kTokens, shape.cols, 4);
   const std::vector<float> a = normal_floats(kTokens * shape.rows, 5);
   const std::int64_t stride = std::max(shape.rows, shape.cols);
   std::vector<float> y(static_cast<std::size_t>(kTokens * stride));
   const Scratch scratch[2] = {Scratch(shape.cols), Scratch(shape.cols)};
-  const Matrix& w = weights.copies[0];
+  Matrix w = weights.copies[0];
+  w.rows = shape.rows;
   const double all =
       static_cast<double>(kTokens) * static_cast<double>(shape.rows) * static_cast<double>(shape.cols);
   if (Filter::matches(filter.kernel, "gemm")) {
-    report("gemm", k, w, shape, threads, all, median_seconds(threads, [&](int t) {
+    report("gemm", k, w, shape, threads, all, bench::measure(threads, kSeconds, [&](int t, std::size_t) {
              k.gemm(w, x.view, kTokens, shape.rows * t / threads, shape.rows * (t + 1) / threads, y.data(),
                     stride, scratch[t].memory);
            }));
   }
   if (Filter::matches(filter.kernel, "gemm_t")) {
-    report("gemm_t", k, w, shape, threads, all, median_seconds(threads, [&](int t) {
+    report("gemm_t", k, w, shape, threads, all, bench::measure(threads, kSeconds, [&](int t, std::size_t) {
              k.gemm_t(w, a.data(), shape.rows, kTokens, shape.cols / kBlock * t / threads * kBlock,
                       shape.cols / kBlock * (t + 1) / threads * kBlock, y.data(), stride, scratch[t].memory);
            }));

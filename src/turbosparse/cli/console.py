@@ -12,8 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
-__all__ = ["add_json_option", "console", "print_json", "progress", "set_up_logging"]
+__all__ = [
+    "add_json_option",
+    "bytes_text",
+    "console",
+    "count_text",
+    "plain_text",
+    "print_json",
+    "progress",
+    "set_up_logging",
+]
 
 SHOW_AFTER_S = 2.0
 
@@ -110,6 +120,63 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     return value
+
+
+def bytes_text(count: float) -> str:
+    """Write a number of bytes for people.
+
+    Parameters
+    ----------
+    count : float
+        Number of bytes.
+
+    Returns
+    -------
+    str
+        In decimal units, as disks and bandwidths are stated: ``"98.4 MB"``.
+    """
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def count_text(count: int) -> str:
+    """Write a number of parameters for people.
+
+    Parameters
+    ----------
+    count : int
+        The number.
+
+    Returns
+    -------
+    str
+        Such as ``"134.5 M"``.
+    """
+    if count < 1_000_000:
+        return f"{count:,}"
+    return f"{count / 1e6:.1f} M" if count < 1_000_000_000 else f"{count / 1e9:.2f} B"
+
+
+def plain_text(text: str) -> "Text":
+    """Show text from a file as it is: neither our markup nor the terminal's escapes mean anything in it.
+
+    Parameters
+    ----------
+    text : str
+        Any text.
+
+    Returns
+    -------
+    rich.text.Text
+        Without styles; characters that cannot be printed are replaced.
+    """
+    from rich.text import Text
+
+    return Text("".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in text))
 
 
 def set_up_logging(verbose: int) -> None:
