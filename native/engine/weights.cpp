@@ -1,6 +1,7 @@
 #include "engine/weights.h"
 
 #include <algorithm>
+#include <cmath>
 #include <set>
 #include <string_view>
 #include <unordered_set>
@@ -132,9 +133,9 @@ void bind_ffn(Binder& binder, const std::string& block, const ModelConfig& confi
   }
   layer.threshold = binder.optional_vector(block + "ffn_threshold", F);
   layer.gate_threshold = binder.optional_vector(block + "ffn_gate_threshold", F);
-  const auto usable = [](float value) { return value >= 0; };  // false for NaN
+  const auto usable = [](float value) { return value >= 0 && std::isfinite(value); };
   if (!std::ranges::all_of(layer.threshold, usable) || !std::ranges::all_of(layer.gate_threshold, usable)) {
-    fail(block + "ffn_threshold", "thresholds of at least 0", "a negative one or NaN");
+    fail(block + "ffn_threshold", "finite thresholds of at least 0", "a negative one, NaN or Inf");
   }
   if (!layer.threshold.empty()) layer.gate_threshold.resize(static_cast<std::size_t>(F), 0.0F);
 }
