@@ -2,6 +2,8 @@
 // and in the best twentieth of short runs. Matrices are larger than the caches where the model's are, so
 // decode kernels show memory bandwidth.
 //   bench_kernels [kernel [isa [type]]]    e.g. bench_kernels gemv avx2 Q4_0; "" is any
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -34,16 +36,22 @@ struct Weights {
   Weights(WeightType type, const Shape& shape) : first(type, 64, shape.cols, 1) {
     const std::size_t bytes = static_cast<std::size_t>(shape.rows) * first.view.row_bytes;
     const std::size_t count = std::max<std::size_t>(1, kCopiesBytes / bytes);
-    memory.resize(count * bytes);
-    for (std::size_t at = 0; at < memory.size(); at += first.view.row_bytes) {
-      std::memcpy(memory.data() + at, first.bytes.data() + at % first.bytes.size(), first.view.row_bytes);
+    constexpr std::size_t kHugePage = std::size_t{2} << 20;  // as the engine keeps its weights
+    const std::size_t total = (count * bytes + kHugePage - 1) / kHugePage * kHugePage;
+    memory.reset(static_cast<std::byte*>(std::aligned_alloc(kHugePage, total)));
+    madvise(memory.get(), total, MADV_HUGEPAGE);
+    for (std::size_t at = 0; at < count * bytes; at += first.view.row_bytes) {
+      std::memcpy(memory.get() + at, first.bytes.data() + at % first.bytes.size(), first.view.row_bytes);
     }
     for (std::size_t i = 0; i < count; ++i) {
-      copies.push_back({memory.data() + i * bytes, shape.rows, shape.cols, first.view.row_bytes, type});
+      copies.push_back({memory.get() + i * bytes, shape.rows, shape.cols, first.view.row_bytes, type});
     }
   }
   OwnedMatrix first;
-  std::vector<std::byte> memory;
+  struct Free {
+    void operator()(std::byte* p) const { std::free(p); }
+  };
+  std::unique_ptr<std::byte, Free> memory;
   std::vector<Matrix> copies;
 };
 

@@ -9,12 +9,14 @@
 namespace turbosparse {
 namespace {
 
-inline constexpr int kAxpyRows = 8;  // per pass: y is then read and written once for eight rows
+inline constexpr int kAxpyRows = 4;    // per pass; eight make a chain of adds longer than the reorder window
+inline constexpr int kAxpyAhead = 16;  // rows fetched ahead
 
 /// The rows of a pass and their coefficients.
 template <int kRows>
 struct Rows {
   const std::byte* data[kRows];
+  const std::byte* later[kRows];  // rows to fetch meanwhile
   float coef[kRows];
 };
 
@@ -37,14 +39,35 @@ inline void axpy_nibbles(const Rows<kRows>& rows, std::int64_t pair, const float
   }
 }
 
+/// One block of 32 columns of Q8_0.
+template <class Float, int kRows>
+inline void axpy_bytes(const Rows<kRows>& rows, std::int64_t block, const float (&scale)[kRows][8], int lane,
+                       float* y) {
+  constexpr int kParts = static_cast<int>(kBlock) / Float::kLanes;
+  typename Float::V sums[kParts];
+  for (int i = 0; i < kParts; ++i) sums[i] = Float::load(y + block * kBlock + i * Float::kLanes);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const auto row_scale = Float::set(scale[r][lane]);
+#pragma GCC unroll 4
+    for (int i = 0; i < kParts; ++i) {
+      const auto q = Float::load_int8(rows.data[r] + block * kBlock + i * Float::kLanes);
+      sums[i] = Float::fma(q, row_scale, sums[i]);
+    }
+  }
+  for (int i = 0; i < kParts; ++i) Float::store(y + block * kBlock + i * Float::kLanes, sums[i]);
+}
+
 /// One pass over the columns of quantised rows, eight blocks at a time: their scales are converted at once.
 template <class Float, WeightType kType, int kRows>
 inline void axpy_pass_quantized(const Rows<kRows>& rows, std::int64_t cols, std::int64_t col_begin,
                                 std::int64_t col_end, float* y) {
+  constexpr std::int64_t kGroupBytes = kType == WeightType::kQ8_0 ? 256 : 128;
   const std::int64_t begin = col_begin / kBlock, end = col_end / kBlock;
   for (std::int64_t group = begin / 8 * 8; group < end; group += 8) {
     float scale[kRows][8];
     for (int r = 0; r < kRows; ++r) {
+      prefetch(rows.later[r] + group / 8 * kGroupBytes, kGroupBytes);
       const auto scales = Float8::load_half(rows.data[r] + scales_offset(kType, cols) + 2 * group);
       Float8::store(scale[r], Float8::mul(scales, Float8::set(rows.coef[r])));
     }
@@ -60,14 +83,7 @@ inline void axpy_pass_quantized(const Rows<kRows>& rows, std::int64_t cols, std:
       }
     } else {
       for (std::int64_t block = first; block < last; ++block) {
-        for (std::int64_t c = block * kBlock; c < (block + 1) * kBlock; c += Float::kLanes) {
-          auto sum = Float::load(y + c);
-          for (int r = 0; r < kRows; ++r) {
-            const auto q = load_weights<Float, kType>(rows.data[r], c);
-            sum = Float::fma(q, Float::set(scale[r][block - group]), sum);
-          }
-          Float::store(y + c, sum);
-        }
+        axpy_bytes<Float, kRows>(rows, block, scale, static_cast<int>(block - group), y);
       }
     }
   }
@@ -93,17 +109,21 @@ inline void axpy_pass_float(const Rows<kRows>& rows, std::int64_t col_begin, std
 }
 
 template <class Isa, WeightType kType, int kRows>
-inline void axpy_pass(const Matrix& w, const std::int32_t* list, const float* coef, std::int64_t col_begin,
-                      std::int64_t col_end, float* y) {
+inline void axpy_pass(const Matrix& w, const std::int32_t* list, std::int64_t left, const float* coef,
+                      std::int64_t col_begin, std::int64_t col_end, float* y) {
   Rows<kRows> rows;
   for (int r = 0; r < kRows; ++r) {
     rows.data[r] = row_data(w, list[r]);
+    rows.later[r] = row_data(w, list[std::min<std::int64_t>(r + kAxpyAhead, left - 1)]);
     rows.coef[r] = coef[list[r]];
+    if constexpr (is_quantized(kType)) {
+      prefetch(rows.later[r] + scales_offset(kType, w.cols), w.cols / kBlock * 2);
+    }
   }
   if constexpr (is_quantized(kType)) {
-    axpy_pass_quantized<typename Isa::Float, kType, kRows>(rows, w.cols, col_begin, col_end, y);
+    axpy_pass_quantized<typename Isa::Wide, kType, kRows>(rows, w.cols, col_begin, col_end, y);
   } else {
-    axpy_pass_float<typename Isa::Float, kType, kRows>(rows, col_begin, col_end, y);
+    axpy_pass_float<typename Isa::Wide, kType, kRows>(rows, col_begin, col_end, y);
   }
 }
 
@@ -112,9 +132,9 @@ void axpy_rows_type(const Matrix& w, const std::int32_t* rows, std::int64_t n, c
                     std::int64_t col_begin, std::int64_t col_end, float* y) {
   std::int64_t i = 0;
   for (; i + kAxpyRows <= n; i += kAxpyRows) {
-    axpy_pass<Isa, kType, kAxpyRows>(w, rows + i, coef, col_begin, col_end, y);
+    axpy_pass<Isa, kType, kAxpyRows>(w, rows + i, n - i, coef, col_begin, col_end, y);
   }
-  for (; i < n; ++i) axpy_pass<Isa, kType, 1>(w, rows + i, coef, col_begin, col_end, y);
+  for (; i < n; ++i) axpy_pass<Isa, kType, 1>(w, rows + i, n - i, coef, col_begin, col_end, y);
 }
 
 }  // namespace

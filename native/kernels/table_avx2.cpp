@@ -33,6 +33,7 @@ namespace {
 struct Avx2 {
   static constexpr const char* kName = "avx2";
   using Float = Float8;
+  using Wide = Float8;
   using Dot = DotAvx2;
 };
 

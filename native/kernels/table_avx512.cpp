@@ -3,6 +3,11 @@
 #include "kernels/tables.h"
 
 #if defined(__x86_64__)
+#if defined(__GNUC__) && !defined(__clang__)
+// GCC before 13 builds "undefined" vectors inside its own intrinsics by reading uninitialised variables.
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
 
 #include <algorithm>
@@ -25,7 +30,7 @@
 #endif
 
 #include "kernels/isa/dot_vnni.h"
-#include "kernels/isa/float8.h"
+#include "kernels/isa/float16.h"
 //
 #include "kernels/table.inl"
 
@@ -35,6 +40,7 @@ namespace {
 struct Avx512 {
   static constexpr const char* kName = "avx512";
   using Float = Float8;
+  using Wide = Float16;
   using Dot = DotVnni;
 };
 
