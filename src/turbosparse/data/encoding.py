@@ -1,0 +1,79 @@
+"""From documents to tokens: plain text, and chats whose answers alone are learnt."""
+
+from typing import Any
+
+from turbosparse.data.mixture import Encoder
+from turbosparse.data.readers import Document
+from turbosparse.errors import DataError
+
+__all__ = ["IGNORED_LABEL", "make_encoder"]
+
+IGNORED_LABEL = -100
+
+
+def make_encoder(tokenizer: Any, document_end: str = "", *, answers_only: bool = False) -> Encoder:
+    """Make the function that turns documents into tokens and labels.
+
+    Parameters
+    ----------
+    tokenizer : PreTrainedTokenizerBase
+        A Hugging Face tokenizer.
+    document_end : str, default ""
+        Token put behind each document; the tokenizer's end-of-sequence token if empty.
+    answers_only : bool, default False
+        In chats, learn nothing but the assistant's messages.
+
+    Returns
+    -------
+    Encoder
+        The function.
+
+    Raises
+    ------
+    DataError
+        If the token is unknown.
+    """
+    end = tokenizer.convert_tokens_to_ids(document_end) if document_end else tokenizer.eos_token_id
+    if end is None or (document_end and end == tokenizer.unk_token_id and document_end != tokenizer.unk_token):
+        raise DataError(f"[data.document_end] expected a token of the model's vocabulary, got {document_end!r}")
+
+    def encode(document: Document) -> tuple[list[int], list[int]]:
+        if isinstance(document, str):
+            ids = [*tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"], end]
+            return ids, list(ids)
+        return _encode_chat(tokenizer, document, answers_only=answers_only)
+
+    return encode
+
+
+def _encode_chat(
+    tokenizer: Any, messages: list[dict[str, str]], *, answers_only: bool
+) -> tuple[list[int], list[int]]:
+    """Render a chat by the tokenizer's template; find the answers as what each one adds to the text before it."""
+    if tokenizer.chat_template is None:
+        raise DataError("[chat] expected a tokenizer with a chat template, got one without")
+
+    def render(count: int, *, prompt: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
+
+    ids: list[int] = []
+    labels: list[int] = []
+    done = ""
+    for index, message in enumerate(messages):
+        is_answer = message.get("role") == "assistant"
+        if is_answer:
+            head = render(index, prompt=True) if index else ""
+            _append(tokenizer, head[len(done) :], ids, labels, learn=not answers_only)
+            done = head
+        text = render(index + 1, prompt=False)
+        if not text.startswith(done):
+            raise DataError("[chat] expected a chat template that only appends, got one that rewrites earlier turns")
+        _append(tokenizer, text[len(done) :], ids, labels, learn=is_answer or not answers_only)
+        done = text
+    return ids, labels
+
+
+def _append(tokenizer: Any, text: str, ids: list[int], labels: list[int], *, learn: bool) -> None:
+    piece = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] if text else []
+    ids += piece
+    labels += piece if learn else [IGNORED_LABEL] * len(piece)

@@ -1,0 +1,48 @@
+"""Which documents never meet training: by their hash, so that every process and every run agrees."""
+
+import hashlib
+from collections.abc import Collection
+
+__all__ = ["HeldOutSplit", "document_hash"]
+
+
+def document_hash(text: str) -> str:
+    """Hash a document by its words, so that a copy with other white space is the same document.
+
+    Parameters
+    ----------
+    text : str
+        The document.
+
+    Returns
+    -------
+    str
+        SHA-256, 64 hexadecimal digits.
+
+    Examples
+    --------
+    >>> document_hash("two  words") == document_hash("two words\\n")
+    True
+    """
+    return hashlib.sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+class HeldOutSplit:
+    """Decides by hash whether a document is held out.
+
+    Parameters
+    ----------
+    percent : float
+        Share of all documents to hold out, 0 to 100.
+    excluded : collection of str
+        Hashes of further documents to hold out, such as those of an evaluation text.
+    """
+
+    def __init__(self, percent: float, excluded: Collection[str] = ()) -> None:
+        self._limit = int(percent / 100 * 16**8)
+        self._excluded = frozenset(excluded)
+
+    def is_held_out(self, text: str) -> bool:
+        """Whether training must not see this document."""
+        digest = document_hash(text)
+        return int(digest[:8], 16) < self._limit or digest in self._excluded

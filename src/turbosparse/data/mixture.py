@@ -1,0 +1,263 @@
+"""A weighted mixture of sources, tokenised and packed into full sequences; resumable at the exact sequence.
+
+Every source has its own packed stream. The next sequence comes from the source that is furthest behind its share,
+so that the shares of tokens hold at every moment and no random choice has to be stored. Documents of a source are
+shuffled in blocks by (seed, source, epoch, block). A sequence is filled with whole documents up to its end; what
+is left of the last one starts the next sequence. ``position_ids`` start at 0 with each document, from which
+transformers derives a mask that keeps documents apart.
+"""
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from turbosparse.data.config import DataConfig, SourceConfig
+from turbosparse.data.held_out import HeldOutSplit
+from turbosparse.data.readers import Document, open_reader
+from turbosparse.errors import DataError
+
+__all__ = ["Encoder", "Mixture", "PackedSequence", "SourceCounts", "held_out_sequences"]
+
+Encoder = Callable[[Document], tuple[list[int], list[int]]]
+"""Turns a document into token ids and labels (-100 where there is nothing to learn) of the same length."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackedSequence:
+    """One row of a batch; three lists of ``sequence_length`` integers."""
+
+    input_ids: list[int]
+    position_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(kw_only=True)
+class SourceCounts:
+    """What was really drawn from a source."""
+
+    documents: int = 0
+    tokens: int = 0
+    held_out_documents: int = 0
+    passes: int = 0
+
+
+class _SourceStream:
+    """Packed sequences of one source."""
+
+    def __init__(self, config: SourceConfig, data: DataConfig, seed: str, split: HeldOutSplit) -> None:
+        self.config = config
+        self.counts = SourceCounts()
+        self._reader = open_reader(config, data.max_corrupt_percent)
+        self._block_size = data.shuffle_documents
+        self._length = data.sequence_length
+        self._seed = seed
+        self._split = split
+        self._block_start: Any = None
+        self._block: list[Document] = []
+        self._next = 0  # index into the block
+        self._ids: list[int] = []
+        self._positions: list[int] = []
+        self._labels: list[int] = []
+
+    def draw(self, encode: Encoder) -> PackedSequence | None:
+        """Return the next sequence, or None when the source is dry and shall stop."""
+        while len(self._ids) < self._length:
+            document = self._next_document()
+            if document is None:
+                return None
+            ids, labels = encode(document)
+            self._ids += ids
+            self._labels += labels
+            self._positions += range(len(ids))
+        n = self._length
+        sequence = PackedSequence(
+            input_ids=self._ids[:n], position_ids=_restart(self._positions[:n]), labels=self._labels[:n]
+        )
+        self._ids, self._positions, self._labels = self._ids[n:], self._positions[n:], self._labels[n:]
+        self.counts.tokens += n
+        return sequence
+
+    def _next_document(self) -> Document | None:
+        if self._next >= len(self._block):
+            self._read_block(self._reader.tell())
+            if not self._block:
+                return None
+        self._next += 1
+        self.counts.documents += 1
+        return self._block[self._next - 1]
+
+    def _read_block(self, start: Any) -> None:
+        """Read the block that starts at a position; at the end of the source, what `on_end` says."""
+        self._block_start, self._next = start, 0
+        self._block = self._fill_block()
+        if self._block:
+            return
+        if self.counts.documents == 0:
+            raise DataError(f"[{self.config.path}] expected documents to train on, got none")
+        self.counts.passes += 1
+        if self.config.on_end == "error":
+            raise DataError(
+                f"[{self.config.path}] expected enough documents for the run, got the end after "
+                f"{self.counts.documents} documents, {self.counts.tokens} tokens; set on_end to repeat or stop"
+            )
+        if self.config.on_end == "repeat":
+            self._reader.seek(None)
+            self._block_start = self._reader.tell()
+            self._block = self._fill_block()
+
+    def _fill_block(self) -> list[Document]:
+        block: list[Document] = []
+        for document in iter(self._reader.read, None):
+            if self._split.is_held_out(document if isinstance(document, str) else repr(document)):
+                self.counts.held_out_documents += 1
+                continue
+            block.append(document)
+            if len(block) == self._block_size:
+                break
+        # Keyed by what is known after a resume as well: the same block gets the same order.
+        random.Random(f"{self._seed}/{self.counts.passes}/{self._block_start}").shuffle(block)
+        return block
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "path": self.config.path,
+            "block_start": copy.deepcopy(self._block_start),
+            "next": self._next,
+            "pending": [list(self._ids), list(self._positions), list(self._labels)],
+            "counts": asdict(self.counts),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.counts = SourceCounts(**state["counts"])
+        self._ids, self._positions, self._labels = (list(values) for values in state["pending"])
+        if state["block_start"] is not None:
+            self._reader.seek(state["block_start"])
+            self._block_start = state["block_start"]
+            held_out = self.counts.held_out_documents
+            self._block = self._fill_block()
+            self.counts.held_out_documents = held_out
+        self._next = state["next"]
+
+
+def _restart(positions: list[int]) -> list[int]:
+    """Let the tail of a document that began in the sequence before start at 0."""
+    first = positions[0]
+    if first == 0:
+        return positions
+    end = next((i for i, position in enumerate(positions) if position == 0), len(positions))
+    return [position - first for position in positions[:end]] + positions[end:]
+
+
+class Mixture:
+    """An endless (or, with ``on_end = "stop"``, finite) stream of packed sequences.
+
+    Parameters
+    ----------
+    config : DataConfig
+        Sources, weights and packing.
+    encode : Encoder
+        Turns a document into token ids and labels, the end-of-document token included.
+    split : HeldOutSplit
+        What must not be drawn.
+    seed : int
+        Decides the order of documents.
+
+    Raises
+    ------
+    DataError
+        If a source is missing or empty.
+    """
+
+    def __init__(self, config: DataConfig, encode: Encoder, *, split: HeldOutSplit, seed: int = 0) -> None:
+        self.sequence_length = config.sequence_length
+        self._encode = encode
+        self._streams = [
+            _SourceStream(source, config, f"{seed}/{index}", split)
+            for index, source in enumerate(config.sources)
+            if source.weight > 0
+        ]
+        self._dry: set[int] = set()
+
+    def __iter__(self) -> Iterator[PackedSequence]:
+        while len(self._dry) < len(self._streams):
+            live = [i for i in range(len(self._streams)) if i not in self._dry]
+            index = min(live, key=lambda i: self._streams[i].counts.tokens / self._streams[i].config.weight)
+            sequence = self._streams[index].draw(self._encode)
+            if sequence is None:
+                self._dry.add(index)
+            else:
+                yield sequence
+
+    def state(self) -> dict[str, Any]:
+        """Return where the stream stands, as JSON."""
+        return {"sources": [stream.state() for stream in self._streams], "dry": sorted(self._dry)}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go to where `state` was taken.
+
+        Parameters
+        ----------
+        state : dict
+            What `state` returned, of a mixture with the same sources.
+
+        Raises
+        ------
+        DataError
+            If the sources differ.
+        """
+        expected = [stream.config.path for stream in self._streams]
+        got = [source["path"] for source in state["sources"]]
+        if expected != got:
+            raise DataError(f"[resume] expected the sources {expected} as before, got {got}")
+        for stream, saved in zip(self._streams, state["sources"], strict=True):
+            stream.restore(saved)
+        self._dry = set(state["dry"])
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """Return what was drawn from each source: counts, and its share of the tokens."""
+        total = sum(stream.counts.tokens for stream in self._streams) or 1
+        return {
+            stream.config.path: {
+                **asdict(stream.counts),
+                "corrupt_records": stream._reader.corrupt,
+                "token_share": stream.counts.tokens / total,
+            }
+            for stream in self._streams
+        }
+
+
+def held_out_sequences(
+    source: SourceConfig, encode: Encoder, *, split: HeldOutSplit | None, sequence_length: int, count: int
+) -> Sequence[PackedSequence]:
+    """Pack the first held-out documents of a source for evaluation.
+
+    Parameters
+    ----------
+    source : SourceConfig
+        Where to read.
+    encode : Encoder
+        Turns a document into token ids and labels.
+    split : HeldOutSplit or None
+        Take what this split holds out; None takes every document.
+    sequence_length : int
+        Tokens per sequence.
+    count : int
+        Sequences wanted.
+
+    Returns
+    -------
+    sequence of PackedSequence
+        At most `count`, in the order of the source.
+    """
+    reader = open_reader(source, max_corrupt_percent=100)
+    ids: list[int] = []
+    for document in iter(reader.read, None):
+        if len(ids) >= count * sequence_length:
+            break
+        if split is None or split.is_held_out(document if isinstance(document, str) else repr(document)):
+            ids += encode(document)[0]
+    positions = list(range(sequence_length))
+    rows = [ids[i : i + sequence_length] for i in range(0, len(ids) - sequence_length + 1, sequence_length)]
+    return [PackedSequence(input_ids=row, position_ids=positions, labels=row) for row in rows[:count]]

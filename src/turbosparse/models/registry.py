@@ -1,0 +1,164 @@
+"""Hugging Face classes of swapped models, so that a saved one can never load as what it was before.
+
+An activation that transformers computes by itself (ReLU, ReLU^2 on the gate) is saved under the model's own type
+with another ``hidden_act``. Any other gets the type ``turbosparse_<base type>``: a subclass of the base model that
+swaps its FFNs when it is built. Without this package transformers refuses such a directory; with it,
+``AutoModelForCausalLM.from_pretrained`` works after `register` (which `load_model` calls).
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from turbosparse.errors import ConfigError
+from turbosparse.models.activations import Activation, parse_activation
+from turbosparse.models.gated_ffn import replace_ffns
+
+__all__ = ["MODEL_TYPES", "activation_of", "load_model", "register", "swap_activation"]
+
+MODEL_TYPES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "olmo2",
+    "mixtral",
+    "qwen2_moe",
+    "qwen3_moe",
+    "olmoe",
+)
+_PREFIX = "turbosparse_"
+
+
+def _hidden_act_field(config: Any) -> str:
+    """Gemma 2 and later name the field differently."""
+    return "hidden_activation" if hasattr(config, "hidden_activation") else "hidden_act"
+
+
+def _config_activation(config: Any) -> Activation:
+    """Return what the FFN computes by ``hidden_act`` alone."""
+    return parse_activation(str(getattr(config, _hidden_act_field(config))))
+
+
+@functools.cache
+def _classes(model_type: str) -> tuple[type[Any], type[Any]]:
+    """Return the configuration and model class of a swapped model type, and tell transformers of them."""
+    base_config: type[Any] = CONFIG_MAPPING[model_type]
+    base_model: type[Any] = MODEL_FOR_CAUSAL_LM_MAPPING[base_config]
+    stem = base_model.__name__.removesuffix("ForCausalLM")
+    config_class = type(f"TurboSparse{stem}Config", (base_config,), {"model_type": _PREFIX + model_type})
+
+    def build(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
+        base_model.__init__(self, config, *args, **kwargs)
+        replace_ffns(self, Activation(**config.turbosparse), _config_activation(config))
+
+    model_class = type(
+        f"TurboSparse{stem}ForCausalLM", (base_model,), {"__init__": build, "config_class": config_class}
+    )
+    AutoConfig.register(_PREFIX + model_type, config_class)
+    AutoModelForCausalLM.register(config_class, model_class)
+    return config_class, model_class
+
+
+def register(model_type: str | None = None) -> None:
+    """Make transformers' Auto classes know swapped models.
+
+    Parameters
+    ----------
+    model_type : str, optional
+        One base type of `MODEL_TYPES`; all of them if not given (imports every one of those model files).
+    """
+    for name in MODEL_TYPES if model_type is None else (model_type,):
+        _classes(name)
+
+
+def activation_of(model: Any) -> Activation:
+    """Return what the FFNs of a Hugging Face model compute, by its configuration.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        Any supported causal language model, swapped or not.
+
+    Returns
+    -------
+    Activation
+        The activation.
+    """
+    recorded = getattr(model.config, "turbosparse", None)
+    return Activation(**recorded) if recorded else _config_activation(model.config)
+
+
+def swap_activation(model: Any, activation: Activation) -> Any:
+    """Convert a built Hugging Face model to another FFN activation, from outside and in place.
+
+    The weights stay the same objects. Quality is lost until the model has been trained: SmolLM2-135M goes from
+    perplexity 17 to 6e5 by a swap to dReLU.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model of one of `MODEL_TYPES`.
+    activation : Activation
+        What the FFNs shall compute.
+
+    Returns
+    -------
+    PreTrainedModel
+        The same object; its class and configuration have become those of the swapped type.
+
+    Raises
+    ------
+    ConfigError
+        If the model's type is not supported or has no gated FFN.
+    """
+    base_type = str(model.config.model_type).removeprefix(_PREFIX)
+    if base_type not in MODEL_TYPES:
+        raise ConfigError(
+            f"[{base_type}] expected a model with gated FFNs of type {', '.join(MODEL_TYPES)}, got {base_type!r}"
+        )
+    if base_type != model.config.model_type:
+        raise ConfigError(f"[swap] expected a model that is not swapped yet, got {activation_of(model)}")
+    replace_ffns(model, activation, _config_activation(model.config))
+    if activation.hidden_act is not None:
+        setattr(model.config, _hidden_act_field(model.config), activation.hidden_act)
+        return model
+    config_class, model_class = _classes(base_type)
+    model.config.__class__ = config_class  # submodules share this object
+    model.config.turbosparse = {"name": activation.name, "threshold": activation.threshold}
+    model.__class__ = model_class
+    return model
+
+
+def load_model(path: str | Path, **options: Any) -> Any:
+    """Load a causal language model, swapped or not; swapped ones come with their `GatedFFN` modules.
+
+    Parameters
+    ----------
+    path : str or Path
+        A Hugging Face directory or model id.
+    **options
+        Passed on to ``from_pretrained``.
+
+    Returns
+    -------
+    PreTrainedModel
+        The model, in evaluation mode.
+    """
+    config_file = Path(path) / "config.json"
+    if config_file.is_file():
+        model_type = str(json.loads(config_file.read_text(encoding="utf-8")).get("model_type", ""))
+        if model_type.startswith(_PREFIX):
+            register(model_type.removeprefix(_PREFIX))
+    else:
+        register()
+    return AutoModelForCausalLM.from_pretrained(path, **options).eval()

@@ -1,0 +1,109 @@
+"""When to checkpoint, evaluate and stop: by time, by tokens and by signals."""
+
+import logging
+import signal
+import time
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from turbosparse.sparsify.recipe import Recipe
+
+__all__ = ["RunCallback"]
+
+_LOG = logging.getLogger(__name__)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
+    """Decides at the end of each step what follows; all processes decide alike.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Intervals.
+    step_tokens : int
+        Tokens per optimizer step.
+    evaluate : callable
+        Called without arguments to evaluate.
+    """
+
+    def __init__(self, recipe: Recipe, step_tokens: int, evaluate: Callable[[], None]) -> None:
+        self.interrupted = False
+        self._recipe = recipe
+        self._step_tokens = step_tokens
+        self._evaluate = evaluate
+        self._saved = time.monotonic()
+        self._evaluated_tokens = 0
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock and take the signals over."""
+        self._saved = time.monotonic()
+        self._evaluated_tokens = state.global_step * self._step_tokens
+        for number in _SIGNALS:
+            self._previous[number] = signal.signal(number, self._on_signal)
+        if state.global_step == 0:
+            self._evaluate()
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted:  # a second one does not wait for the step
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.interrupted = True
+        _LOG.warning("%s: a checkpoint follows at the end of this step, then the run stops", signal.Signals(number).name)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """Ask the Trainer for a checkpoint or an end."""
+        due = time.monotonic() - self._saved > self._recipe.checkpoint_minutes * 60
+        self.interrupted, due = _any_process(self.interrupted, due)
+        finished = state.global_step >= state.max_steps
+        if due or finished or self.interrupted:
+            control.should_save = True
+            self._saved = time.monotonic()
+        if self.interrupted:
+            control.should_training_stop = True
+        tokens = state.global_step * self._step_tokens
+        interval = self._recipe.evaluate_tokens
+        if finished or (interval and tokens - self._evaluated_tokens >= interval):
+            self._evaluated_tokens = tokens
+            self._evaluate()
+        return control
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the signals back."""
+        self.release()
+
+    def release(self) -> None:
+        """Give the signals back; harmless when called again."""
+        while self._previous:
+            number, handler = self._previous.popitem()
+            signal.signal(number, handler)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        """Write a line of progress."""
+        if not state.is_world_process_zero or not logs or "loss" not in logs:
+            return
+        line = f"step {state.global_step}/{state.max_steps} loss {logs['loss']:.4f} lr {logs['learning_rate']:.2e}"
+        if "perplexity" in logs:
+            line += f" perplexity {logs['perplexity']:.2f}"
+        if "zeros" in logs:
+            line += f" zeros {logs['zeros']:.1%}"
+        speed = logs.get("tokens_per_second")
+        if speed:
+            seconds = (state.max_steps - state.global_step) * self._step_tokens / speed
+            line += f" {speed:.0f} tok/s, {seconds / 3600:.1f} h left"
+        _LOG.info("%s", line)
+
+
+def _any_process(*flags: bool) -> tuple[bool, ...]:
+    """Combine each flag over all processes by or."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return flags
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    values = torch.tensor([int(flag) for flag in flags], device=device)
+    torch.distributed.all_reduce(values, op=torch.distributed.ReduceOp.MAX)
+    return tuple(bool(value) for value in values.tolist())

@@ -1,0 +1,107 @@
+"""Finding and checking the checkpoints of a stage."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from turbosparse.errors import TrainingError
+
+__all__ = ["COMPLETE_FILE", "checkpoint_steps", "check_identity", "latest_checkpoint", "read_identity", "sync_files"]
+
+COMPLETE_FILE = "turbosparse_run.json"
+_PREFIX = "checkpoint-"
+
+
+def checkpoint_steps(stage_directory: Path) -> list[int]:
+    """Return the steps of the complete checkpoints of a stage.
+
+    Parameters
+    ----------
+    stage_directory : Path
+        Where the stage writes.
+
+    Returns
+    -------
+    list of int
+        In rising order.
+    """
+    names = [path.parent.name for path in stage_directory.glob(f"{_PREFIX}*/{COMPLETE_FILE}")]
+    return sorted(int(name.removeprefix(_PREFIX)) for name in names if name.removeprefix(_PREFIX).isdigit())
+
+
+def latest_checkpoint(stage_directory: Path) -> Path | None:
+    """Return the newest complete checkpoint of a stage, or None.
+
+    Parameters
+    ----------
+    stage_directory : Path
+        Where the stage writes.
+
+    Returns
+    -------
+    Path or None
+        Its directory.
+    """
+    steps = checkpoint_steps(stage_directory)
+    return stage_directory / f"{_PREFIX}{steps[-1]}" if steps else None
+
+
+def read_identity(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint says about the run that wrote it.
+
+    Parameters
+    ----------
+    checkpoint : Path
+        A checkpoint's directory.
+
+    Returns
+    -------
+    dict
+        Stage, activation and shape of the model.
+
+    Raises
+    ------
+    TrainingError
+        If it is no complete checkpoint.
+    """
+    try:
+        identity: dict[str, Any] = json.loads((checkpoint / COMPLETE_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"[{checkpoint}] expected a complete checkpoint, got: {error}") from error
+    return identity
+
+
+def check_identity(checkpoint: Path, expected: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another model or stage.
+
+    Parameters
+    ----------
+    checkpoint : Path
+        A checkpoint's directory.
+    expected : dict
+        The identity of the run that wants to resume.
+
+    Raises
+    ------
+    TrainingError
+        If they differ; the message names the first difference.
+    """
+    identity = read_identity(checkpoint)
+    for name, value in expected.items():
+        if identity.get(name) != value:
+            raise TrainingError(f"[{checkpoint}] expected a checkpoint with {name} {value}, got {identity.get(name)}")
+
+
+def sync_files(directory: Path) -> None:
+    """Wait until all files below a directory are on the disk.
+
+    Parameters
+    ----------
+    directory : Path
+        What is about to be renamed into place.
+    """
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

@@ -1,0 +1,64 @@
+"""Held-out perplexity and zeros per layer."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from turbosparse.data.mixture import PackedSequence
+
+__all__ = ["batch_of", "mean_loss"]
+
+
+def batch_of(sequences: Sequence[PackedSequence], device: Any = "cpu") -> dict[str, Tensor]:
+    """Stack packed sequences into model inputs.
+
+    Parameters
+    ----------
+    sequences : sequence of PackedSequence
+        Rows of equal length.
+    device : torch.device, default "cpu"
+        Where the tensors go.
+
+    Returns
+    -------
+    dict of Tensor of shape [B, T]
+        ``input_ids`` and ``position_ids``.
+    """
+    return {
+        name: torch.tensor([getattr(sequence, name) for sequence in sequences], device=device)
+        for name in ("input_ids", "position_ids")
+    }
+
+
+@torch.no_grad()
+def mean_loss(model: Any, sequences: Sequence[PackedSequence], *, batch_size: int = 4, device: Any = "cpu") -> float:
+    """Return the mean next-token cross entropy.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        A causal language model.
+    sequences : sequence of PackedSequence
+        Held-out text.
+    batch_size : int, default 4
+        Sequences at once.
+    device : torch.device, default "cpu"
+        Where the model is.
+
+    Returns
+    -------
+    float
+        In nats per token; NaN without sequences. Its exponential is the perplexity.
+    """
+    total, count = 0.0, 0
+    for start in range(0, len(sequences), batch_size):
+        batch = batch_of(sequences[start : start + batch_size], device)
+        logits = model(**batch, use_cache=False).logits[:, :-1].float()
+        loss = functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum")
+        total += float(loss)
+        count += batch["input_ids"][:, 1:].numel()
+    return total / count if count else math.nan

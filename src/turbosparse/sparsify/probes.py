@@ -1,0 +1,143 @@
+"""What watches the FFNs while they train: counts of zeros, L1, and regression against the original FFNs."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from turbosparse.models.gated_ffn import GatedExperts, GatedFFN, gated_ffns
+from turbosparse.sparsify.losses import relative_error
+
+__all__ = ["LayerProbe", "ProbeSet"]
+
+
+class LayerProbe:
+    """Watches one FFN: counts exact zeros and, where asked, keeps the parts of the loss that arise here."""
+
+    def __init__(self) -> None:
+        self.reference: GatedFFN | GatedExperts | None = None
+        self.teacher_forced = False
+        self.keeps_l1 = False
+        self.l1: list[Tensor] = []
+        self.errors: list[Tensor] = []
+        self._zeros: Tensor | None = None
+        self._values = 0
+
+    def on_intermediate(self, intermediate: Tensor) -> None:
+        """Count zeros of the input of the down projection, [..., F], and keep its mean magnitude."""
+        zeros = intermediate.numel() - intermediate.detach().count_nonzero()
+        self._zeros = zeros if self._zeros is None else self._zeros + zeros
+        self._values += intermediate.numel()
+        if self.keeps_l1 and torch.is_grad_enabled():
+            self.l1.append(intermediate.abs().float().mean())
+
+    def run(self, ffn: GatedFFN | GatedExperts, x: Tensor, *routing: Tensor) -> Tensor:
+        """Run the FFN and compare it with the reference on the same input."""
+        if self.reference is None or not torch.is_grad_enabled():
+            output: Tensor = ffn.compute(x, *routing)
+            return output
+        output = ffn.compute(x.detach() if self.teacher_forced else x, *routing)
+        with torch.no_grad():
+            expected: Tensor = self.reference.compute(x, *routing)
+        self.errors.append(relative_error(output, expected))
+        return expected.to(output.dtype) if self.teacher_forced else output
+
+    def take_counts(self) -> tuple[int, int]:
+        """Return the numbers of zeros and of values since the last call."""
+        counts = (0 if self._zeros is None else int(self._zeros), self._values)
+        self._zeros, self._values = None, 0
+        return counts
+
+    def put_counts(self, counts: tuple[int, int]) -> None:
+        """Go on counting from what `take_counts` returned."""
+        self._zeros, self._values = torch.tensor(counts[0]), counts[1]
+
+
+class ProbeSet:
+    """The probes of all FFNs of a model, one per layer.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A model with `GatedFFN` or `GatedExperts` modules; they are given probes.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._ffns = gated_ffns(model)
+        self._probes = {name: LayerProbe() for name in self._ffns}
+        for name, ffn in self._ffns.items():
+            ffn.probe = self._probes[name]
+
+    def __iter__(self) -> Iterator[LayerProbe]:
+        return iter(self._probes.values())
+
+    def keep_l1(self) -> None:
+        """Keep the mean |intermediate state| of each call for the loss."""
+        for probe in self:
+            probe.keeps_l1 = True
+
+    def regress(self, teacher: nn.Module, *, teacher_forced: bool) -> None:
+        """Compare each FFN with the teacher's on the same input.
+
+        Parameters
+        ----------
+        teacher : nn.Module
+            The original model, its FFNs replaced by `GatedFFN` modules that compute the original activation.
+        teacher_forced : bool
+            Pass the original output on, so that every layer sees the states of the original model and learns by
+            itself.
+        """
+        references = gated_ffns(teacher)
+        for name, probe in self._probes.items():
+            probe.reference = references[name]
+            probe.teacher_forced = teacher_forced
+
+    def take_losses(self) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
+        """Return the mean L1, the mean FFN error and the errors per layer since the last call."""
+        l1 = [value for probe in self for value in probe.l1]
+        errors = [value for probe in self for value in probe.errors]
+        for probe in self:
+            probe.l1, probe.errors = [], []
+        return _mean(l1), _mean(errors), [error.detach() for error in errors]
+
+    def take_zeros(self) -> list[float]:
+        """Return the share of exact zeros per layer since the last call."""
+        return [zeros / max(values, 1) for zeros, values in self.take_counts()]
+
+    def take_counts(self) -> list[tuple[int, int]]:
+        """Return the numbers of zeros and of values per layer since the last call."""
+        return [probe.take_counts() for probe in self]
+
+    def put_counts(self, counts: list[tuple[int, int]]) -> None:
+        """Go on counting from what `take_counts` returned.
+
+        Parameters
+        ----------
+        counts : list of tuple of int
+            Zeros and values per layer.
+        """
+        for probe, count in zip(self, counts, strict=True):
+            probe.put_counts(count)
+
+    def set_progress(self, *, blend: float, threshold: float) -> None:
+        """Set the share of the new activation and the share of its final threshold.
+
+        Parameters
+        ----------
+        blend : float
+            0 computes the original activation, 1 the new one.
+        threshold : float
+            Share of the final threshold, 0 to 1.
+        """
+        for ffn in self._ffns.values():
+            ffn.blend = blend
+            ffn.threshold_scale = threshold
+
+    def remove(self) -> None:
+        """Take the probes out of the model."""
+        for ffn in self._ffns.values():
+            ffn.probe = None
+
+
+def _mean(values: list[Tensor]) -> Tensor | None:
+    return torch.stack(values).mean() if values else None

@@ -1,0 +1,361 @@
+"""The recipe of a run: frozen settings, filled from a TOML file, from ``section.field=value`` settings, or in Python."""
+
+import dataclasses
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from turbosparse.data.config import DataConfig, SourceConfig
+from turbosparse.errors import ConfigError
+from turbosparse.models.activations import parse_activation
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["LossWeights", "Recipe", "StageConfig", "load_recipe", "recipe_from_dict"]
+
+SCHEDULES = ("wsd", "cosine", "constant")
+TRAINABLE = ("ffn", "all", "all_but_embeddings")
+PRECISIONS = ("auto", "bf16", "fp32")
+RAMPS = ("sine", "linear")
+
+_T = TypeVar("_T")
+
+
+def _check(condition: bool, place: str, expected: str, got: object) -> None:
+    if not condition:
+        raise ConfigError(f"[{place}] expected {expected}, got {got!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossWeights:
+    """Weights of the losses that are summed; each at least 0, not all 0."""
+
+    next_token: float = 0.0
+    """Cross entropy with the text."""
+    logits: float = 0.0
+    """KL divergence from the original model's next-token distribution."""
+    ffn_output: float = 0.0
+    """Relative squared error of each FFN's output against the original FFN on the same input."""
+    hidden_states: float = 0.0
+    """Relative squared error of each layer's hidden state against the original model's."""
+    activation_l1: float = 0.0
+    """Mean |intermediate state| of the FFNs, ramped up over ``l1_ramp_tokens``."""
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            value = getattr(self, item.name)
+            _check(value >= 0, f"loss.{item.name}", "a weight of at least 0", value)
+        _check(any(dataclasses.astuple(self)), "loss", "at least one weight above 0", dataclasses.asdict(self))
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the original model has to run beside the trained one."""
+        return self.logits > 0 or self.hidden_states > 0
+
+    @property
+    def is_regression_only(self) -> bool:
+        """Whether every FFN can be trained by itself, on the inputs it has in the original model."""
+        return self.ffn_output > 0 and not (self.next_token or self.logits or self.hidden_states)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One stage of training, with an optimizer and a schedule of its own."""
+
+    name: str
+    """Name of the stage's directory inside the output."""
+    tokens: int
+    """Tokens to train on, over all processes; rounded down to whole steps, at least one."""
+    loss: LossWeights
+    """What is minimised."""
+    learning_rate: float
+    """Peak learning rate, above 0."""
+    batch_sequences: int = 16
+    """Sequences per optimizer step, over all processes and accumulation steps; at least 1."""
+    micro_batch: int = 4
+    """Sequences per process that go through the model at once; at least 1."""
+    schedule: str = "wsd"
+    """wsd (warm-up, stable, linear decay), cosine, or constant; each after the warm-up."""
+    warmup_tokens: int = 0
+    """Tokens of linear warm-up, at least 0."""
+    decay_tokens: int = 0
+    """Tokens of the final linear decay of wsd, at least 0."""
+    final_learning_rate: float = 0.0
+    """Learning rate at the end of the decay, at least 0."""
+    weight_decay: float = 0.0
+    """AdamW weight decay, at least 0."""
+    beta1: float = 0.9
+    """AdamW, 0 to 1."""
+    beta2: float = 0.95
+    """AdamW, 0 to 1."""
+    max_gradient_norm: float = 1.0
+    """Gradients are clipped to this norm; at least 0, 0 turns it off."""
+    trainable: str = "all"
+    """ffn, all, or all_but_embeddings (embeddings and output head stay fixed)."""
+    temperature: float = 1.0
+    """Of the logit distillation, above 0."""
+    top_k: int = 0
+    """Keep the teacher's k most likely tokens and the mass of the rest; 0 keeps all."""
+    blend_tokens: int = 0
+    """Go from the original activation to the new one over so many tokens; 0 swaps at once."""
+    threshold_tokens: int = 0
+    """Raise the activation's threshold from 0 over so many tokens; 0 sets it at once."""
+    l1_ramp_tokens: int = 0
+    """Tokens over which the L1 weight rises from 0, at least 0."""
+    l1_ramp: str = "sine"
+    """sine or linear."""
+    answers_only: bool = False
+    """In chats, learn only the assistant's messages."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    data: DataConfig | None = None
+    """The stage's own mixture; the recipe's if not given."""
+
+    def __post_init__(self) -> None:
+        place = f"stages.{self.name}"
+        _check(self.name.replace("-", "").replace("_", "").isalnum(), "stages.name", "letters and digits", self.name)
+        _check(self.learning_rate > 0, f"{place}.learning_rate", "a rate above 0", self.learning_rate)
+        _check(self.batch_sequences >= 1, f"{place}.batch_sequences", "at least 1", self.batch_sequences)
+        _check(self.micro_batch >= 1, f"{place}.micro_batch", "at least 1", self.micro_batch)
+        _check(self.schedule in SCHEDULES, f"{place}.schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
+        _check(self.trainable in TRAINABLE, f"{place}.trainable", f"one of {', '.join(TRAINABLE)}", self.trainable)
+        _check(self.l1_ramp in RAMPS, f"{place}.l1_ramp", f"one of {', '.join(RAMPS)}", self.l1_ramp)
+        _check(self.temperature > 0, f"{place}.temperature", "a temperature above 0", self.temperature)
+        _check(0 <= self.beta1 < 1, f"{place}.beta1", "0 to 1", self.beta1)
+        _check(0 <= self.beta2 < 1, f"{place}.beta2", "0 to 1", self.beta2)
+        for name in (
+            "tokens",
+            "warmup_tokens",
+            "decay_tokens",
+            "final_learning_rate",
+            "weight_decay",
+            "max_gradient_norm",
+            "top_k",
+            "blend_tokens",
+            "threshold_tokens",
+            "l1_ramp_tokens",
+        ):
+            _check(getattr(self, name) >= 0, f"{place}.{name}", "at least 0", getattr(self, name))
+        _check(
+            self.warmup_tokens + self.decay_tokens <= self.tokens,
+            f"{place}.warmup_tokens + decay_tokens",
+            f"at most the stage's {self.tokens} tokens",
+            self.warmup_tokens + self.decay_tokens,
+        )
+
+    def steps(self, sequence_length: int) -> int:
+        """Optimizer steps of the stage.
+
+        Parameters
+        ----------
+        sequence_length : int
+            Tokens per sequence.
+
+        Returns
+        -------
+        int
+            At least 1.
+        """
+        return max(self.tokens // (self.batch_sequences * sequence_length), 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run: model, activation, data and stages."""
+
+    model: str
+    """Hugging Face directory or id of the model to start from."""
+    output: str
+    """Directory of the run."""
+    activation: str = "drelu"
+    """New FFN activation, NAME or NAME:THRESHOLD."""
+    data: DataConfig
+    """The training text."""
+    stages: tuple[StageConfig, ...] = field(default_factory=tuple)
+    """At least one, run in order."""
+    from_scratch: bool = False
+    """Start from random weights of the model's configuration instead of its own."""
+    align_signs: bool = True
+    """Before a swap to dReLU, flip neurons (up and down together) whose output mostly has a negative up value."""
+    seed: int = 0
+    """Of weights, data order and dropout."""
+    precision: str = "auto"
+    """bf16 (autocast; parameters and optimizer stay fp32), fp32, or auto (bf16 where the device has it)."""
+    threads: int = 0
+    """CPU threads; 0 leaves torch's default."""
+    checkpoint_minutes: float = 10.0
+    """Wall-clock time between checkpoints, above 0."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept per stage, at least 1."""
+    log_steps: int = 1
+    """Steps between two lines of metrics, at least 1."""
+    evaluate_tokens: int = 100_000
+    """Tokens between evaluations; 0 evaluates only at the start and the end of a stage."""
+    evaluation_sequences: int = 16
+    """Sequences per held-out source and evaluation, at least 1."""
+    fsdp: bool = False
+    """Shard parameters, gradients and optimizer over the processes (FSDP2)."""
+
+    def __post_init__(self) -> None:
+        _check(bool(self.model), "model", "a directory or model id", self.model)
+        _check(bool(self.output), "output", "a directory", self.output)
+        parse_activation(self.activation)
+        _check(bool(self.stages), "stages", "at least one stage", self.stages)
+        names = [stage.name for stage in self.stages]
+        _check(len(set(names)) == len(names), "stages.name", "different names", names)
+        _check(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
+        _check(self.checkpoint_minutes > 0, "checkpoint_minutes", "a time above 0", self.checkpoint_minutes)
+        for name in ("keep_checkpoints", "log_steps", "evaluation_sequences"):
+            _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("evaluate_tokens", "threads"):
+            _check(getattr(self, name) >= 0, name, "at least 0", getattr(self, name))
+
+    def data_of(self, stage: StageConfig) -> DataConfig:
+        """Return the mixture of a stage.
+
+        Parameters
+        ----------
+        stage : StageConfig
+            One of the recipe's stages.
+
+        Returns
+        -------
+        DataConfig
+            The stage's own, or the recipe's.
+        """
+        return stage.data or self.data
+
+
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from nested tables.
+
+    Parameters
+    ----------
+    values : mapping
+        As a TOML file gives them; field names as in `Recipe`.
+
+    Returns
+    -------
+    Recipe
+        The checked recipe.
+
+    Raises
+    ------
+    ConfigError
+        If a field is unknown, missing, of another type or out of range.
+    """
+    return _build(Recipe, values, "recipe")
+
+
+def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
+    """Read a recipe file and apply settings on top.
+
+    Parameters
+    ----------
+    path : Path
+        A TOML file.
+    settings : sequence of str
+        ``field=value``, ``section.field=value`` or ``stages.NAME.field=value``; values in TOML syntax, bare words
+        are taken as strings.
+
+    Returns
+    -------
+    Recipe
+        The checked recipe. Relative source paths count from the recipe's directory.
+
+    Raises
+    ------
+    ConfigError
+        If the file is missing or broken, or a field is wrong.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"[{path}] expected a recipe file, got: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"[{path}] expected TOML, got: {error}") from error
+    for setting in settings:
+        _apply(values, setting)
+    return recipe_from_dict(values)
+
+
+def _apply(values: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    if not equals:
+        raise ConfigError(f"[--set] expected FIELD=VALUE, got {setting!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *path, last = key.strip().split(".")
+    table: Any = values
+    for name in path:
+        if isinstance(table, list):
+            table = next((item for item in table if item.get("name") == name), None)
+        else:
+            table = table.setdefault(name, {}) if isinstance(table, dict) else None
+        if table is None:
+            raise ConfigError(f"[--set] expected the name of a field or stage, got {name!r} in {setting!r}")
+    if not isinstance(table, dict):
+        raise ConfigError(f"[--set] expected the name of a stage before the field, got {setting!r}")
+    table[last] = value
+
+
+def _build(kind: type[_T], values: Mapping[str, Any], place: str) -> _T:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"[{place}] expected a table, got {values!r}")
+    hints = typing.get_type_hints(kind)
+    fields: dict[str, Any] = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise ConfigError(f"[{place}] expected fields of {', '.join(fields)}, got {', '.join(unknown)}")
+    missing = [
+        name
+        for name, item in fields.items()
+        if name not in values and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"[{place}] expected the fields {', '.join(missing)}, got none")
+    return kind(**{name: _convert(hints[name], value, f"{place}.{name}") for name, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, place: str) -> Any:
+    if typing.get_origin(hint) is types.UnionType:  # only X | None occurs
+        return None if value is None else _convert(typing.get_args(hint)[0], value, place)
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"[{place}] expected a list, got {value!r}")
+        return tuple(_convert(typing.get_args(hint)[0], item, f"{place}[{i}]") for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        return _build(typing.cast("type[Any]", hint), value, place)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise ConfigError(f"[{place}] expected {hint.__name__}, got {value!r}")
+    return value
+
+
+def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe as nested tables, the inverse of `recipe_from_dict`.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Any recipe.
+
+    Returns
+    -------
+    dict
+        JSON-able.
+    """
+    return dataclasses.asdict(recipe)
+
+
+__all__ += ["SourceConfig", "recipe_to_dict"]

@@ -1,0 +1,407 @@
+"""A run: its stages one after another, each resumable, the models they leave, and the record of what was done."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
+from transformers.trainer_utils import set_seed
+
+import turbosparse
+from turbosparse.data.config import DataConfig, SourceConfig
+from turbosparse.data.encoding import make_encoder
+from turbosparse.data.held_out import HeldOutSplit, document_hash
+from turbosparse.data.mixture import Encoder, Mixture, PackedSequence, held_out_sequences
+from turbosparse.data.readers import open_reader
+from turbosparse.errors import ConfigError, DataError
+from turbosparse.models.activations import parse_activation
+from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
+from turbosparse.models.registry import activation_of, load_model, swap_activation
+from turbosparse.sparsify.callbacks import RunCallback
+from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, read_identity, sync_files
+from turbosparse.sparsify.evaluation import batch_of, mean_loss
+from turbosparse.sparsify.host_memory import keep_freed_memory
+from turbosparse.sparsify.recipe import Recipe, StageConfig, recipe_to_dict
+from turbosparse.sparsify.signs import align_signs
+from turbosparse.sparsify.stream import DATA_STATE_FILE, SequenceStream
+from turbosparse.sparsify.trainer import StageTrainer
+
+__all__ = ["RunResult", "run_recipe"]
+
+_LOG = logging.getLogger(__name__)
+_CALIBRATION_SEQUENCES = 16
+MODEL_DIRECTORY = "model"
+METRICS_FILE = "metrics.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a run left."""
+
+    finished: bool
+    """False if a signal stopped it; the same command goes on."""
+    model: Path
+    """Hugging Face directory of the last finished stage."""
+
+
+def run_recipe(recipe: Recipe, *, control: bool = False, from_checkpoint: Path | None = None) -> RunResult:
+    """Train a model by a recipe, or go on with what an earlier call left in the output directory.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The whole run.
+    control : bool, default False
+        Train the unswapped model on the same tokens; losses that need a swapped FFN are left out, and stages without
+        any other loss are trained on the next token.
+    from_checkpoint : Path, optional
+        Start from a checkpoint of another run, in the stage that wrote it, such as to take a decayed copy.
+
+    Returns
+    -------
+    RunResult
+        Where the model is.
+
+    Raises
+    ------
+    ConfigError, DataError
+        If the recipe does not fit the model or its sources.
+    TrainingError
+        If the loss is not finite, the disk is full or a checkpoint is of another run.
+    """
+    if control:
+        recipe = control_recipe(recipe)
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    output = Path(recipe.output)
+    output.mkdir(parents=True, exist_ok=True)
+    stages = list(recipe.stages)
+    if from_checkpoint is not None:
+        stages = _stages_from(stages, from_checkpoint)
+    previous: Path | None = None
+    for stage in stages:
+        directory = output / stage.name
+        if not (directory / MODEL_DIRECTORY).is_dir():
+            finished = _Stage(recipe, stage, directory, previous, from_checkpoint, control=control).train()
+            if not finished:
+                return RunResult(finished=False, model=previous or Path(recipe.model))
+        from_checkpoint = None
+        previous = directory / MODEL_DIRECTORY
+    assert previous is not None
+    return RunResult(finished=True, model=previous)
+
+
+def control_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe of the control: the same tokens for the model as it is.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        Of the swapped model.
+
+    Returns
+    -------
+    Recipe
+        With next-token loss in place of losses that compare with the original FFNs.
+    """
+    stages = []
+    for stage in recipe.stages:
+        loss = dataclasses.replace(
+            stage.loss,
+            ffn_output=0.0,
+            activation_l1=0.0,
+            next_token=stage.loss.next_token or float(not (stage.loss.logits or stage.loss.hidden_states)),
+        )
+        stages.append(dataclasses.replace(stage, loss=loss, trainable="all", blend_tokens=0, threshold_tokens=0))
+    return dataclasses.replace(recipe, stages=tuple(stages), align_signs=False)
+
+
+def _stages_from(stages: list[StageConfig], checkpoint: Path) -> list[StageConfig]:
+    name = read_identity(checkpoint)["stage"]
+    names = [stage.name for stage in stages]
+    if name not in names:
+        raise ConfigError(f"[{checkpoint}] expected a checkpoint of a stage of {', '.join(names)}, got one of {name}")
+    return stages[names.index(name) :]
+
+
+class _Stage:
+    """Everything one stage needs, built in the order in which it can fail cheaply."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: StageConfig,
+        directory: Path,
+        previous: Path | None,
+        from_checkpoint: Path | None,
+        *,
+        control: bool,
+    ) -> None:
+        self.recipe, self.stage, self.directory, self.previous = recipe, stage, directory, previous
+        self.control = control
+        self.data = recipe.data_of(stage)
+        self.tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        self.encode = make_encoder(self.tokenizer, self.data.document_end, answers_only=stage.answers_only)
+        excluded = {digest for source in self.data.held_out for digest in _document_hashes(source)}
+        self.split = HeldOutSplit(self.data.held_out_percent, excluded)
+        self.mixture = Mixture(self.data, self.encode, split=self.split, seed=recipe.seed)
+        self.evaluation = _evaluation_text(recipe, self.data, self.encode, self.split)
+        self.checkpoint = latest_checkpoint(directory) or from_checkpoint
+        self.stream = SequenceStream(self.mixture, stage.batch_sequences)
+
+    def train(self) -> bool:
+        """Train the stage to its end; False if a signal came first."""
+        set_seed(self.recipe.seed)
+        arguments = self._arguments()
+        teacher = self._load_teacher(arguments.device)
+        model = self._load_model(teacher)
+        identity = {
+            "stage": self.stage.name,
+            "activation": str(activation_of(model)),
+            "model_type": model.config.model_type,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        if self.checkpoint is not None:
+            check_identity(self.checkpoint, identity)
+            self.stream.restore(self.checkpoint, step=_step_of(self.checkpoint))
+            _LOG.info("[%s] goes on from %s", self.stage.name, self.checkpoint)
+        elif self.previous is not None and self.stage.data is None:
+            self.stream.restore(self.previous, step=0)
+        _set_trainable(model, self.stage)
+        trainer = StageTrainer(
+            model=model,
+            args=arguments,
+            stage=self.stage,
+            stream=self.stream,
+            teacher=teacher,
+            identity=identity,
+            metrics_file=Path(self.recipe.output) / METRICS_FILE,
+            keep_checkpoints=self.recipe.keep_checkpoints,
+            processing_class=self.tokenizer,
+        )
+        self._write_record(trainer.is_world_process_zero())
+        step_tokens = self.stage.batch_sequences * self.data.sequence_length
+        callback = RunCallback(self.recipe, step_tokens, lambda: self._evaluate(trainer))
+        trainer.remove_callback(PrinterCallback)  # the run logs its own lines
+        trainer.add_callback(callback)
+        try:
+            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        finally:
+            callback.release()
+        if trainer.state.global_step < trainer.state.max_steps:
+            if callback.interrupted:
+                return False
+            raise DataError(
+                f"[{self.stage.name}] expected {trainer.state.max_steps} steps of text, got the end of all sources "
+                f"after {trainer.state.global_step}"
+            )
+        self._save_model(trainer)
+        return True
+
+    def _arguments(self) -> Any:
+        recipe, stage = self.recipe, self.stage
+        bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and _has_bf16())
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        per_round = stage.micro_batch * world
+        if stage.batch_sequences % per_round:
+            raise ConfigError(
+                f"[stages.{stage.name}.batch_sequences] expected a multiple of micro_batch * processes = "
+                f"{stage.micro_batch} * {world}, got {stage.batch_sequences}"
+            )
+        return TrainingArguments(
+            output_dir=str(self.directory),
+            max_steps=stage.steps(self.data.sequence_length),
+            per_device_train_batch_size=stage.micro_batch,
+            gradient_accumulation_steps=stage.batch_sequences // per_round,
+            learning_rate=stage.learning_rate,
+            weight_decay=stage.weight_decay,
+            adam_beta1=stage.beta1,
+            adam_beta2=stage.beta2,
+            max_grad_norm=stage.max_gradient_norm,
+            bf16=bf16,
+            use_cpu=not torch.cuda.is_available(),
+            **_activation_checkpointing(stage.gradient_checkpointing),
+            logging_steps=recipe.log_steps,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            eval_strategy="no",
+            ignore_data_skip=True,
+            disable_tqdm=True,
+            report_to="none",
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            remove_unused_columns=False,
+            dataloader_pin_memory=torch.cuda.is_available(),
+            accelerator_config={"dispatch_batches": True},
+        )
+
+    def _load_teacher(self, device: Any) -> Any:
+        loss = self.stage.loss
+        needs_signs = self.recipe.align_signs and self._starts_fresh()
+        if not (loss.needs_teacher or loss.ffn_output or needs_signs):
+            return None
+        if self.recipe.from_scratch:
+            raise ConfigError("[from_scratch] expected next_token and activation_l1 losses only, got one of a teacher")
+        dtype = torch.bfloat16 if _has_bf16() and self.recipe.precision != "fp32" else torch.float32
+        teacher = load_model(self.recipe.model, dtype=dtype)
+        replace_ffns(teacher, activation_of(teacher), activation_of(teacher))
+        return teacher.requires_grad_(False).to(device)
+
+    def _starts_fresh(self) -> bool:
+        return self.previous is None and self.checkpoint is None
+
+    def _load_model(self, teacher: Any) -> Any:
+        recipe = self.recipe
+        if self.previous is not None:
+            model = load_model(self.previous, dtype=torch.float32)
+            if not gated_ffns(model):
+                replace_ffns(model, activation_of(model), activation_of(model))
+            return model
+        if recipe.from_scratch:
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.model), dtype=torch.float32)
+        else:
+            model = load_model(recipe.model, dtype=torch.float32)
+        if self.control:
+            replace_ffns(model, activation_of(model), activation_of(model))
+            return model
+        activation = parse_activation(recipe.activation)
+        swap_activation(model, activation)
+        if recipe.align_signs and teacher is not None and self._starts_fresh() and activation.name == "drelu":
+            batches = [batch_of([row], teacher.device) for row in self._calibration()]
+            share = align_signs(model, teacher, batches)
+            _LOG.info("flipped %.1f %% of the neurons, so that most of their output has a positive up value", share * 100)
+        return model
+
+    def _calibration(self) -> list[PackedSequence]:
+        rows = Mixture(self.data, self.encode, split=self.split, seed=self.recipe.seed)
+        return [row for row, _ in zip(rows, range(_CALIBRATION_SEQUENCES), strict=False)]
+
+    def _evaluate(self, trainer: StageTrainer) -> None:
+        model = trainer.model
+        was_training = model.training
+        model.eval()
+        training_zeros = trainer.probes.take_counts()
+        record: dict[str, Any] = {"event": "evaluation", "tokens": trainer.state.global_step * self._step_tokens()}
+        with trainer.accelerator.autocast():
+            for name, rows in self.evaluation.items():
+                loss = mean_loss(model, rows, batch_size=self.stage.micro_batch, device=trainer.args.device)
+                record[f"perplexity_{name}"] = float(torch.tensor(loss, dtype=torch.float64).exp())
+        zeros = trainer.probes.take_zeros()
+        if any(zeros):
+            record["zeros"] = sum(zeros) / len(zeros)
+            record["zeros_per_layer"] = [round(share, 5) for share in zeros]
+        trainer.probes.put_counts(training_zeros)
+        model.train(was_training)
+        trainer.write_metrics(record)
+        text = ", ".join(f"{key.removeprefix('perplexity_')} {value:.2f}" for key, value in record.items() if "perpl" in key)
+        _LOG.info("held-out perplexity: %s; zeros %.1f %%", text, 100 * record.get("zeros", 0.0))
+
+    def _step_tokens(self) -> int:
+        return self.stage.batch_sequences * self.data.sequence_length
+
+    def _write_record(self, is_main: bool) -> None:
+        """Leave beside the output what went in: settings, versions, and a hash of each local source."""
+        if not is_main:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        record = {
+            "recipe": recipe_to_dict(self.recipe),
+            "control": self.control,
+            "sources": {
+                source.path: _file_hash(source) for source in (*self.data.sources, *self.data.held_out)
+            },
+            "versions": {"turbosparse": turbosparse.__version__, "torch": torch.__version__},
+            "machine": platform.processor() or platform.machine(),
+        }
+        (self.directory / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+    def _save_model(self, trainer: StageTrainer) -> None:
+        """Leave the stage's model as a Hugging Face directory, whole or not at all."""
+        staging, final = self.directory / ".model", self.directory / MODEL_DIRECTORY
+        trainer.save_model(str(staging))
+        if trainer.is_world_process_zero():
+            self.stream.save(trainer.state.global_step, staging)
+            sync_files(staging)
+            os.replace(staging, final)
+            drawn = json.loads((final / DATA_STATE_FILE).read_text(encoding="utf-8"))["drawn"]
+            (self.directory / "data_drawn.json").write_text(json.dumps(drawn, indent=1), encoding="utf-8")
+        trainer.accelerator.wait_for_everyone()
+
+
+def _set_trainable(model: Any, stage: StageConfig) -> None:
+    """Freeze what the stage does not train."""
+    mode = "ffn" if stage.loss.is_regression_only else stage.trainable
+    model.requires_grad_(mode != "ffn")
+    if mode == "ffn":
+        for ffn in gated_ffns(model).values():
+            ffn.requires_grad_(True)
+    elif mode == "all_but_embeddings":
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            part.requires_grad_(False)
+
+
+def _evaluation_text(
+    recipe: Recipe, data: DataConfig, encode: Encoder, split: HeldOutSplit
+) -> dict[str, Sequence[PackedSequence]]:
+    texts: dict[str, Sequence[PackedSequence]] = {}
+    for source in (*data.held_out, *data.sources):
+        rows = held_out_sequences(
+            source,
+            encode,
+            split=None if source in data.held_out else split,
+            sequence_length=data.sequence_length,
+            count=recipe.evaluation_sequences,
+        )
+        if rows:
+            texts[Path(source.path).stem] = rows
+        else:
+            _LOG.warning("[%s] has less held-out text than one sequence; it is not evaluated", source.path)
+    return texts
+
+
+def _document_hashes(source: SourceConfig) -> list[str]:
+    reader = open_reader(source)
+    documents = [text if isinstance(text, str) else repr(text) for text in iter(reader.read, None)]
+    if not documents:
+        raise DataError(f"[{source.path}] expected documents to hold out, got none")
+    return [document_hash(text) for text in documents]
+
+
+def _file_hash(source: SourceConfig) -> str:
+    path = Path(source.path)
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def _activation_checkpointing(enabled: bool) -> dict[str, Any]:
+    """transformers 5.20 or so renamed the arguments."""
+    name = "activation_checkpointing"
+    if name not in {field.name for field in dataclasses.fields(TrainingArguments)}:
+        name = "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if enabled else {}
+
+
+def _has_bf16() -> bool:
+    """Whether the device multiplies bf16 in hardware."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported())

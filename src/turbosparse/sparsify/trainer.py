@@ -1,0 +1,281 @@
+"""transformers' Trainer with the losses of a stage, atomic checkpoints and metrics as JSON lines."""
+
+import json
+import logging
+import math
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.nn import functional
+from transformers import Trainer
+
+from turbosparse.data.encoding import IGNORED_LABEL
+from turbosparse.errors import TrainingError
+from turbosparse.sparsify.checkpoints import COMPLETE_FILE, checkpoint_steps, sync_files
+from turbosparse.sparsify.losses import logit_divergence, relative_error
+from turbosparse.sparsify.probes import ProbeSet
+from turbosparse.sparsify.recipe import StageConfig
+from turbosparse.sparsify.schedules import learning_rate_factor, ramp
+from turbosparse.sparsify.stream import SequenceStream
+
+__all__ = ["StageTrainer"]
+
+_LOG = logging.getLogger(__name__)
+
+
+class StageTrainer(Trainer):
+    """Trains one stage.
+
+    Parameters
+    ----------
+    stage : StageConfig
+        Losses and schedules.
+    stream : SequenceStream
+        Training data.
+    teacher : PreTrainedModel or None
+        The original model, where a loss needs it.
+    identity : dict
+        What a checkpoint must have in common with the run that resumes it; stored in each.
+    metrics_file : Path
+        Where JSON lines are appended.
+    keep_checkpoints : int
+        Checkpoints kept.
+    **trainer_arguments
+        Of `transformers.Trainer`; ``model`` has `GatedFFN` modules unless it is a control.
+    """
+
+    def __init__(
+        self,
+        *,
+        stage: StageConfig,
+        stream: SequenceStream,
+        teacher: Any,
+        identity: dict[str, Any],
+        metrics_file: Path,
+        keep_checkpoints: int,
+        **trainer_arguments: Any,
+    ) -> None:
+        super().__init__(train_dataset=stream, **trainer_arguments)
+        self.stage = stage
+        self.stream = stream
+        self.teacher = teacher
+        self.loss_is_scaled_for_ga = True
+        self.probes = ProbeSet(self.model)
+        self._identity = identity
+        self._metrics_file = metrics_file
+        self._keep_checkpoints = keep_checkpoints
+        self._staging: str | None = None
+        self._parts: dict[str, Tensor] = {}
+        self._parts_steps = 0
+        self._layer_errors: Tensor | None = None
+        self._clock = (time.monotonic(), 0)
+        self._sequence_length = 0
+        loss = stage.loss
+        if loss.activation_l1:
+            self.probes.keep_l1()
+        if loss.ffn_output:
+            self.probes.regress(teacher, teacher_forced=loss.is_regression_only)
+
+    # Losses
+
+    @property
+    def _accumulation(self) -> int:
+        return int(self.args.gradient_accumulation_steps)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return this micro-batch's part of the step's loss, so that the parts add up to the mean over all tokens."""
+        loss = self.stage.loss
+        labels = inputs["labels"][:, 1:]
+        self._sequence_length = inputs["input_ids"].shape[1]
+        model_inputs = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
+        self._set_progress()
+        outputs = model(
+            **model_inputs,
+            output_hidden_states=loss.hidden_states > 0,
+            logits_to_keep=1 if loss.is_regression_only else 0,
+        )
+        learnt = labels != IGNORED_LABEL
+        items = learnt.sum() if num_items_in_batch is None else num_items_in_batch
+        by_item = learnt.sum() * self.accelerator.num_processes / items  # this micro-batch's share of the labels
+        parts: dict[str, tuple[float, Tensor]] = {}
+        if loss.needs_teacher:
+            with torch.no_grad():
+                expected = self.teacher(**model_inputs, output_hidden_states=loss.hidden_states > 0)
+            parts |= self._teacher_losses(outputs, expected, learnt, by_item)
+        if loss.next_token:
+            logits = outputs.logits[:, :-1][learnt].float()
+            parts["next_token"] = (loss.next_token, functional.cross_entropy(logits, labels[learnt]) * by_item)
+        l1, ffn_error, layer_errors = self.probes.take_losses()
+        if l1 is not None:
+            weight = loss.activation_l1 * ramp(self._tokens_done(), self.stage.l1_ramp_tokens, self.stage.l1_ramp)
+            parts["activation_l1"] = (weight, l1 / self._accumulation)
+        if ffn_error is not None:
+            parts["ffn_output"] = (loss.ffn_output, ffn_error / self._accumulation)
+            self._add_layer_errors(torch.stack(layer_errors) / self._accumulation)
+        total = torch.stack([weight * value for weight, value in parts.values()]).sum()
+        for name, (_, value) in parts.items():
+            self._parts[name] = self._parts.get(name, torch.zeros_like(value)) + value.detach()
+        return (total, outputs) if return_outputs else total
+
+    def _teacher_losses(
+        self, outputs: Any, expected: Any, learnt: Tensor, by_item: Tensor
+    ) -> dict[str, tuple[float, Tensor]]:
+        loss = self.stage.loss
+        parts: dict[str, tuple[float, Tensor]] = {}
+        if loss.logits:
+            divergence = logit_divergence(
+                outputs.logits[:, :-1].flatten(0, 1),
+                expected.logits[:, :-1].flatten(0, 1),
+                weight=learnt.flatten().float(),
+                temperature=self.stage.temperature,
+                top_k=self.stage.top_k,
+            )
+            parts["logits"] = (loss.logits, divergence * by_item)
+        if loss.hidden_states:
+            pairs = zip(outputs.hidden_states[1:], expected.hidden_states[1:], strict=True)
+            errors = torch.stack([relative_error(state, target) for state, target in pairs])
+            parts["hidden_states"] = (loss.hidden_states, errors.mean() / self._accumulation)
+        return parts
+
+    def _set_progress(self) -> None:
+        done = self._tokens_done()
+        self.probes.set_progress(
+            blend=ramp(done, self.stage.blend_tokens), threshold=ramp(done, self.stage.threshold_tokens)
+        )
+
+    def _tokens_done(self) -> int:
+        return int(self.state.global_step) * self.stage.batch_sequences * self._sequence_length
+
+    def _add_layer_errors(self, errors: Tensor) -> None:
+        self._layer_errors = errors if self._layer_errors is None else self._layer_errors + errors
+
+    def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
+        """Run one micro-batch; stop before the weights can change if its loss is not finite."""
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        if not math.isfinite(float(loss)):
+            raise TrainingError(
+                f"[{self.stage.name}] expected a finite loss, got {float(loss)} at step {self.state.global_step + 1}; "
+                "the checkpoints before it are intact: lower the learning rate or start from one of them"
+            )
+        return loss
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """Make the learning rate follow the stage's schedule."""
+        if self.lr_scheduler is None:
+            sequence_length = self.stream.mixture.sequence_length
+            step_tokens = self.stage.batch_sequences * sequence_length
+
+            def factor(step: int) -> float:
+                return learning_rate_factor(
+                    step,
+                    steps=num_training_steps,
+                    warmup_steps=math.ceil(self.stage.warmup_tokens / step_tokens),
+                    decay_steps=self.stage.decay_tokens // step_tokens,
+                    schedule=self.stage.schedule,
+                    final=self.stage.final_learning_rate / self.stage.learning_rate,
+                )
+
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # Metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add loss parts, zeros per layer and speed to what the Trainer logs, and append it to the metrics file."""
+        record: dict[str, Any] = dict(logs)
+        if "loss" in logs:
+            record |= self._take_training_metrics()
+        super().log(
+            {name: value for name, value in record.items() if isinstance(value, int | float)}, start_time
+        )
+        self.write_metrics(record)
+
+    def _take_training_metrics(self) -> dict[str, Any]:
+        steps = max(self.state.global_step - self._parts_steps, 1)
+        now, tokens = time.monotonic(), self._tokens_done()
+        metrics: dict[str, Any] = {
+            f"loss_{name}": float(self.accelerator.gather(value.reshape(1)).mean()) / steps
+            for name, value in self._parts.items()
+        }
+        if "loss_next_token" in metrics:
+            metrics["perplexity"] = math.exp(min(metrics["loss_next_token"], 700.0))
+        if self._layer_errors is not None:
+            metrics["ffn_error_per_layer"] = [round(float(error) / steps, 5) for error in self._layer_errors]
+        zeros = self.probes.take_zeros()
+        if zeros:
+            metrics["zeros"] = sum(zeros) / len(zeros)
+            metrics["zeros_per_layer"] = [round(share, 5) for share in zeros]
+        before, tokens_before = self._clock
+        if self._parts_steps:
+            metrics["tokens_per_second"] = (tokens - tokens_before) / max(now - before, 1e-9)
+        metrics["tokens"] = tokens
+        self._clock, self._parts_steps = (now, tokens), self.state.global_step
+        self._parts, self._layer_errors = {}, None
+        return metrics
+
+    def write_metrics(self, record: dict[str, Any]) -> None:
+        """Append one JSON line, from the main process alone.
+
+        Parameters
+        ----------
+        record : dict
+            Names and numbers, or lists of numbers.
+        """
+        if not self.is_world_process_zero():
+            return
+        line = {"stage": self.stage.name, "step": self.state.global_step, "time": round(time.time(), 1), **record}
+        with self._metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    # Checkpoints
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or str(super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        """Write a checkpoint beside the others and give it its name when it is whole."""
+        root = Path(self.args.output_dir)
+        staging = root / ".incomplete"
+        name = f"checkpoint-{self.state.global_step}"
+        is_main = self.is_world_process_zero()
+        if is_main:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._staging = str(staging)
+        try:
+            super()._save_checkpoint(model, trial)
+            if is_main:
+                self.stream.save(self.state.global_step, staging / name)
+                (staging / name / COMPLETE_FILE).write_text(json.dumps(self._identity), encoding="utf-8")
+                sync_files(staging / name)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            free = shutil.disk_usage(root).free / 1e9
+            shutil.rmtree(staging, ignore_errors=True)
+            raise TrainingError(
+                f"[{root / name}] expected room for a checkpoint, got {error} ({free:.1f} GB free); "
+                "earlier checkpoints are intact"
+            ) from error
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if is_main:
+            shutil.rmtree(root / name, ignore_errors=True)
+            os.replace(staging / name, root / name)
+            shutil.rmtree(staging, ignore_errors=True)
+            for step in checkpoint_steps(root)[: -self._keep_checkpoints]:
+                shutil.rmtree(root / f"checkpoint-{step}", ignore_errors=True)
+            _LOG.info("checkpoint %s", root / name)
+        self.accelerator.wait_for_everyone()
