@@ -29,6 +29,10 @@ VERBS: dict[str, tuple[str, str]] = {
     "demo": ("turbosparse.cli.demo", "watch a small model run dense and sparse, side by side"),
     "run": ("turbosparse.cli.run", "answer one prompt"),
     "chat": ("turbosparse.cli.chat", "talk to a model in the terminal"),
+    "sparsify": (
+        "turbosparse.cli.sparsify",
+        "replace the FFN activation and train the model back to quality",
+    ),
     "inspect": ("turbosparse.cli.inspect", "show what is in a model file"),
     "calibrate": (
         "turbosparse.cli.calibrate",

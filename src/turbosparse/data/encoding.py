@@ -34,27 +34,33 @@ def make_encoder(tokenizer: Any, document_end: str = "", *, answers_only: bool =
         If the token is unknown.
     """
     end = tokenizer.convert_tokens_to_ids(document_end) if document_end else tokenizer.eos_token_id
-    if end is None or (document_end and end == tokenizer.unk_token_id and document_end != tokenizer.unk_token):
-        raise DataError(f"[data.document_end] expected a token of the model's vocabulary, got {document_end!r}")
+    if end is None or (
+        document_end and end == tokenizer.unk_token_id and document_end != tokenizer.unk_token
+    ):
+        raise DataError(
+            f"[data.document_end] expected a token of the model's vocabulary, got {document_end!r}"
+        )
 
-    def encode(document: Document) -> tuple[list[int], list[int]]:
+    def _encode(document: Document) -> tuple[list[int], list[int]]:
         if isinstance(document, str):
             ids = [*tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"], end]
             return ids, list(ids)
         return _encode_chat(tokenizer, document, answers_only=answers_only)
 
-    return encode
+    return _encode
 
 
 def _encode_chat(
     tokenizer: Any, messages: list[dict[str, str]], *, answers_only: bool
 ) -> tuple[list[int], list[int]]:
-    """Render a chat by the tokenizer's template; find the answers as what each one adds to the text before it."""
+    """Render a chat by the tokenizer's template; an answer is what it adds to the text before it."""
     if tokenizer.chat_template is None:
         raise DataError("[chat] expected a tokenizer with a chat template, got one without")
 
     def render(count: int, *, prompt: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt))
+        return str(
+            tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+        )
 
     ids: list[int] = []
     labels: list[int] = []
@@ -67,7 +73,9 @@ def _encode_chat(
             done = head
         text = render(index + 1, prompt=False)
         if not text.startswith(done):
-            raise DataError("[chat] expected a chat template that only appends, got one that rewrites earlier turns")
+            raise DataError(
+                "[chat] expected a chat template that only appends, got one that rewrites earlier turns"
+            )
         _append(tokenizer, text[len(done) :], ids, labels, learn=is_answer or not answers_only)
         done = text
     return ids, labels

@@ -3,16 +3,18 @@
 import hashlib
 from collections.abc import Collection
 
+from turbosparse.data.readers import Document
+
 __all__ = ["HeldOutSplit", "document_hash"]
 
 
-def document_hash(text: str) -> str:
+def document_hash(document: Document) -> str:
     """Hash a document by its words, so that a copy with other white space is the same document.
 
     Parameters
     ----------
-    text : str
-        The document.
+    document : str or list of dict
+        Text, or the messages of a chat.
 
     Returns
     -------
@@ -24,6 +26,7 @@ def document_hash(text: str) -> str:
     >>> document_hash("two  words") == document_hash("two words\\n")
     True
     """
+    text = document if isinstance(document, str) else "\n".join(message["content"] for message in document)
     return hashlib.sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -42,7 +45,18 @@ class HeldOutSplit:
         self._limit = int(percent / 100 * 16**8)
         self._excluded = frozenset(excluded)
 
-    def is_held_out(self, text: str) -> bool:
-        """Whether training must not see this document."""
-        digest = document_hash(text)
+    def is_held_out(self, document: Document) -> bool:
+        """Whether training must not see this document.
+
+        Parameters
+        ----------
+        document : str or list of dict
+            Text, or the messages of a chat.
+
+        Returns
+        -------
+        bool
+            The same in every process and run.
+        """
+        digest = document_hash(document)
         return int(digest[:8], 16) < self._limit or digest in self._excluded

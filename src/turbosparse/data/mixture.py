@@ -1,10 +1,10 @@
 """A weighted mixture of sources, tokenised and packed into full sequences; resumable at the exact sequence.
 
-Every source has its own packed stream. The next sequence comes from the source that is furthest behind its share,
-so that the shares of tokens hold at every moment and no random choice has to be stored. Documents of a source are
-shuffled in blocks by (seed, source, epoch, block). A sequence is filled with whole documents up to its end; what
-is left of the last one starts the next sequence. ``position_ids`` start at 0 with each document, from which
-transformers derives a mask that keeps documents apart.
+Every source has its own packed stream. The next sequence comes from the source that is furthest behind its
+share, so that the shares of tokens hold at every moment and no random choice has to be stored. Documents of a
+source are shuffled in blocks by (seed, source, epoch, block). A sequence is filled with whole documents up to
+its end; what is left of the last one starts the next sequence. ``position_ids`` start at 0 with each
+document, from which transformers derives a mask that keeps documents apart.
 """
 
 import copy
@@ -41,6 +41,9 @@ class SourceCounts:
     tokens: int = 0
     held_out_documents: int = 0
     passes: int = 0
+
+
+_SPREAD = 100
 
 
 class _SourceStream:
@@ -100,7 +103,7 @@ class _SourceStream:
         if self.config.on_end == "error":
             raise DataError(
                 f"[{self.config.path}] expected enough documents for the run, got the end after "
-                f"{self.counts.documents} documents, {self.counts.tokens} tokens; set on_end to repeat or stop"
+                f"{self.counts.documents} documents, {self.counts.tokens} tokens; set on_end to repeat"
             )
         if self.config.on_end == "repeat":
             self._reader.seek(None)
@@ -109,8 +112,8 @@ class _SourceStream:
 
     def _fill_block(self) -> list[Document]:
         block: list[Document] = []
-        for document in iter(self._reader.read, None):
-            if self._split.is_held_out(document if isinstance(document, str) else repr(document)):
+        for document in self._reader:
+            if self._split.is_held_out(document):
                 self.counts.held_out_documents += 1
                 continue
             block.append(document)
@@ -231,7 +234,7 @@ class Mixture:
 def held_out_sequences(
     source: SourceConfig, encode: Encoder, *, split: HeldOutSplit | None, sequence_length: int, count: int
 ) -> Sequence[PackedSequence]:
-    """Pack the first held-out documents of a source for evaluation.
+    """Pack held-out documents of a source for evaluation, sequences spread evenly over what there is.
 
     Parameters
     ----------
@@ -249,15 +252,16 @@ def held_out_sequences(
     Returns
     -------
     sequence of PackedSequence
-        At most `count`, in the order of the source.
+        At most `count`, out of the source's first 100 times as many.
     """
     reader = open_reader(source, max_corrupt_percent=100)
     ids: list[int] = []
-    for document in iter(reader.read, None):
-        if len(ids) >= count * sequence_length:
+    for document in reader:
+        if len(ids) >= _SPREAD * count * sequence_length:
             break
-        if split is None or split.is_held_out(document if isinstance(document, str) else repr(document)):
+        if split is None or split.is_held_out(document):
             ids += encode(document)[0]
+    starts = range(0, len(ids) - sequence_length + 1, sequence_length)
+    rows = [ids[starts[i * len(starts) // count] :][:sequence_length] for i in range(min(count, len(starts)))]
     positions = list(range(sequence_length))
-    rows = [ids[i : i + sequence_length] for i in range(0, len(ids) - sequence_length + 1, sequence_length)]
-    return [PackedSequence(input_ids=row, position_ids=positions, labels=row) for row in rows[:count]]
+    return [PackedSequence(input_ids=row, position_ids=positions, labels=row) for row in rows]

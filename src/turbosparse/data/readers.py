@@ -1,14 +1,14 @@
 """Readers of documents from text, jsonl and parquet files and from Hugging Face datasets, all streaming.
 
-A reader yields one document at a time and can say where it stands (`tell`) and return there (`seek`); a position
-is plain JSON, so that a checkpoint can hold it.
+A reader yields one document at a time and can say where it stands (`tell`) and return there (`seek`); a
+position is plain JSON, so that a checkpoint can hold it.
 """
 
 import glob
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,16 +49,28 @@ class DocumentReader(ABC):
 
     @abstractmethod
     def seek(self, position: Any) -> None:
-        """Go to a position that `tell` returned, or to the start if it is None."""
+        """Go to a position.
+
+        Parameters
+        ----------
+        position : JSON value or None
+            What `tell` returned; None is the start.
+        """
 
     @abstractmethod
     def read(self) -> Document | None:
         """Return the next document, or None at the end."""
 
+    def __iter__(self) -> Iterator[Document]:
+        while (document := self.read()) is not None:
+            yield document
+
     def _count_corrupt(self, place: str, reason: str) -> None:
         self.corrupt += 1
         if self.corrupt == 1:
-            _LOG.warning("[%s] skipped an unreadable record: %s (further ones are only counted)", place, reason)
+            _LOG.warning(
+                "[%s] skipped an unreadable record: %s (further ones are only counted)", place, reason
+            )
         limit = self._max_corrupt_percent / 100 * max(self.records, _MIN_RECORDS_FOR_LIMIT)
         if self.corrupt > limit:
             raise DataError(
@@ -76,12 +88,17 @@ class DocumentReader(ABC):
         return None
 
 
+def _glob(pattern: str) -> list[str]:
+    """Return the paths of a pattern, which may be absolute, in order."""
+    return sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207 -- Path.glob refuses absolute patterns
+
+
 class _FileReader(DocumentReader):
     """Goes through the sorted files of a glob; subclasses read one file from an offset on."""
 
     def __init__(self, config: SourceConfig, max_corrupt_percent: float) -> None:
         super().__init__(config, max_corrupt_percent)
-        self.files = [Path(name) for name in sorted(glob.glob(config.path)) if Path(name).is_file()]
+        self.files = [Path(name) for name in _glob(config.path) if Path(name).is_file()]
         if not self.files:
             raise DataError(f"[{config.path}] expected a file or a dataset id, got nothing of that name")
         self.seek(None)
@@ -90,6 +107,8 @@ class _FileReader(DocumentReader):
         return [self._file, self._offset]
 
     def seek(self, position: Any) -> None:
+        self._file: int
+        self._offset: int
         self._file, self._offset = (0, 0) if position is None else position
         self._open: Iterator[tuple[Document, int]] | None = None
 
@@ -119,7 +138,8 @@ class _TextReader(_FileReader):
                 parts = (pending + chunk).split(separator)
                 pending = parts.pop() if chunk else b""
                 for part in parts:
-                    # The last part of a file may have no separator behind it; its offset is then past the end.
+                    # The last part of a file may have no separator behind it; its offset is then past the
+                    # end.
                     offset += len(part) + len(separator)
                     text = self._decode(part, path)
                     if text:
@@ -212,8 +232,20 @@ class _HubReader(DocumentReader):
         return None
 
 
-_BY_FORMAT = {"text": _TextReader, "jsonl": _JsonLinesReader, "parquet": _ParquetReader, "hub": _HubReader}
-_BY_SUFFIX = {".txt": "text", ".md": "text", ".rst": "text", ".jsonl": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
+_BY_FORMAT: dict[str, Callable[[SourceConfig, float], DocumentReader]] = {
+    "text": _TextReader,
+    "jsonl": _JsonLinesReader,
+    "parquet": _ParquetReader,
+    "hub": _HubReader,
+}
+_BY_SUFFIX = {
+    ".txt": "text",
+    ".md": "text",
+    ".rst": "text",
+    ".jsonl": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}
 
 
 def open_reader(config: SourceConfig, max_corrupt_percent: float = 1.0) -> DocumentReader:
@@ -238,7 +270,7 @@ def open_reader(config: SourceConfig, max_corrupt_percent: float = 1.0) -> Docum
     """
     kind = config.format
     if kind == "auto":
-        matches = glob.glob(config.path)
+        matches = _glob(config.path)
         name = Path(matches[0] if matches else config.path)
         kind = _BY_SUFFIX.get(name.suffix, "text" if matches else "hub")
     return _BY_FORMAT[kind](config, max_corrupt_percent)

@@ -42,14 +42,6 @@ def _fatrelu(x: Tensor, threshold: float) -> Tensor:
 class Activation:
     """An activation and its threshold; callable on the two projections of a gated FFN.
 
-    Parameters
-    ----------
-    name : str
-        One of `ACTIVATIONS`.
-    threshold : float, default 0.0
-        Cut-off of ``fatrelu`` and ``drelu`` or shift of ``shifted_relu``; at least 0, in units of the
-        projection's output. Must be 0 for the others.
-
     Raises
     ------
     ConfigError
@@ -63,7 +55,10 @@ class Activation:
     """
 
     name: str
+    """One of `ACTIVATIONS`."""
     threshold: float = 0.0
+    """Cut-off of ``fatrelu`` and ``drelu`` or shift of ``shifted_relu``, in units of the projection's
+    output; at least 0, and 0 for the others."""
 
     def __post_init__(self) -> None:
         if self.name not in ACTIVATIONS:

@@ -22,10 +22,31 @@ class FFNProbe(Protocol):
     """What may watch, and change, what one FFN computes."""
 
     def on_intermediate(self, intermediate: Tensor) -> None:
-        """Look at the input of the down projection, [..., F]."""
+        """Look at the input of the down projection.
+
+        Parameters
+        ----------
+        intermediate : Tensor of shape [..., F]
+            What the activation returned.
+        """
 
     def run(self, ffn: "GatedFFN | GatedExperts", x: Tensor, *routing: Tensor) -> Tensor:
-        """Call ``ffn.compute(x, *routing)`` and return the output to pass on."""
+        """Call ``ffn.compute(x, *routing)`` and return the output to pass on.
+
+        Parameters
+        ----------
+        ffn : GatedFFN or GatedExperts
+            The watched module.
+        x : Tensor of shape [..., D]
+            Its input.
+        *routing : Tensor
+            Indices and weights of experts.
+
+        Returns
+        -------
+        Tensor of shape [..., D]
+            What the module returns.
+        """
 
 
 class _ActivatedFFN(nn.Module):
@@ -56,7 +77,8 @@ class _ActivatedFFN(nn.Module):
 
 
 class GatedFFN(_ActivatedFFN):
-    """``down_proj(activation(gate_proj(x), up_proj(x)))``, with a fused ``gate_up_proj`` where the model has one.
+    """``down_proj(activation(gate_proj(x), up_proj(x)))``, with a fused ``gate_up_proj`` where the model has
+    one.
 
     Parameters
     ----------
@@ -109,7 +131,18 @@ class GatedFFN(_ActivatedFFN):
         return self.gate_proj(x), self.up_proj(x)
 
     def compute(self, x: Tensor) -> Tensor:
-        """Compute the FFN without its probe's `run`; as `forward`."""
+        """Compute the FFN without asking its probe.
+
+        Parameters
+        ----------
+        x : Tensor of shape [..., D]
+            Post-norm hidden state.
+
+        Returns
+        -------
+        Tensor of shape [..., D]
+            What is added to the residual.
+        """
         return self.down_proj(self._activate(*self.project(x)))
 
 
@@ -154,7 +187,22 @@ class GatedExperts(_ActivatedFFN):
         return self.probe.run(self, x, top_k_index, top_k_weights)
 
     def compute(self, x: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Compute the experts without the probe's `run`; as `forward`."""
+        """Compute the experts without asking the probe.
+
+        Parameters
+        ----------
+        x : Tensor of shape [N, D]
+            Post-norm hidden states.
+        top_k_index : Tensor of shape [N, k]
+            Experts chosen by the router.
+        top_k_weights : Tensor of shape [N, k]
+            Their weights.
+
+        Returns
+        -------
+        Tensor of shape [N, D]
+            What is added to the residual.
+        """
         output = torch.zeros_like(x)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
@@ -167,8 +215,21 @@ class GatedExperts(_ActivatedFFN):
 
 
 def is_gated_ffn(module: nn.Module) -> bool:
-    """Whether a module of a Hugging Face model is a gated FFN or a set of fused gated experts."""
-    if not (hasattr(module, "act_fn") or hasattr(module, "activation_fn")) or not hasattr(module, "down_proj"):
+    """Whether a module of a Hugging Face model is a gated FFN or a set of fused gated experts.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Any module.
+
+    Returns
+    -------
+    bool
+        Judged by the projections it has.
+    """
+    if not (hasattr(module, "act_fn") or hasattr(module, "activation_fn")) or not hasattr(
+        module, "down_proj"
+    ):
         return False
     return hasattr(module, "gate_up_proj") or (hasattr(module, "gate_proj") and hasattr(module, "up_proj"))
 
@@ -205,8 +266,8 @@ def replace_ffns(model: nn.Module, activation: Activation, original: Activation)
             replaced += 1
     if not replaced:
         raise ConfigError(
-            f"[{type(model).__name__}] expected a model with gated FFNs (gate_proj, up_proj, down_proj or a fused "
-            "gate_up_proj), got none"
+            f"[{type(model).__name__}] expected a model with gated FFNs (gate_proj, up_proj and "
+            "down_proj, or a fused gate_up_proj), got none"
         )
     return replaced
 

@@ -1,9 +1,9 @@
 """Hugging Face classes of swapped models, so that a saved one can never load as what it was before.
 
-An activation that transformers computes by itself (ReLU, ReLU^2 on the gate) is saved under the model's own type
-with another ``hidden_act``. Any other gets the type ``turbosparse_<base type>``: a subclass of the base model that
-swaps its FFNs when it is built. Without this package transformers refuses such a directory; with it,
-``AutoModelForCausalLM.from_pretrained`` works after `register` (which `load_model` calls).
+An activation that transformers computes by itself (ReLU, ReLU^2 on the gate) is saved under the model's own
+type with another ``hidden_act``. Any other gets the type ``turbosparse_<base type>``: a subclass of the base
+model that swaps its FFNs when it is built. Without this package transformers refuses such a directory; with
+it, ``AutoModelForCausalLM.from_pretrained`` works after `register` (which `load_model` calls).
 """
 
 import functools
@@ -101,8 +101,8 @@ def activation_of(model: Any) -> Activation:
 def swap_activation(model: Any, activation: Activation) -> Any:
     """Convert a built Hugging Face model to another FFN activation, from outside and in place.
 
-    The weights stay the same objects. Quality is lost until the model has been trained: SmolLM2-135M goes from
-    perplexity 17 to 6e5 by a swap to dReLU.
+    The weights stay the same objects. Quality is lost until the model has been trained: SmolLM2-135M goes
+    from perplexity 17 to 6e5 by a swap to dReLU.
 
     Parameters
     ----------
@@ -124,7 +124,7 @@ def swap_activation(model: Any, activation: Activation) -> Any:
     base_type = str(model.config.model_type).removeprefix(_PREFIX)
     if base_type not in MODEL_TYPES:
         raise ConfigError(
-            f"[{base_type}] expected a model with gated FFNs of type {', '.join(MODEL_TYPES)}, got {base_type!r}"
+            f"[swap] expected a model with gated FFNs of type {', '.join(MODEL_TYPES)}, got {base_type!r}"
         )
     if base_type != model.config.model_type:
         raise ConfigError(f"[swap] expected a model that is not swapped yet, got {activation_of(model)}")

@@ -54,7 +54,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.interrupted = True
-        _LOG.warning("%s: a checkpoint follows at the end of this step, then the run stops", signal.Signals(number).name)
+        _LOG.warning(
+            "%s: a checkpoint follows at the end of this step, then the run stops",
+            signal.Signals(number).name,
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Ask the Trainer for a checkpoint or an end."""
@@ -83,11 +86,13 @@ class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             number, handler = self._previous.popitem()
             signal.signal(number, handler)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Write a line of progress."""
-        if not state.is_world_process_zero or not logs or "loss" not in logs:
+        logs: dict[str, float] = kwargs.get("logs") or {}
+        if not state.is_world_process_zero or "loss" not in logs:
             return
-        line = f"step {state.global_step}/{state.max_steps} loss {logs['loss']:.4f} lr {logs['learning_rate']:.2e}"
+        line = f"step {state.global_step}/{state.max_steps} loss {logs['loss']:.4f}"
+        line += f" lr {logs['learning_rate']:.2e}"
         if "perplexity" in logs:
             line += f" perplexity {logs['perplexity']:.2f}"
         if "zeros" in logs:

@@ -7,7 +7,14 @@ from typing import Any
 
 from turbosparse.errors import TrainingError
 
-__all__ = ["COMPLETE_FILE", "checkpoint_steps", "check_identity", "latest_checkpoint", "read_identity", "sync_files"]
+__all__ = [
+    "COMPLETE_FILE",
+    "check_identity",
+    "checkpoint_steps",
+    "latest_checkpoint",
+    "read_identity",
+    "sync_files",
+]
 
 COMPLETE_FILE = "turbosparse_run.json"
 _PREFIX = "checkpoint-"
@@ -90,7 +97,9 @@ def check_identity(checkpoint: Path, expected: dict[str, Any]) -> None:
     identity = read_identity(checkpoint)
     for name, value in expected.items():
         if identity.get(name) != value:
-            raise TrainingError(f"[{checkpoint}] expected a checkpoint with {name} {value}, got {identity.get(name)}")
+            raise TrainingError(
+                f"[{checkpoint}] expected a checkpoint with {name} {value}, got {identity.get(name)}"
+            )
 
 
 def sync_files(directory: Path) -> None:

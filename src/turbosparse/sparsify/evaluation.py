@@ -35,7 +35,9 @@ def batch_of(sequences: Sequence[PackedSequence], device: Any = "cpu") -> dict[s
 
 
 @torch.no_grad()
-def mean_loss(model: Any, sequences: Sequence[PackedSequence], *, batch_size: int = 4, device: Any = "cpu") -> float:
+def mean_loss(
+    model: Any, sequences: Sequence[PackedSequence], *, batch_size: int = 4, device: Any = "cpu"
+) -> float:
     """Return the mean next-token cross entropy.
 
     Parameters
@@ -58,7 +60,9 @@ def mean_loss(model: Any, sequences: Sequence[PackedSequence], *, batch_size: in
     for start in range(0, len(sequences), batch_size):
         batch = batch_of(sequences[start : start + batch_size], device)
         logits = model(**batch, use_cache=False).logits[:, :-1].float()
-        loss = functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum")
+        loss = functional.cross_entropy(
+            logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum"
+        )
         total += float(loss)
         count += batch["input_ids"][:, 1:].numel()
     return total / count if count else math.nan

@@ -14,12 +14,12 @@ _TINY = 1e-12
 class _LogitDivergence(torch.autograd.Function):
     """KL(teacher || student), with the gradient computed in the forward pass.
 
-    The gradient by the student's logits is T * (q - p); with it at hand, nothing but one tensor of the logits' own
-    type has to be kept, where autograd would keep four in fp32.
+    The gradient by the student's logits is T * (q - p); with it at hand, nothing but one tensor of the
+    logits' own type has to be kept, where autograd would keep four in fp32.
     """
 
     @staticmethod
-    def forward(  # noqa: PLR0913 -- the signature autograd asks for
+    def forward(
         ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor, temperature: float, top_k: int
     ) -> Tensor:
         total = student.new_zeros((), dtype=torch.float32)
@@ -38,13 +38,13 @@ class _LogitDivergence(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = ctx.saved_tensors
         return gradient * upstream, None, None, None, None
 
 
 def _keep_top(log_p: Tensor, log_q: Tensor, k: int) -> Tensor:
-    """Spread the teacher's mass outside its top k as the student does: then only the size of the rest is learnt."""
+    """Spread the teacher's mass outside its top k as the student does: only its size is learnt."""
     values, index = log_p.topk(k, dim=-1)
     rest_p = torch.log1p(-values.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
     rest_q = torch.log1p(-log_q.gather(-1, index).exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
@@ -52,7 +52,12 @@ def _keep_top(log_p: Tensor, log_q: Tensor, k: int) -> Tensor:
 
 
 def logit_divergence(
-    student: Tensor, teacher: Tensor, *, weight: Tensor | None = None, temperature: float = 1.0, top_k: int = 0
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    weight: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int = 0,
 ) -> Tensor:
     """Return the mean KL divergence of the student's next-token distributions from the teacher's.
 

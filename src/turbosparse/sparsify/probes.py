@@ -1,6 +1,7 @@
 """What watches the FFNs while they train: counts of zeros, L1, and regression against the original FFNs."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ class LayerProbe:
         self.reference: GatedFFN | GatedExperts | None = None
         self.teacher_forced = False
         self.keeps_l1 = False
+        self.watching = False
         self.l1: list[Tensor] = []
         self.errors: list[Tensor] = []
         self._zeros: Tensor | None = None
@@ -25,11 +27,15 @@ class LayerProbe:
 
     def on_intermediate(self, intermediate: Tensor) -> None:
         """Count zeros of the input of the down projection, [..., F], and keep its mean magnitude."""
-        zeros = intermediate.numel() - intermediate.detach().count_nonzero()
-        self._zeros = zeros if self._zeros is None else self._zeros + zeros
-        self._values += intermediate.numel()
+        if self.watching:
+            zeros = intermediate.numel() - intermediate.detach().count_nonzero()
+            self._zeros = zeros if self._zeros is None else self._zeros + zeros
+            self._values += intermediate.numel()
         if self.keeps_l1 and torch.is_grad_enabled():
-            self.l1.append(intermediate.abs().float().mean())
+            # Under activation checkpointing this is computed again in the backward pass; it is kept once.
+            l1 = intermediate.abs().float().mean()
+            if self.watching:
+                self.l1.append(l1)
 
     def run(self, ffn: GatedFFN | GatedExperts, x: Tensor, *routing: Tensor) -> Tensor:
         """Run the FFN and compare it with the reference on the same input."""
@@ -39,7 +45,9 @@ class LayerProbe:
         output = ffn.compute(x.detach() if self.teacher_forced else x, *routing)
         with torch.no_grad():
             expected: Tensor = self.reference.compute(x, *routing)
-        self.errors.append(relative_error(output, expected))
+        error = relative_error(output, expected)
+        if self.watching:
+            self.errors.append(error)
         return expected.to(output.dtype) if self.teacher_forced else output
 
     def take_counts(self) -> tuple[int, int]:
@@ -71,6 +79,17 @@ class ProbeSet:
     def __iter__(self) -> Iterator[LayerProbe]:
         return iter(self._probes.values())
 
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Count and keep within this block, not where activations are recomputed."""
+        for probe in self:
+            probe.watching = True
+        try:
+            yield
+        finally:
+            for probe in self:
+                probe.watching = False
+
     def keep_l1(self) -> None:
         """Keep the mean |intermediate state| of each call for the loss."""
         for probe in self:
@@ -84,8 +103,8 @@ class ProbeSet:
         teacher : nn.Module
             The original model, its FFNs replaced by `GatedFFN` modules that compute the original activation.
         teacher_forced : bool
-            Pass the original output on, so that every layer sees the states of the original model and learns by
-            itself.
+            Pass the original output on, so that every layer sees the states of the original model and learns
+            by itself.
         """
         references = gated_ffns(teacher)
         for name, probe in self._probes.items():

@@ -1,4 +1,4 @@
-"""The recipe of a run: frozen settings, filled from a TOML file, from ``section.field=value`` settings, or in Python."""
+"""The recipe of a run: frozen settings, filled from a TOML file, ``field=value`` settings, or in Python."""
 
 import dataclasses
 import sys
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from turbosparse.data.config import DataConfig, SourceConfig
+from turbosparse.data.config import DataConfig
 from turbosparse.errors import ConfigError
 from turbosparse.models.activations import parse_activation
 
@@ -18,7 +18,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["LossWeights", "Recipe", "StageConfig", "load_recipe", "recipe_from_dict"]
+__all__ = [
+    "LossWeights",
+    "Recipe",
+    "StageConfig",
+    "load_recipe",
+    "quick_recipe",
+    "recipe_from_dict",
+    "recipe_to_dict",
+]
 
 SCHEDULES = ("wsd", "cosine", "constant")
 TRAINABLE = ("ffn", "all", "all_but_embeddings")
@@ -52,7 +60,9 @@ class LossWeights:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             _check(value >= 0, f"loss.{item.name}", "a weight of at least 0", value)
-        _check(any(dataclasses.astuple(self)), "loss", "at least one weight above 0", dataclasses.asdict(self))
+        _check(
+            any(dataclasses.astuple(self)), "loss", "at least one weight above 0", dataclasses.asdict(self)
+        )
 
     @property
     def needs_teacher(self) -> bool:
@@ -120,12 +130,24 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         place = f"stages.{self.name}"
-        _check(self.name.replace("-", "").replace("_", "").isalnum(), "stages.name", "letters and digits", self.name)
+        _check(
+            self.name.replace("-", "").replace("_", "").isalnum(),
+            "stages.name",
+            "letters and digits",
+            self.name,
+        )
         _check(self.learning_rate > 0, f"{place}.learning_rate", "a rate above 0", self.learning_rate)
         _check(self.batch_sequences >= 1, f"{place}.batch_sequences", "at least 1", self.batch_sequences)
         _check(self.micro_batch >= 1, f"{place}.micro_batch", "at least 1", self.micro_batch)
-        _check(self.schedule in SCHEDULES, f"{place}.schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
-        _check(self.trainable in TRAINABLE, f"{place}.trainable", f"one of {', '.join(TRAINABLE)}", self.trainable)
+        _check(
+            self.schedule in SCHEDULES, f"{place}.schedule", f"one of {', '.join(SCHEDULES)}", self.schedule
+        )
+        _check(
+            self.trainable in TRAINABLE,
+            f"{place}.trainable",
+            f"one of {', '.join(TRAINABLE)}",
+            self.trainable,
+        )
         _check(self.l1_ramp in RAMPS, f"{place}.l1_ramp", f"one of {', '.join(RAMPS)}", self.l1_ramp)
         _check(self.temperature > 0, f"{place}.temperature", "a temperature above 0", self.temperature)
         _check(0 <= self.beta1 < 1, f"{place}.beta1", "0 to 1", self.beta1)
@@ -183,7 +205,7 @@ class Recipe:
     from_scratch: bool = False
     """Start from random weights of the model's configuration instead of its own."""
     align_signs: bool = True
-    """Before a swap to dReLU, flip neurons (up and down together) whose output mostly has a negative up value."""
+    """Before a swap to dReLU, flip neurons (up and down) whose output mostly has a negative up value."""
     seed: int = 0
     """Of weights, data order and dropout."""
     precision: str = "auto"
@@ -199,7 +221,9 @@ class Recipe:
     evaluate_tokens: int = 100_000
     """Tokens between evaluations; 0 evaluates only at the start and the end of a stage."""
     evaluation_sequences: int = 16
-    """Sequences per held-out source and evaluation, at least 1."""
+    """Sequences per evaluation of each held-out source, and a quarter of it of each training source's
+    held-out
+    documents; at least 1."""
     fsdp: bool = False
     """Shard parameters, gradients and optimizer over the processes (FSDP2)."""
 
@@ -262,13 +286,13 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     path : Path
         A TOML file.
     settings : sequence of str
-        ``field=value``, ``section.field=value`` or ``stages.NAME.field=value``; values in TOML syntax, bare words
-        are taken as strings.
+        ``field=value``, ``section.field=value`` or ``stages.NAME.field=value``; values in TOML syntax, bare
+        words are taken as strings.
 
     Returns
     -------
     Recipe
-        The checked recipe. Relative source paths count from the recipe's directory.
+        The checked recipe.
 
     Raises
     ------
@@ -281,6 +305,54 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"[{path}] expected a recipe file, got: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"[{path}] expected TOML, got: {error}") from error
+    for setting in settings:
+        _apply(values, setting)
+    return recipe_from_dict(values)
+
+
+def quick_recipe(texts: Sequence[str], tokens: int, settings: Sequence[str] = ()) -> Recipe:
+    """Return a recipe for a first try: a tenth of the tokens as FFN regression, the rest as distillation.
+
+    Parameters
+    ----------
+    texts : sequence of str
+        Training text, in equal shares.
+    tokens : int
+        Tokens of the whole run.
+    settings : sequence of str
+        As in `load_recipe`; `model` and `output` must be among them.
+
+    Returns
+    -------
+    Recipe
+        The checked recipe.
+
+    Raises
+    ------
+    ConfigError
+        If a field is wrong.
+    """
+    values: dict[str, Any] = {
+        "data": {"sequence_length": 256, "sources": [{"path": text} for text in texts]},
+        "stages": [
+            {
+                "name": "regression",
+                "tokens": tokens // 10,
+                "loss": {"ffn_output": 1.0},
+                "learning_rate": 1e-3,
+                "batch_sequences": 4,
+            },
+            {
+                "name": "distillation",
+                "tokens": tokens - tokens // 10,
+                "loss": {"logits": 1.0},
+                "learning_rate": 5e-4,
+                "batch_sequences": 8,
+                "trainable": "all_but_embeddings",
+                "decay_tokens": (tokens - tokens // 10) // 5,
+            },
+        ],
+    }
     for setting in settings:
         _apply(values, setting)
     return recipe_from_dict(values)
@@ -319,7 +391,9 @@ def _build(kind: type[_T], values: Mapping[str, Any], place: str) -> _T:
     missing = [
         name
         for name, item in fields.items()
-        if name not in values and item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
+        if name not in values
+        and item.default is dataclasses.MISSING
+        and item.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"[{place}] expected the fields {', '.join(missing)}, got none")
@@ -332,7 +406,9 @@ def _convert(hint: Any, value: Any, place: str) -> Any:
     if typing.get_origin(hint) is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"[{place}] expected a list, got {value!r}")
-        return tuple(_convert(typing.get_args(hint)[0], item, f"{place}[{i}]") for i, item in enumerate(value))
+        return tuple(
+            _convert(typing.get_args(hint)[0], item, f"{place}[{i}]") for i, item in enumerate(value)
+        )
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast("type[Any]", hint), value, place)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -356,6 +432,3 @@ def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
         JSON-able.
     """
     return dataclasses.asdict(recipe)
-
-
-__all__ += ["SourceConfig", "recipe_to_dict"]

@@ -1,13 +1,15 @@
-"""A run: its stages one after another, each resumable, the models they leave, and the record of what was done."""
+"""A run: its stages one after another, each resumable, the models they leave, the record of it all."""
 
 import dataclasses
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
 from transformers.trainer_utils import set_seed
 
-import turbosparse
 from turbosparse.data.config import DataConfig, SourceConfig
 from turbosparse.data.encoding import make_encoder
 from turbosparse.data.held_out import HeldOutSplit, document_hash
@@ -60,8 +61,8 @@ def run_recipe(recipe: Recipe, *, control: bool = False, from_checkpoint: Path |
     recipe : Recipe
         The whole run.
     control : bool, default False
-        Train the unswapped model on the same tokens; losses that need a swapped FFN are left out, and stages without
-        any other loss are trained on the next token.
+        Train the unswapped model on the same tokens; losses that need a swapped FFN are left out, and stages
+        without any other loss are trained on the next token.
     from_checkpoint : Path, optional
         Start from a checkpoint of another run, in the stage that wrote it, such as to take a decayed copy.
 
@@ -122,7 +123,9 @@ def control_recipe(recipe: Recipe) -> Recipe:
             activation_l1=0.0,
             next_token=stage.loss.next_token or float(not (stage.loss.logits or stage.loss.hidden_states)),
         )
-        stages.append(dataclasses.replace(stage, loss=loss, trainable="all", blend_tokens=0, threshold_tokens=0))
+        stages.append(
+            dataclasses.replace(stage, loss=loss, trainable="all", blend_tokens=0, threshold_tokens=0)
+        )
     return dataclasses.replace(recipe, stages=tuple(stages), align_signs=False)
 
 
@@ -130,7 +133,9 @@ def _stages_from(stages: list[StageConfig], checkpoint: Path) -> list[StageConfi
     name = read_identity(checkpoint)["stage"]
     names = [stage.name for stage in stages]
     if name not in names:
-        raise ConfigError(f"[{checkpoint}] expected a checkpoint of a stage of {', '.join(names)}, got one of {name}")
+        raise ConfigError(
+            f"[{checkpoint}] expected a checkpoint of a stage of {', '.join(names)}, got one of {name}"
+        )
     return stages[names.index(name) :]
 
 
@@ -199,12 +204,7 @@ class _Stage:
         finally:
             callback.release()
         if trainer.state.global_step < trainer.state.max_steps:
-            if callback.interrupted:
-                return False
-            raise DataError(
-                f"[{self.stage.name}] expected {trainer.state.max_steps} steps of text, got the end of all sources "
-                f"after {trainer.state.global_step}"
-            )
+            return False
         self._save_model(trainer)
         return True
 
@@ -247,11 +247,13 @@ class _Stage:
 
     def _load_teacher(self, device: Any) -> Any:
         loss = self.stage.loss
-        needs_signs = self.recipe.align_signs and self._starts_fresh()
+        needs_signs = self.recipe.align_signs and self._starts_fresh() and not self.recipe.from_scratch
         if not (loss.needs_teacher or loss.ffn_output or needs_signs):
             return None
         if self.recipe.from_scratch:
-            raise ConfigError("[from_scratch] expected next_token and activation_l1 losses only, got one of a teacher")
+            raise ConfigError(
+                "[from_scratch] expected next_token and activation_l1 losses only, got one of a teacher"
+            )
         dtype = torch.bfloat16 if _has_bf16() and self.recipe.precision != "fp32" else torch.float32
         teacher = load_model(self.recipe.model, dtype=dtype)
         replace_ffns(teacher, activation_of(teacher), activation_of(teacher))
@@ -268,7 +270,9 @@ class _Stage:
                 replace_ffns(model, activation_of(model), activation_of(model))
             return model
         if recipe.from_scratch:
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(recipe.model), dtype=torch.float32)
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(recipe.model), dtype=torch.float32
+            )
         else:
             model = load_model(recipe.model, dtype=torch.float32)
         if self.control:
@@ -279,7 +283,10 @@ class _Stage:
         if recipe.align_signs and teacher is not None and self._starts_fresh() and activation.name == "drelu":
             batches = [batch_of([row], teacher.device) for row in self._calibration()]
             share = align_signs(model, teacher, batches)
-            _LOG.info("flipped %.1f %% of the neurons, so that most of their output has a positive up value", share * 100)
+            _LOG.info(
+                "flipped %.1f %% of the neurons, so that most of their output has a positive up value",
+                share * 100,
+            )
         return model
 
     def _calibration(self) -> list[PackedSequence]:
@@ -290,21 +297,40 @@ class _Stage:
         model = trainer.model
         was_training = model.training
         model.eval()
-        training_zeros = trainer.probes.take_counts()
-        record: dict[str, Any] = {"event": "evaluation", "tokens": trainer.state.global_step * self._step_tokens()}
-        with trainer.accelerator.autocast():
-            for name, rows in self.evaluation.items():
-                loss = mean_loss(model, rows, batch_size=self.stage.micro_batch, device=trainer.args.device)
-                record[f"perplexity_{name}"] = float(torch.tensor(loss, dtype=torch.float64).exp())
+        training_counts = trainer.probes.take_counts()
+        record: dict[str, Any] = {
+            "event": "evaluation",
+            "tokens": trainer.state.global_step * self._step_tokens(),
+        }
+        with trainer.probes.watch():
+            record |= self._perplexities(trainer, model)
         zeros = trainer.probes.take_zeros()
         if any(zeros):
             record["zeros"] = sum(zeros) / len(zeros)
             record["zeros_per_layer"] = [round(share, 5) for share in zeros]
-        trainer.probes.put_counts(training_zeros)
+        trainer.probes.put_counts(training_counts)
         model.train(was_training)
+        self._report(trainer, record)
+        if trainer.state.global_step == 0 and trainer.teacher is not None:
+            self._report(trainer, {"event": "original", **self._perplexities(trainer, trainer.teacher)})
+
+    def _perplexities(self, trainer: StageTrainer, model: Any) -> dict[str, float]:
+        perplexities = {}
+        with trainer.accelerator.autocast():
+            for name, rows in self.evaluation.items():
+                loss = mean_loss(model, rows, batch_size=self.stage.micro_batch, device=trainer.args.device)
+                perplexities[f"perplexity_{name}"] = math.exp(min(loss, 700.0))
+        return perplexities
+
+    def _report(self, trainer: StageTrainer, record: dict[str, Any]) -> None:
         trainer.write_metrics(record)
-        text = ", ".join(f"{key.removeprefix('perplexity_')} {value:.2f}" for key, value in record.items() if "perpl" in key)
-        _LOG.info("held-out perplexity: %s; zeros %.1f %%", text, 100 * record.get("zeros", 0.0))
+        text = ", ".join(
+            f"{name.removeprefix('perplexity_')} {value:.2f}"
+            for name, value in record.items()
+            if name.startswith("perp")
+        )
+        zeros = f"; zeros {record['zeros']:.1%}" if "zeros" in record else ""
+        _LOG.info("[%s] held-out perplexity: %s%s", record["event"], text, zeros)
 
     def _step_tokens(self) -> int:
         return self.stage.batch_sequences * self.data.sequence_length
@@ -320,7 +346,7 @@ class _Stage:
             "sources": {
                 source.path: _file_hash(source) for source in (*self.data.sources, *self.data.held_out)
             },
-            "versions": {"turbosparse": turbosparse.__version__, "torch": torch.__version__},
+            "versions": {name: _version(name) for name in ("turbosparse", "torch", "transformers")},
             "machine": platform.processor() or platform.machine(),
         }
         (self.directory / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
@@ -332,7 +358,7 @@ class _Stage:
         if trainer.is_world_process_zero():
             self.stream.save(trainer.state.global_step, staging)
             sync_files(staging)
-            os.replace(staging, final)
+            staging.replace(final)
             drawn = json.loads((final / DATA_STATE_FILE).read_text(encoding="utf-8"))["drawn"]
             (self.directory / "data_drawn.json").write_text(json.dumps(drawn, indent=1), encoding="utf-8")
         trainer.accelerator.wait_for_everyone()
@@ -355,12 +381,13 @@ def _evaluation_text(
 ) -> dict[str, Sequence[PackedSequence]]:
     texts: dict[str, Sequence[PackedSequence]] = {}
     for source in (*data.held_out, *data.sources):
+        own = source in data.held_out
         rows = held_out_sequences(
             source,
             encode,
-            split=None if source in data.held_out else split,
+            split=None if own else split,
             sequence_length=data.sequence_length,
-            count=recipe.evaluation_sequences,
+            count=recipe.evaluation_sequences if own else max(recipe.evaluation_sequences // 4, 1),
         )
         if rows:
             texts[Path(source.path).stem] = rows
@@ -371,10 +398,10 @@ def _evaluation_text(
 
 def _document_hashes(source: SourceConfig) -> list[str]:
     reader = open_reader(source)
-    documents = [text if isinstance(text, str) else repr(text) for text in iter(reader.read, None)]
-    if not documents:
+    hashes = [document_hash(document) for document in reader]
+    if not hashes:
         raise DataError(f"[{source.path}] expected documents to hold out, got none")
-    return [document_hash(text) for text in documents]
+    return hashes
 
 
 def _file_hash(source: SourceConfig) -> str:
@@ -386,6 +413,13 @@ def _file_hash(source: SourceConfig) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # used from a source tree
+        return "not installed"
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -1,4 +1,4 @@
-"""How learning rate, L1 weight and activation change over the tokens of a stage; pure functions of the step."""
+"""How learning rate, L1 weight and activation change over a stage; pure functions."""
 
 import math
 
@@ -32,8 +32,8 @@ def learning_rate_factor(
 
     Notes
     -----
-    The stable phase of ``wsd`` does not depend on `steps`, so a run can be extended, and a decayed copy be taken
-    from any of its checkpoints (MiniCPM, arXiv 2404.06395).
+    The stable phase of ``wsd`` does not depend on `steps`, so a run can be extended, and a decayed copy be
+    taken from any of its checkpoints (MiniCPM, arXiv 2404.06395).
 
     Examples
     --------

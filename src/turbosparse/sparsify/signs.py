@@ -1,8 +1,8 @@
 """Choose the sign of each neuron's up projection before a swap to dReLU.
 
-``act(gate) * up * down`` does not change when a neuron's row of up and its column of down both change sign, but
-dReLU keeps only the part where up is positive. Calibration text tells on which side most of a neuron's output
-lies; neurons on the wrong side are flipped.
+``act(gate) * up * down`` does not change when a neuron's row of up and its column of down both change sign,
+but dReLU keeps only the part where up is positive. Calibration text tells on which side most of a neuron's
+output lies; neurons on the wrong side are flipped.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,8 @@ def align_signs(model: nn.Module, original: nn.Module, batches: Iterable[dict[st
     model : nn.Module
         The swapped model; its weights are changed in place.
     original : nn.Module
-        The model before the swap, its FFNs replaced by `GatedFFN` modules that compute the original activation.
+        The model before the swap, its FFNs replaced by `GatedFFN` modules that compute the original
+        activation.
     batches : iterable of dict of Tensor
         Calibration text as model inputs; a few thousand tokens are enough.
 
@@ -37,18 +38,19 @@ def align_signs(model: nn.Module, original: nn.Module, batches: Iterable[dict[st
 
     Notes
     -----
-    The energy of a neuron on one side is the sum over tokens of (max(0, gate) * up)^2. Experts are left as they are.
+    The energy of a neuron on one side is the sum over tokens of (max(0, gate) * up)^2. Experts are left as
+    they are.
     """
     energies: dict[str, Tensor] = {}
     sources = {name: ffn for name, ffn in gated_ffns(original).items() if isinstance(ffn, GatedFFN)}
 
-    def add_energy(name: str, ffn: GatedFFN, inputs: tuple[Any, ...]) -> None:
+    def _add_energy(name: str, ffn: GatedFFN, inputs: tuple[Any, ...]) -> None:
         gate, up = ffn.project(inputs[0])
         signed = torch.relu(gate).square() * up * up.abs()  # energy, with the sign of up
         energy = signed.double().flatten(0, -2).sum(0)  # [F]
         energies[name] = energies[name] + energy if name in energies else energy
 
-    hooks = [ffn.register_forward_pre_hook(partial(add_energy, name)) for name, ffn in sources.items()]
+    hooks = [ffn.register_forward_pre_hook(partial(_add_energy, name)) for name, ffn in sources.items()]
     try:
         for batch in batches:
             original(**batch, use_cache=False)

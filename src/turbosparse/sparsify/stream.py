@@ -48,11 +48,19 @@ class SequenceStream(IterableDataset):  # type: ignore[type-arg, unused-ignore]
             position_ids = torch.tensor(sequence.position_ids)
             labels = torch.tensor(sequence.labels)
             labels[position_ids == 0] = IGNORED_LABEL
-            yield {"input_ids": torch.tensor(sequence.input_ids), "position_ids": position_ids, "labels": labels}
+            yield {
+                "input_ids": torch.tensor(sequence.input_ids),
+                "position_ids": position_ids,
+                "labels": labels,
+            }
             rows += 1
             if rows == self._batch_sequences:
                 step, rows = step + 1, 0
                 self._remember(step)
+        raise DataError(
+            f"[data] expected text for the whole stage, got the end of all sources in step {step + 1}; "
+            "set on_end to repeat, or train on fewer tokens"
+        )
 
     def _remember(self, step: int) -> None:
         self._states.append((step, self.mixture.state(), self.mixture.report()))

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -62,6 +61,7 @@ class StageTrainer(Trainer):
         **trainer_arguments: Any,
     ) -> None:
         super().__init__(train_dataset=stream, **trainer_arguments)
+        self.lr_scheduler: Any
         self.stage = stage
         self.stream = stream
         self.teacher = teacher
@@ -95,20 +95,27 @@ class StageTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Return this micro-batch's part of the step's loss, so that the parts add up to the mean over all tokens."""
+        """Return this micro-batch's part of the step's loss; the parts add up to the mean over all tokens."""
         loss = self.stage.loss
         labels = inputs["labels"][:, 1:]
         self._sequence_length = inputs["input_ids"].shape[1]
-        model_inputs = {"input_ids": inputs["input_ids"], "position_ids": inputs["position_ids"], "use_cache": False}
+        model_inputs = {
+            "input_ids": inputs["input_ids"],
+            "position_ids": inputs["position_ids"],
+            "use_cache": False,
+        }
         self._set_progress()
-        outputs = model(
-            **model_inputs,
-            output_hidden_states=loss.hidden_states > 0,
-            logits_to_keep=1 if loss.is_regression_only else 0,
-        )
+        with self.probes.watch():
+            outputs = model(
+                **model_inputs,
+                output_hidden_states=loss.hidden_states > 0,
+                logits_to_keep=1 if loss.is_regression_only else 0,
+            )
         learnt = labels != IGNORED_LABEL
         items = learnt.sum() if num_items_in_batch is None else num_items_in_batch
-        by_item = learnt.sum() * self.accelerator.num_processes / items  # this micro-batch's share of the labels
+        by_item = (
+            learnt.sum() * self.accelerator.num_processes / items
+        )  # this micro-batch's share of the labels
         parts: dict[str, tuple[float, Tensor]] = {}
         if loss.needs_teacher:
             with torch.no_grad():
@@ -116,10 +123,15 @@ class StageTrainer(Trainer):
             parts |= self._teacher_losses(outputs, expected, learnt, by_item)
         if loss.next_token:
             logits = outputs.logits[:, :-1][learnt].float()
-            parts["next_token"] = (loss.next_token, functional.cross_entropy(logits, labels[learnt]) * by_item)
+            parts["next_token"] = (
+                loss.next_token,
+                functional.cross_entropy(logits, labels[learnt]) * by_item,
+            )
         l1, ffn_error, layer_errors = self.probes.take_losses()
         if l1 is not None:
-            weight = loss.activation_l1 * ramp(self._tokens_done(), self.stage.l1_ramp_tokens, self.stage.l1_ramp)
+            weight = loss.activation_l1 * ramp(
+                self._tokens_done(), self.stage.l1_ramp_tokens, self.stage.l1_ramp
+            )
             parts["activation_l1"] = (weight, l1 / self._accumulation)
         if ffn_error is not None:
             parts["ffn_output"] = (loss.ffn_output, ffn_error / self._accumulation)
@@ -165,9 +177,10 @@ class StageTrainer(Trainer):
         """Run one micro-batch; stop before the weights can change if its loss is not finite."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         if not math.isfinite(float(loss)):
+            step = self.state.global_step + 1
             raise TrainingError(
-                f"[{self.stage.name}] expected a finite loss, got {float(loss)} at step {self.state.global_step + 1}; "
-                "the checkpoints before it are intact: lower the learning rate or start from one of them"
+                f"[{self.stage.name}] expected a finite loss, got {float(loss)} at step {step}; the "
+                "checkpoints before it are intact: lower the learning rate or start from one of them"
             )
         return loss
 
@@ -177,7 +190,7 @@ class StageTrainer(Trainer):
             sequence_length = self.stream.mixture.sequence_length
             step_tokens = self.stage.batch_sequences * sequence_length
 
-            def factor(step: int) -> float:
+            def _factor(step: int) -> float:
                 return learning_rate_factor(
                     step,
                     steps=num_training_steps,
@@ -187,14 +200,25 @@ class StageTrainer(Trainer):
                     final=self.stage.final_learning_rate / self.stage.learning_rate,
                 )
 
-            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, factor)
+            self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, _factor)
             self._created_lr_scheduler = True
         return self.lr_scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both, but let the recipe decide the learning rate, so that a run can go on with another."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler = self.lr_scheduler
+        peak = self.stage.learning_rate
+        scheduler.base_lrs = [peak] * len(self.optimizer.param_groups)
+        for group in self.optimizer.param_groups:
+            group["initial_lr"] = peak
+            group["lr"] = peak * scheduler.lr_lambdas[0](scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     # Metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add loss parts, zeros per layer and speed to what the Trainer logs, and append it to the metrics file."""
+        """Add loss parts, zeros per layer and speed to what the Trainer logs; append it to the metrics."""
         record: dict[str, Any] = dict(logs)
         if "loss" in logs:
             record |= self._take_training_metrics()
@@ -236,7 +260,12 @@ class StageTrainer(Trainer):
         """
         if not self.is_world_process_zero():
             return
-        line = {"stage": self.stage.name, "step": self.state.global_step, "time": round(time.time(), 1), **record}
+        line = {
+            "stage": self.stage.name,
+            "step": self.state.global_step,
+            "time": round(time.time(), 1),
+            **record,
+        }
         with self._metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
@@ -273,7 +302,7 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         if is_main:
             shutil.rmtree(root / name, ignore_errors=True)
-            os.replace(staging / name, root / name)
+            (staging / name).replace(root / name)
             shutil.rmtree(staging, ignore_errors=True)
             for step in checkpoint_steps(root)[: -self._keep_checkpoints]:
                 shutil.rmtree(root / f"checkpoint-{step}", ignore_errors=True)

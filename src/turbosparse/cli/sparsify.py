@@ -1,0 +1,110 @@
+"""Replace a model's FFN activation by one with exact zeros and train it until it works again.
+
+What to do stands in a recipe (TOML; see examples/), or for a quick start in --model, --text, --output and
+--tokens. The same command goes on with an interrupted run, and works under torchrun and accelerate launch.
+"""
+
+import argparse
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from turbosparse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from turbosparse.sparsify.recipe import Recipe
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the verb.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        The verb's parser.
+    """
+    parser.add_argument("recipe", nargs="?", type=Path, help="recipe file (TOML)")
+    parser.add_argument("--model", help="Hugging Face directory or id of the model to start from")
+    parser.add_argument("--output", help="directory of the run")
+    parser.add_argument("--activation", help="new FFN activation, NAME or NAME:THRESHOLD (default: drelu)")
+    parser.add_argument(
+        "--text", action="append", default=[], help="training text without a recipe; may be repeated"
+    )
+    parser.add_argument("--tokens", type=int, help="training tokens without a recipe (default: 1000000)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="settings",
+        metavar="FIELD=VALUE",
+        help="override a field, such as data.sequence_length=256 or stages.NAME.learning_rate=1e-4",
+    )
+    parser.add_argument("--from-checkpoint", type=Path, help="start from a checkpoint of another run")
+    parser.add_argument("--control", action="store_true", help="train the unswapped model on the same tokens")
+    parser.add_argument("--dry-run", action="store_true", help="show memory, steps and time, then stop")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the verb.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        Parsed options.
+
+    Returns
+    -------
+    int
+        0 done, 130 stopped by a signal with a checkpoint written.
+    """
+    recipe = _recipe(args)
+    if args.dry_run:
+        _print_estimate(recipe)
+        return 0
+    from turbosparse.sparsify.run import run_recipe
+
+    if os.environ.get("RANK", "0") == "0":
+        logging.getLogger("turbosparse").setLevel(
+            min(logging.getLogger("turbosparse").getEffectiveLevel(), logging.INFO)
+        )
+    result = run_recipe(recipe, control=args.control, from_checkpoint=args.from_checkpoint)
+    if not result.finished:
+        print("stopped; the same command goes on from the checkpoint")  # noqa: T201 -- the verb's output
+        return 130
+    print(result.model)  # noqa: T201 -- the verb's output
+    return 0
+
+
+def _recipe(args: argparse.Namespace) -> "Recipe":
+    from turbosparse.sparsify.recipe import load_recipe, quick_recipe
+
+    settings = [*args.settings]
+    for name in ("model", "output", "activation"):
+        value = getattr(args, name)
+        if value is not None:
+            settings.append(f"{name}='{value}'")
+    if args.recipe is not None:
+        if args.text or args.tokens is not None:
+            raise ConfigError("[sparsify] expected a recipe or --text and --tokens, got both")
+        return load_recipe(args.recipe, settings)
+    if not args.text or args.model is None or args.output is None:
+        raise ConfigError("[sparsify] expected a recipe file, or --model, --text and --output")
+    return quick_recipe(args.text, args.tokens or 1_000_000, settings)
+
+
+def _print_estimate(recipe: "Recipe") -> None:
+    from turbosparse.cli.console import console
+    from turbosparse.sparsify.estimate import estimate_run, measure_flops
+
+    flops = measure_flops(bf16=recipe.precision != "fp32")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    out = console()
+    out.print(f"measured {flops / 1e9:.0f} GFLOP/s per process, {processes} process(es)")
+    for stage in estimate_run(recipe, flops=flops, processes=processes):
+        out.print(
+            f"{stage.name}: {stage.tokens:,} tokens in {stage.steps:,} steps, {stage.memory_gb:.1f} GB per "
+            f"process plus activations, {stage.flops_per_token / 1e9:.2f} GFLOP/token, {stage.hours:.1f} h"
+        )

@@ -1,0 +1,50 @@
+"""Text and chats to tokens."""
+
+from typing import Any
+
+import pytest
+
+from tests.tiny_hf import make_tokenizer
+from turbosparse.data.encoding import IGNORED_LABEL, make_encoder
+from turbosparse.errors import DataError
+
+CHAT = [
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "sure?"},
+    {"role": "assistant", "content": "yes"},
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return make_tokenizer()
+
+
+def test_text_ends_with_the_end_token(tokenizer: Any) -> None:
+    ids, labels = make_encoder(tokenizer)("abc")
+    assert ids[-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(ids[:-1]) == "abc"
+    assert labels == ids
+
+
+def test_only_answers_are_learnt(tokenizer: Any) -> None:
+    ids, labels = make_encoder(tokenizer, answers_only=True)(CHAT)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(CHAT, tokenize=False)
+    learnt = [label for label in labels if label != IGNORED_LABEL]
+    assert tokenizer.decode(learnt) == "4\nyes\n"
+    assert all(label in (IGNORED_LABEL, token) for token, label in zip(ids, labels, strict=True))
+
+
+def test_all_of_a_chat_is_learnt_by_default(tokenizer: Any) -> None:
+    ids, labels = make_encoder(tokenizer)(CHAT)
+    assert labels == ids
+
+
+def test_unknown_end_token_and_missing_template(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"expected a token of the model's vocabulary, got '<none>'"):
+        make_encoder(tokenizer, "<none>")
+    bare = make_tokenizer()
+    bare.chat_template = None
+    with pytest.raises(DataError, match="expected a tokenizer with a chat template"):
+        make_encoder(bare)(CHAT)

@@ -1,0 +1,138 @@
+"""The mixture: shares, packing, held-out documents, resuming, and sources that run dry."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_hf import make_texts
+from turbosparse.data.config import DataConfig, SourceConfig
+from turbosparse.data.held_out import HeldOutSplit, document_hash
+from turbosparse.data.mixture import Mixture, PackedSequence, held_out_sequences
+from turbosparse.data.readers import Document
+from turbosparse.errors import ConfigError, DataError
+
+END = 0
+
+
+def encode(document: Document) -> tuple[list[int], list[int]]:
+    ids = [*str(document).encode(), END]
+    return ids, ids
+
+
+def make(
+    sources: tuple[SourceConfig, ...], *, seed: int = 0, split: HeldOutSplit | None = None, length: int = 32
+) -> Mixture:
+    config = DataConfig(sources=sources, sequence_length=length, shuffle_documents=7)
+    return Mixture(config, encode, split=split or HeldOutSplit(0), seed=seed)
+
+
+def take(mixture: Mixture, count: int) -> list[PackedSequence]:
+    return [sequence for sequence, _ in zip(mixture, range(count), strict=False)]
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> tuple[SourceConfig, ...]:
+    texts = make_texts(tmp_path)
+    return SourceConfig(path=str(texts["text"]), weight=3), SourceConfig(path=str(texts["jsonl"]), weight=1)
+
+
+def test_shares_hold_at_every_moment(sources: tuple[SourceConfig, ...]) -> None:
+    mixture = make(sources)
+    for _, count in zip(mixture, range(1, 60), strict=False):
+        drawn = [source["tokens"] for source in mixture.report().values()]
+        assert sum(drawn) == 32 * count
+        assert abs(drawn[0] - 3 * drawn[1]) <= 3 * 32
+    report = mixture.report()[sources[0].path]
+    assert report["token_share"] == pytest.approx(0.75, abs=0.02)
+
+
+def test_packing_keeps_every_token_and_marks_documents(sources: tuple[SourceConfig, ...]) -> None:
+    rows = take(make(sources[:1]), 40)
+    stream = [token for row in rows for token in row.input_ids]
+    texts = bytes(stream).split(bytes([END]))[:-1]
+    originals = {str(text).encode() for text in Path(sources[0].path).read_text("utf-8").split("\n\n\n")}
+    assert set(texts) <= originals
+    for row in rows:
+        assert len(row.input_ids) == len(row.position_ids) == len(row.labels) == 32
+        assert row.position_ids[0] == 0
+        for i in range(1, 32):
+            starts = row.input_ids[i - 1] == END
+            assert row.position_ids[i] == (0 if starts else row.position_ids[i - 1] + 1)
+
+
+def test_the_seed_decides_the_order(sources: tuple[SourceConfig, ...]) -> None:
+    assert take(make(sources), 20) == take(make(sources), 20)
+    assert take(make(sources), 20) != take(make(sources, seed=1), 20)
+
+
+@pytest.mark.parametrize("done", [0, 1, 7, 33, 90])  # 90 is in the second pass
+def test_resume_at_the_exact_sequence(sources: tuple[SourceConfig, ...], done: int) -> None:
+    mixture = make(sources, split=HeldOutSplit(10))
+    take(mixture, done)
+    state = json.loads(json.dumps(mixture.state()))
+    expected = take(mixture, 60)
+    again = make(sources, split=HeldOutSplit(10))
+    again.restore(state)
+    assert take(again, 60) == expected
+    assert again.state() == mixture.state()
+
+
+def test_held_out_documents_are_never_drawn(sources: tuple[SourceConfig, ...], tmp_path: Path) -> None:
+    excluded = "11: planted"
+    path = Path(sources[0].path)
+    path.write_text(path.read_text("utf-8") + f"\n\n\n{excluded} ", encoding="utf-8")
+    split = HeldOutSplit(20, {document_hash(excluded)})
+    mixture = make(sources[:1], split=split)
+    drawn = bytes(token for row in take(mixture, 100) for token in row.input_ids).split(bytes([END]))
+    documents = path.read_text("utf-8").split("\n\n\n")
+    held_out = [text for text in documents if split.is_held_out(text)]
+    assert 2 <= len(held_out) <= 25
+    assert not {text.strip().encode() for text in held_out} & set(drawn)
+    rows = held_out_sequences(sources[0], encode, split=split, sequence_length=16, count=5)
+    assert len(rows) == 5
+    text = "\0".join(document.strip() for document in held_out).encode()
+    assert all(bytes(row.input_ids) in text for row in rows)
+
+
+def test_chats_are_held_out_by_their_content() -> None:
+    split = HeldOutSplit(0, {document_hash("a b")})
+    assert split.is_held_out([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+
+
+def test_a_source_that_stops_leaves_its_share_to_the_others(sources: tuple[SourceConfig, ...]) -> None:
+    first = SourceConfig(path=sources[0].path, weight=3, on_end="stop")
+    mixture = make((first, sources[1]))
+    rows = take(mixture, 300)
+    assert len(rows) == 300
+    report = mixture.report()
+    assert report[first.path]["documents"] == 60
+    assert report[sources[1].path]["passes"] >= 1
+    both_stop = tuple(SourceConfig(path=source.path, on_end="stop") for source in sources)
+    assert 0 < len(take(make(both_stop), 10_000)) < 400
+
+
+def test_a_source_that_must_not_run_dry(sources: tuple[SourceConfig, ...]) -> None:
+    config = SourceConfig(path=sources[0].path, on_end="error")
+    with pytest.raises(DataError, match=r"stories\.txt\] expected enough documents .* got the end after 60"):
+        take(make((config,)), 10_000)
+
+
+def test_an_empty_source(tmp_path: Path) -> None:
+    path = tmp_path / "empty.txt"
+    path.write_text("\n\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"empty\.txt\] expected documents to train on, got none"):
+        take(make((SourceConfig(path=str(path)),)), 1)
+
+
+def test_a_state_of_other_sources_is_refused(sources: tuple[SourceConfig, ...]) -> None:
+    state = make(sources[:1]).state()
+    with pytest.raises(DataError, match=r"\[resume\] expected the sources"):
+        make(sources).restore(state)
+
+
+def test_weights_that_sum_to_nothing() -> None:
+    with pytest.raises(ConfigError, match="weights that sum to more than 0"):
+        DataConfig(sources=(SourceConfig(path="a.txt", weight=0),))
+    with pytest.raises(ConfigError, match="at least one source"):
+        DataConfig(sources=())

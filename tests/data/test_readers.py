@@ -1,0 +1,106 @@
+"""Readers: every format, every position, and broken records."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from turbosparse.data.config import SourceConfig
+from turbosparse.data.readers import DocumentReader, open_reader
+from turbosparse.errors import DataError
+
+TEXTS = [f"document {i} " + "äbc\n\n" * i for i in range(12)]
+
+
+def write(directory: Path, kind: str) -> SourceConfig:
+    if kind == "text":
+        path = directory / "a.txt"
+        path.write_text("\n\n\n".join(TEXTS), encoding="utf-8")
+    elif kind == "jsonl":
+        path = directory / "a.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    else:
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        path = directory / "a.parquet"
+        parquet.write_table(pyarrow.table({"text": TEXTS, "other": list(range(12))}), path, row_group_size=5)
+    return SourceConfig(path=str(path))
+
+
+def read_all(reader: DocumentReader) -> list[str]:
+    return [str(document).strip() for document in reader]
+
+
+EXPECTED = [text.strip() for text in TEXTS]
+
+
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+def test_every_document_and_every_position(kind: str, tmp_path: Path) -> None:
+    config = write(tmp_path, kind)
+    reader = open_reader(config)
+    positions = [reader.tell()]
+    found = []
+    while (document := reader.read()) is not None:
+        found.append(str(document).strip())
+        positions.append(json.loads(json.dumps(reader.tell())))
+    assert found == EXPECTED
+    for index, position in enumerate(positions):
+        again = open_reader(config)
+        again.seek(position)
+        assert read_all(again) == EXPECTED[index:]
+
+
+def test_a_document_longer_than_a_chunk(tmp_path: Path) -> None:
+    long = "x" * 2_500_000
+    path = tmp_path / "a.txt"
+    path.write_text("first\n\n\n" + long + "\n\n\nlast", encoding="utf-8")
+    assert read_all(open_reader(SourceConfig(path=str(path)))) == ["first", long, "last"]
+
+
+def test_a_glob_reads_its_files_in_order(tmp_path: Path) -> None:
+    for name in ("b", "a"):
+        (tmp_path / f"{name}.txt").write_text(f"{name}1\n\n\n{name}2", encoding="utf-8")
+    assert read_all(open_reader(SourceConfig(path=str(tmp_path / "*.txt")))) == ["a1", "a2", "b1", "b2"]
+
+
+def test_chats_are_read_as_messages(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps({"messages": messages}), encoding="utf-8")
+    assert open_reader(SourceConfig(path=str(path), field="messages")).read() == messages
+
+
+def test_corrupt_lines_are_counted_up_to_a_limit(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    good = '{"text": "fine"}\n'
+    path.write_bytes(good.encode() + b'{"text": \xff\n' + b'{"other": 1}\n' + good.encode() * 50)
+    reader = open_reader(SourceConfig(path=str(path)), max_corrupt_percent=2)
+    assert len(read_all(reader)) == 51
+    assert reader.corrupt == 2
+    with pytest.raises(DataError, match="at most 1 % unreadable records, got 2 of 3"):
+        read_all(open_reader(SourceConfig(path=str(path)), max_corrupt_percent=1))
+
+
+def test_text_that_is_not_utf8_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"good\n\n\n\xff\xfe\n\n\nalso good")
+    reader = open_reader(SourceConfig(path=str(path)))
+    assert read_all(reader) == ["good", "also good"]
+    assert reader.corrupt == 1
+
+
+def test_missing_file_and_missing_column(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing\.txt\] expected a file or a dataset id"):
+        open_reader(SourceConfig(path=str(tmp_path / "nothing.txt")))
+    config = write(tmp_path, "parquet")
+    with pytest.raises(DataError, match="expected a column 'body', got text, other"):
+        read_all(open_reader(SourceConfig(path=config.path, field="body")))
+
+
+def test_a_broken_parquet_file(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    path = tmp_path / "a.parquet"
+    path.write_bytes(b"PAR1 but no more")
+    with pytest.raises(DataError, match="expected a parquet file"):
+        read_all(open_reader(SourceConfig(path=str(path))))

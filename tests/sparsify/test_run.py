@@ -1,0 +1,274 @@
+"""Runs of a tiny model: they learn, resume exactly, stop safely and say what is wrong."""
+
+import errno
+import json
+import math
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.sparsify.conftest import MakeRecipe
+from turbosparse.errors import ConfigError, DataError, TrainingError
+from turbosparse.models.activations import Activation
+from turbosparse.models.registry import activation_of, load_model
+from turbosparse.sparsify import losses as losses_module
+from turbosparse.sparsify import trainer as trainer_module
+from turbosparse.sparsify.callbacks import RunCallback
+from turbosparse.sparsify.checkpoints import checkpoint_steps, latest_checkpoint
+from turbosparse.sparsify.recipe import Recipe
+from turbosparse.sparsify.run import run_recipe
+
+REGRESSION = {"loss": {"ffn_output": 1.0}}
+DISTILLATION = {"loss": {"logits": 1.0}}
+
+
+def metrics(recipe: Recipe, *, event: str | None = None) -> list[dict[str, Any]]:
+    lines = (Path(recipe.output) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [
+        line for line in map(json.loads, lines) if line.get("event") == event and "train_loss" not in line
+    ]
+
+
+def losses(recipe: Recipe) -> list[float]:
+    return [line["loss"] for line in metrics(recipe)]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return dict(load_model(path).state_dict())
+
+
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    original = RunCallback.on_step_end
+
+    def on_step_end(self: RunCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        if state.global_step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, args, state, control, **kwargs)
+
+    monkeypatch.setattr(RunCallback, "on_step_end", on_step_end)
+
+
+def test_two_stages_learn_and_leave_a_model(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(
+        REGRESSION | {"tokens": 32 * 4 * 30},
+        DISTILLATION | {"tokens": 32 * 4 * 30, "trainable": "all_but_embeddings"},
+    )
+    result = run_recipe(recipe)
+    assert result.finished
+    found = losses(recipe)
+    assert len(found) == 60
+    assert sum(found[25:30]) < 0.8 * sum(found[:5])
+    assert sum(found[55:]) < 0.8 * sum(found[30:35])
+    assert activation_of(load_model(result.model)) == Activation(name="drelu")
+    line = metrics(recipe)[-1]
+    assert len(line["zeros_per_layer"]) == 2
+    assert 0.5 < line["zeros"] < 1
+    evaluations = metrics(recipe, event="evaluation")
+    assert [line["tokens"] for line in evaluations] == [0, 3840, 0, 3840]
+    assert evaluations[-1]["perplexity_book"] < evaluations[0]["perplexity_book"]
+    assert {"perplexity_book", "perplexity_stories", "perplexity_records"} <= set(evaluations[0])
+    drawn = json.loads((Path(recipe.output) / "stage1" / "data_drawn.json").read_text(encoding="utf-8"))
+    assert sum(source["tokens"] for source in drawn.values()) == 60 * 4 * 32
+    record = json.loads((Path(recipe.output) / "stage0" / "run.json").read_text(encoding="utf-8"))
+    assert all(len(digest) == 64 for digest in record["sources"].values())
+
+
+def test_embeddings_stay_when_told(make_recipe: MakeRecipe, base: Path) -> None:
+    result = run_recipe(make_recipe(DISTILLATION | {"trainable": "all_but_embeddings"}))
+    before, after = weights(base / "model"), weights(result.model)
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    assert not torch.equal(
+        before["model.layers.0.self_attn.q_proj.weight"], after["model.layers.0.self_attn.q_proj.weight"]
+    )
+
+
+@pytest.mark.parametrize("stage", [REGRESSION, DISTILLATION], ids=["regression", "distillation"])
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, stage: dict[str, Any]
+) -> None:
+    schedule = {"warmup_tokens": 256, "decay_tokens": 384}
+    whole = make_recipe(stage | schedule, output="whole")
+    run_recipe(whole)
+    broken = make_recipe(stage | schedule, output="broken")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        result = run_recipe(broken)
+    assert not result.finished
+    assert checkpoint_steps(Path(broken.output) / "stage0") == [3]
+    assert len(losses(broken)) == 3
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert run_recipe(broken).finished
+    assert losses(broken) == losses(whole)
+    rates = [[line["learning_rate"] for line in metrics(recipe)] for recipe in (broken, whole)]
+    assert rates[0] == rates[1]
+    one, two = (weights(Path(recipe.output) / "stage0" / "model") for recipe in (whole, broken))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_finished_run_is_not_run_again(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(REGRESSION)
+    run_recipe(recipe)
+    before = (Path(recipe.output) / "metrics.jsonl").read_bytes()
+    assert run_recipe(recipe).finished
+    assert (Path(recipe.output) / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_decayed_copy_from_a_checkpoint(make_recipe: MakeRecipe) -> None:
+    stable = make_recipe(DISTILLATION, output="stable")
+    run_recipe(stable)
+    checkpoint = latest_checkpoint(Path(stable.output) / "stage0")
+    longer = DISTILLATION | {"tokens": 32 * 4 * 9, "decay_tokens": 32 * 4 * 3}
+    decayed = make_recipe(longer, output="decayed")
+    assert run_recipe(decayed, from_checkpoint=checkpoint).finished
+    lines = metrics(decayed)
+    assert [line["step"] for line in lines] == [7, 8, 9]
+    assert lines[-1]["learning_rate"] < lines[0]["learning_rate"]
+
+
+def test_the_recipe_decides_the_learning_rate_of_a_resumed_run(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        run_recipe(make_recipe(DISTILLATION))
+    recipe = make_recipe(DISTILLATION | {"learning_rate": 1e-4})
+    run_recipe(recipe)
+    assert [line["learning_rate"] for line in metrics(recipe)] == [3e-3] * 2 + [1e-4] * 4
+
+
+def test_checkpoints_by_time_and_only_the_last_are_kept(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(REGRESSION, checkpoint_minutes=1e-9, keep_checkpoints=2)
+    run_recipe(recipe)
+    assert checkpoint_steps(Path(recipe.output) / "stage0") == [5, 6]
+
+
+def test_control_trains_the_original_activation_on_the_same_tokens(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(REGRESSION, DISTILLATION, output="control")
+    result = run_recipe(recipe, control=True)
+    assert activation_of(load_model(result.model)) == Activation(name="silu")
+    sparse = make_recipe(REGRESSION, DISTILLATION, output="sparse")
+    run_recipe(sparse)
+    drawn = [
+        json.loads((Path(each.output) / "stage1" / "data_drawn.json").read_text(encoding="utf-8"))
+        for each in (recipe, sparse)
+    ]
+    assert drawn[0] == drawn[1]
+    assert "loss_next_token" in metrics(recipe)[0]
+
+
+def test_all_losses_together(make_recipe: MakeRecipe) -> None:
+    stage = {
+        "loss": {
+            "next_token": 0.5,
+            "logits": 1.0,
+            "ffn_output": 0.1,
+            "hidden_states": 0.1,
+            "activation_l1": 0.01,
+        },
+        "l1_ramp_tokens": 512,
+        "blend_tokens": 512,
+        "threshold_tokens": 512,
+        "top_k": 10,
+        "temperature": 2.0,
+        "gradient_checkpointing": True,
+    }
+    recipe = make_recipe(stage, activation="drelu:0.05")
+    run_recipe(recipe)
+    lines = metrics(recipe)
+    for line in lines:
+        done = line["tokens"] - 128
+        ramped = 0.5 * (1 - math.cos(math.pi * min(done / 512, 1)))
+        total = 0.5 * line["loss_next_token"] + line["loss_logits"] + 0.1 * line["loss_ffn_output"]
+        total += 0.1 * line["loss_hidden_states"] + 0.01 * ramped * line["loss_activation_l1"]
+        assert line["loss"] == pytest.approx(total, rel=1e-4)
+        assert line["perplexity"] == pytest.approx(math.exp(line["loss_next_token"]), rel=1e-6)
+    assert lines[-1]["zeros"] > lines[0]["zeros"]
+
+
+def test_micro_batches_do_not_change_the_losses(make_recipe: MakeRecipe) -> None:
+    results = []
+    for micro_batch in (1, 4):
+        stage = {"loss": {"next_token": 1.0, "ffn_output": 0.1}, "micro_batch": micro_batch}
+        recipe = make_recipe(stage, output=f"micro{micro_batch}")
+        run_recipe(recipe)
+        results.append(losses(recipe))
+    assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+def test_from_scratch(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(
+        {"loss": {"next_token": 1.0}, "tokens": 32 * 4 * 20}, from_scratch=True, activation="relu2"
+    )
+    result = run_recipe(recipe)
+    assert losses(recipe)[-1] < losses(recipe)[0]
+    assert load_model(result.model).config.hidden_act == "relu2"
+    with pytest.raises(ConfigError, match=r"\[from_scratch\] expected next_token"):
+        run_recipe(make_recipe(DISTILLATION, from_scratch=True, output="other"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(DISTILLATION, checkpoint_minutes=1e-9)
+    calls = iter(range(100))
+    original = losses_module.logit_divergence
+
+    def divergence(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = original(*args, **kwargs)
+        return loss * (math.nan if next(calls) >= 5 else 1.0)  # two micro-batches per step
+
+    monkeypatch.setattr(trainer_module, "logit_divergence", divergence)
+    with pytest.raises(TrainingError, match=r"expected a finite loss, got nan at step 3"):
+        run_recipe(recipe)
+    assert checkpoint_steps(Path(recipe.output) / "stage0") == [1, 2]
+
+
+def test_a_full_disk_leaves_the_checkpoints_before(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(REGRESSION, checkpoint_minutes=1e-9)
+    calls = iter(range(100))
+    original = torch.save
+
+    def save(value: Any, file: Any, *args: Any, **kwargs: Any) -> None:
+        if "optimizer" in str(file) and next(calls) >= 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(value, file, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(TrainingError, match=r"expected room for a checkpoint, got .*No space left"):
+        run_recipe(recipe)
+    directory = Path(recipe.output) / "stage0"
+    assert checkpoint_steps(directory) == [1, 2]
+    assert not (directory / ".incomplete").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        run_recipe(make_recipe(DISTILLATION))
+    with pytest.raises(TrainingError, match="expected a checkpoint with activation relu2, got drelu"):
+        run_recipe(make_recipe(DISTILLATION, activation="relu2"))
+
+
+def test_batches_that_do_not_divide(make_recipe: MakeRecipe) -> None:
+    with pytest.raises(ConfigError, match=r"expected a multiple of micro_batch \* processes = 3 \* 1, got 4"):
+        run_recipe(make_recipe(DISTILLATION | {"micro_batch": 3}))
+
+
+def test_sources_that_all_run_dry(make_recipe: MakeRecipe, base: Path) -> None:
+    data = {"sequence_length": 32, "sources": [{"path": str(base / "book.txt"), "on_end": "stop"}]}
+    recipe = make_recipe(DISTILLATION | {"tokens": 32 * 4 * 50}, data=data)
+    with pytest.raises(DataError, match="expected text for the whole stage, got the end"):
+        run_recipe(recipe)
+
+
+def test_a_missing_source(make_recipe: MakeRecipe) -> None:
+    data = {"sources": [{"path": "nowhere.txt", "format": "text"}]}
+    with pytest.raises(DataError, match=r"\[nowhere\.txt\] expected a file"):
+        run_recipe(make_recipe(DISTILLATION, data=data))
