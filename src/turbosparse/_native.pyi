@@ -135,8 +135,8 @@ class Session:
         """Appends tokens and returns logits, shape (0 | 1 | len(ids), vocab_size).
 
         Releases the GIL. Python signals are checked between layers (so Ctrl-C raises KeyboardInterrupt, with
-        the cache rolled back), and `should_stop` between chunks. A mode defines the function that is computed,
-        one token or many at a time: thresholds apply in prefill too.
+        the cache rolled back), and `should_stop` between chunks. A mode defines the function that is
+        computed, one token or many at a time: thresholds apply in prefill too.
         Raises ContextLengthError, ConfigError (unknown mode, id out of range), ModelFileError (mode that the
         file cannot run), EngineError (NaN or Inf in the logits, named by layer where it began).
         """

@@ -1,8 +1,8 @@
 """Every error that turbosparse raises on purpose.
 
 One small tree: each child also inherits the built-in a caller would expect, so ``except ValueError`` keeps
-working for people who never heard of this module. Messages read ``[place] expected ..., got ...``. The command
-line prints the message alone and leaves with status 2.
+working for people who never heard of this module. Messages read ``[place] expected ..., got ...``. The
+command line prints the message alone and leaves with status 2.
 """
 
 __all__ = [
