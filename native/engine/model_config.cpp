@@ -144,6 +144,10 @@ ModelConfig read_model_config(const GgufFile& file) {
     fail("general.architecture", "llama, qwen2, turbosparse-llama or turbosparse-qwen2",
          std::string(*architecture));
   }
+  if (const std::int64_t parts = file.get_int("split.count").value_or(1); parts > 1) {
+    fail("split.count", "a whole model in one file (llama-gguf-split --merge makes one)",
+         "one part of " + std::to_string(parts));
+  }
   ModelConfig config;
   config.architecture = *architecture;
   config.rope_neox = base == "qwen2";

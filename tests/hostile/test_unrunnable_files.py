@@ -220,3 +220,9 @@ def test_other_architectures_are_named(source: ModelFile, architecture: str, tmp
     error = run(tmp_path / "m.gguf")
     assert "general.architecture" in error
     assert architecture in error
+
+
+def test_a_part_of_a_split_model_says_what_to_do(source: ModelFile, tmp_path: Path) -> None:
+    keys = source.stored_metadata() | {"split.count": StoredValue("uint16", 3)}
+    copy_with(source, tmp_path / "m.gguf", metadata=keys)
+    assert "--merge makes one), got one part of 3" in run(tmp_path / "m.gguf")
