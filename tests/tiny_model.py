@@ -56,6 +56,7 @@ class TinyModel:
     rope_freq_base: float = 10000.0
     rope_scaling_factor: float | None = None  # linear
     rope_freqs: bool = False  # llama3's frequency factors
+    neuron_order: NDArray[np.int64] | None = None  # permutation of the F neurons of every layer
     extra_metadata: dict[str, float | int | str] = field(default_factory=dict)
 
     @property
@@ -101,9 +102,10 @@ def _weights(model: TinyModel, vocab_size: int) -> Iterator[tuple[str, NDArray[n
                 yield f"{block}attn_{name}.bias", np.asarray(0.1 * rng.standard_normal(rows), np.float32)
         yield block + "attn_output.weight", matrix(hidden, hidden)
         yield block + "ffn_norm.weight", norm()
-        yield block + "ffn_gate.weight", matrix(inter, hidden, 1.5)
-        yield block + "ffn_up.weight", matrix(inter, hidden, 1.5)
-        down = matrix(hidden, inter)
+        order = slice(None) if model.neuron_order is None else model.neuron_order
+        yield block + "ffn_gate.weight", matrix(inter, hidden, 1.5)[order]
+        yield block + "ffn_up.weight", matrix(inter, hidden, 1.5)[order]
+        down = matrix(hidden, inter)[:, order]
         if model.down_t:
             yield block + "ffn_down_t.weight", np.ascontiguousarray(down.T)
         else:

@@ -3,7 +3,6 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/map.h>
-#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -13,6 +12,7 @@
 #include <utility>
 
 #include "bindings/bindings.h"
+#include "engine/bandwidth.h"
 #include "engine/session.h"
 #include "util/error.h"
 
@@ -25,7 +25,10 @@ using ModelPtr = std::shared_ptr<const Model>;
 using Ids = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 
-/// What Python calls info: it shares the model.
+/// What Python holds of a model, and its info. Sessions share the model as well.
+struct ModelView {
+  ModelPtr model;
+};
 struct InfoView {
   ModelPtr model;
 };
@@ -171,19 +174,22 @@ void bind_engine(nb::module_& m) {
       .def("capture", &capture, nb::arg("ids"), nb::arg("layers"))
       .def_prop_ro("counters", &counters)
       .def("reset_counters", &Session::reset_counters);
-  nb::class_<ModelPtr>(m, "Model")
+  nb::class_<ModelView>(m, "Model")
       .def(
           "__init__",
-          [](ModelPtr* self, const std::filesystem::path& path, int threads, const std::string& isa,
-             const std::string& transcode) { new (self) ModelPtr(load(path, threads, isa, transcode)); },
+          [](ModelView* self, const std::filesystem::path& path, int threads, const std::string& isa,
+             const std::string& transcode) { new (self) ModelView{load(path, threads, isa, transcode)}; },
           nb::arg("path"), nb::kw_only(), nb::arg("threads") = 0, nb::arg("isa") = "",
           nb::arg("transcode") = "Q8_0")
-      .def_prop_ro("info", [](const ModelPtr& self) { return InfoView{self}; })
-      .def_prop_ro("threads", [](const ModelPtr& self) { return self->pool.size(); })
-      .def_prop_ro("isa", [](const ModelPtr& self) { return self->kernels.isa; })
+      .def_prop_ro("info", [](const ModelView& self) { return InfoView{self.model}; })
+      .def_prop_ro("threads", [](const ModelView& self) { return self.model->pool.size(); })
+      .def_prop_ro("isa", [](const ModelView& self) { return self.model->kernels.isa; })
       .def(
-          "session", [](const ModelPtr& self, std::int64_t context) { return new Session(self, context); },
+          "session",
+          [](const ModelView& self, std::int64_t context) { return new Session(self.model, context); },
           nb::arg("context"), nb::rv_policy::take_ownership);
+  m.def("read_bandwidth", &read_bandwidth, nb::arg("threads"), nb::arg("buffer_bytes"), nb::arg("row_bytes") = 0,
+        nb::arg("seconds") = 0.5, nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace turbosparse

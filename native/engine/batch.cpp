@@ -49,10 +49,8 @@ void place_token(const Step& step, const LayerWeights& w, std::int64_t layer, st
   const float* sin = s.sin.data() + t * (config.rotary_dim / 2);
   kernels.rope(q, config.num_attention_heads, C, config.rotary_dim, config.rope_neox, cos, sin);
   kernels.rope(k, K, C, config.rotary_dim, config.rope_neox, cos, sin);
-  const std::int64_t at = (step.position + t) * step.cache.stride();
   for (std::int64_t head = 0; head < K; ++head) {
-    kernels.to_half(k + head * C, C, step.cache.keys(layer, head) + at);
-    kernels.to_half(v + head * C, C, step.cache.values(layer, head) + at);
+    step.cache.store(kernels, layer, head, step.position + t, k + head * C, v + head * C);
   }
 }
 
@@ -64,12 +62,10 @@ void attend_all(const Step& step, std::int64_t layer, int index) {
   const std::int64_t group = H / config.num_key_value_heads;
   const std::int64_t threads = step.thread_count();
   for (std::int64_t head = 0; head < H; ++head) {
-    const std::uint16_t* keys = step.cache.keys(layer, head / group);
-    const std::uint16_t* values = step.cache.values(layer, head / group);
     for (std::int64_t t = (index + head) % threads; t < step.T; t += threads) {
-      step.kernels().attend(step.scratch.q.data() + t * H * C + head * C, keys, values, step.position + t + 1,
-                            C, step.cache.stride(), config.attention_scale(),
-                            step.thread(index).scores.data(), step.scratch.input.row(t, H * C) + head * C);
+      step.cache.attend(step.kernels(), layer, head / group, step.scratch.q.data() + (t * H + head) * C,
+                        step.position + t + 1, step.thread(index).scores.data(),
+                        step.scratch.input.row(t, H * C) + head * C);
     }
   }
 }

@@ -31,13 +31,11 @@ void store_kv(const Step& step, std::int64_t layer, int index) {
   for (std::int64_t head = heads.begin; head < heads.end; ++head) {
     float* key = s.k.data() + head * C;
     step.kernels().rope(key, 1, C, config.rotary_dim, config.rope_neox, s.cos.data(), s.sin.data());
-    const std::int64_t at = step.position * step.cache.stride();
-    step.kernels().to_half(key, C, step.cache.keys(layer, head) + at);
-    step.kernels().to_half(s.v.data() + head * C, C, step.cache.values(layer, head) + at);
+    step.cache.store(step.kernels(), layer, head, step.position, key, s.v.data() + head * C);
   }
 }
 
-void attend(const Step& step, std::int64_t layer, float scale, int index) {
+void attend(const Step& step, std::int64_t layer, int index) {
   const ModelConfig& config = step.config();
   const std::int64_t C = config.head_dim;
   const std::int64_t group = config.num_attention_heads / config.num_key_value_heads;
@@ -46,9 +44,8 @@ void attend(const Step& step, std::int64_t layer, float scale, int index) {
   for (std::int64_t head = heads.begin; head < heads.end; ++head) {
     float* query = s.q.data() + head * C;
     step.kernels().rope(query, 1, C, config.rotary_dim, config.rope_neox, s.cos.data(), s.sin.data());
-    step.kernels().attend(query, step.cache.keys(layer, head / group), step.cache.values(layer, head / group),
-                          step.position + 1, C, step.cache.stride(), scale, step.thread(index).scores.data(),
-                          s.input.row(0, 0) + head * C);
+    step.cache.attend(step.kernels(), layer, head / group, query, step.position + 1,
+                      step.thread(index).scores.data(), s.input.row(0, 0) + head * C);
   }
 }
 
@@ -56,7 +53,6 @@ void attend(const Step& step, std::int64_t layer, float scale, int index) {
 
 void decode_layer(Step& step, std::int64_t layer, int index) noexcept {
   const LayerWeights& w = step.model.weights->layers[static_cast<std::size_t>(layer)];
-  const ModelConfig& config = step.config();
   Scratch& s = step.scratch;
   InputBuffer& input = step.thread(index).input;
 
@@ -68,7 +64,7 @@ void decode_layer(Step& step, std::int64_t layer, int index) noexcept {
   step.barrier();
   store_kv(step, layer, index);
   step.barrier();
-  attend(step, layer, config.attention_scale(), index);
+  attend(step, layer, index);
   step.barrier();
 
   const float* attended = s.input.row(0, 0);

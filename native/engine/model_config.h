@@ -1,7 +1,6 @@
 // Hyper-parameters of a model, read from a GGUF file's metadata and checked.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <string>
 
@@ -27,8 +26,6 @@ struct ModelConfig {
   bool rope_neox = false;
   Activation activation = Activation::kSilu;
   float activation_parameter = 0;
-
-  float attention_scale() const { return 1.0F / std::sqrt(static_cast<float>(head_dim)); }
 };
 
 /// Throws ModelFileError for an architecture or a feature that the engine does not compute, and for a value

@@ -64,7 +64,9 @@ class Session::Guard {
 };
 
 Session::Session(std::shared_ptr<const Model> model, std::int64_t context)
-    : model_(std::move(model)), cache_(model_->config, checked_context(*model_, context)) {
+    : model_(std::move(model)),
+      cache_(model_->config, checked_context(*model_, context),
+             model_->weights->layers[0].k.type == WeightType::kF32) {
   reset_counters();
 }
 
@@ -234,8 +236,7 @@ std::int64_t Session::token_bytes(const Step& step, const std::vector<LayerCount
     if (step.mode == Mode::kThreshold)
       bytes += 2 * config.intermediate_size * static_cast<std::int64_t>(sizeof(float));
   }
-  const std::int64_t cached = (step.position + 1) * config.num_key_value_heads * config.head_dim;
-  return bytes + 2 * config.num_hidden_layers * cached * static_cast<std::int64_t>(sizeof(std::uint16_t));
+  return bytes + config.num_hidden_layers * (step.position + 1) * cache_.position_bytes();
 }
 
 }  // namespace turbosparse

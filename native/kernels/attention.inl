@@ -1,4 +1,4 @@
-// One query head over the cache: scores, softmax, weighted sum of values. Keys and values are half.
+// One query head over the cache: scores, softmax, weighted sum of values. Keys and values are half or float.
 #pragma once
 
 #include <algorithm>
@@ -9,35 +9,45 @@
 namespace turbosparse {
 namespace {
 
-/// The last n < kLanes halves of a head.
 template <class Float>
-inline typename Float::V load_last_halves(const std::uint16_t* p, std::int64_t n) {
-  std::uint16_t padded[Float::kLanes] = {};
-  std::memcpy(padded, p, static_cast<std::size_t>(n) * sizeof(std::uint16_t));
-  return Float::load_half(padded);
+inline typename Float::V load_cached(const std::uint16_t* p) {
+  return Float::load_half(p);
+}
+
+template <class Float>
+inline typename Float::V load_cached(const float* p) {
+  return Float::load(p);
+}
+
+/// The last n < kLanes values of a head.
+template <class Float, class Cached>
+inline typename Float::V load_last_cached(const Cached* p, std::int64_t n) {
+  Cached padded[Float::kLanes] = {};
+  std::memcpy(padded, p, static_cast<std::size_t>(n) * sizeof(Cached));
+  return load_cached<Float>(padded);
 }
 
 /// scores[p] = q . k[p] * scale for all positions; returns the largest.
-template <class Float>
-inline float attention_scores(const float* q, const std::uint16_t* k, std::int64_t n, std::int64_t C,
+template <class Float, class Cached>
+inline float attention_scores(const float* q, const Cached* k, std::int64_t n, std::int64_t C,
                               std::int64_t kv_stride, float scale, float* scores) {
   constexpr std::int64_t kLanes = Float::kLanes;
   auto largest = Float8::set(-std::numeric_limits<float>::infinity());
   for (std::int64_t p = 0; p < n; p += 8) {
     const std::int64_t count = std::min<std::int64_t>(8, n - p);
-    const std::uint16_t* at[8];  // past the end the last position is computed again
+    const Cached* at[8];  // past the end the last position is computed again
     for (std::int64_t i = 0; i < 8; ++i) at[i] = k + (p + std::min(i, count - 1)) * kv_stride;
     typename Float::V sums[8];
     for (auto& sum : sums) sum = Float::zero();
     std::int64_t c = 0;
     for (; c + kLanes <= C; c += kLanes) {
       const auto query = Float::load(q + c);
-      for (int i = 0; i < 8; ++i) sums[i] = Float::fma(query, Float::load_half(at[i] + c), sums[i]);
+      for (int i = 0; i < 8; ++i) sums[i] = Float::fma(query, load_cached<Float>(at[i] + c), sums[i]);
     }
     if (c < C) {
       const auto query = Float::load_n(q + c, C - c);
       for (int i = 0; i < 8; ++i) {
-        sums[i] = Float::fma(query, load_last_halves<Float>(at[i] + c, C - c), sums[i]);
+        sums[i] = Float::fma(query, load_last_cached<Float>(at[i] + c, C - c), sums[i]);
       }
     }
     const auto scaled = Float8::mul(Float::sum_each(sums), Float8::set(scale));
@@ -71,23 +81,23 @@ inline float exponentials(std::int64_t n, float largest, float* scores) {
 }
 
 /// out[0 .. kVectors * kLanes) = sum of scores[p] * v[p] * inverse.
-template <class Float, int kVectors>
-inline void weighted_values(const float* scores, const std::uint16_t* v, std::int64_t n,
-                            std::int64_t kv_stride, float inverse, float* out) {
+template <class Float, int kVectors, class Cached>
+inline void weighted_values(const float* scores, const Cached* v, std::int64_t n, std::int64_t kv_stride,
+                            float inverse, float* out) {
   typename Float::V sums[kVectors];
   for (auto& sum : sums) sum = Float::zero();
   for (std::int64_t p = 0; p < n; ++p, v += kv_stride) {
     const auto share = Float::set(scores[p]);
     for (int i = 0; i < kVectors; ++i) {
-      sums[i] = Float::fma(share, Float::load_half(v + i * Float::kLanes), sums[i]);
+      sums[i] = Float::fma(share, load_cached<Float>(v + i * Float::kLanes), sums[i]);
     }
   }
   for (int i = 0; i < kVectors; ++i)
     Float::store(out + i * Float::kLanes, Float::mul(sums[i], Float::set(inverse)));
 }
 
-template <class Isa>
-void attend(const float* q, const std::uint16_t* k, const std::uint16_t* v, std::int64_t n, std::int64_t C,
+template <class Isa, class Cached>
+void attend(const float* q, const Cached* k, const Cached* v, std::int64_t n, std::int64_t C,
             std::int64_t kv_stride, float scale, float* scores, float* out) noexcept {
   using Float = typename Isa::Float;
   constexpr std::int64_t kLanes = Float::kLanes;
@@ -102,7 +112,7 @@ void attend(const float* q, const std::uint16_t* k, const std::uint16_t* v, std:
   if (c == C) return;
   auto sum = Float::zero();
   for (std::int64_t p = 0; p < n; ++p) {
-    sum = Float::fma(Float::set(scores[p]), load_last_halves<Float>(v + p * kv_stride + c, C - c), sum);
+    sum = Float::fma(Float::set(scores[p]), load_last_cached<Float>(v + p * kv_stride + c, C - c), sum);
   }
   Float::store_n(out + c, C - c, Float::mul(sum, Float::set(inverse)));
 }

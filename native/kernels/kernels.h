@@ -108,6 +108,9 @@ struct KernelTable {
   /// position p at k + p * kv_stride; q and out hold C floats; `scores` has room for n.
   void (*attend)(const float* q, const std::uint16_t* k, const std::uint16_t* v, std::int64_t n,
                  std::int64_t C, std::int64_t kv_stride, float scale, float* scores, float* out) noexcept;
+  /// The same with keys and values that are float.
+  void (*attend_f32)(const float* q, const float* k, const float* v, std::int64_t n, std::int64_t C,
+                     std::int64_t kv_stride, float scale, float* scores, float* out) noexcept;
 };
 
 /// Scratch that gemm and gemm_t need per thread for an inner dimension of `cols`.

@@ -161,12 +161,16 @@ void to_half(const float* x, std::int64_t n, std::uint16_t* out) noexcept {
   for (std::int64_t i = 0; i < n; ++i) out[i] = float_to_half(x[i]);
 }
 
-void attend(const float* q, const std::uint16_t* k, const std::uint16_t* v, std::int64_t n, std::int64_t C,
+float cached(std::uint16_t value) { return half_to_float(value); }
+float cached(float value) { return value; }
+
+template <class Cached>
+void attend(const float* q, const Cached* k, const Cached* v, std::int64_t n, std::int64_t C,
             std::int64_t kv_stride, float scale, float* scores, float* out) noexcept {
   float largest = -std::numeric_limits<float>::infinity();
   for (std::int64_t p = 0; p < n; ++p) {
     float sum = 0.0f;
-    for (std::int64_t c = 0; c < C; ++c) sum = std::fma(q[c], half_to_float(k[p * kv_stride + c]), sum);
+    for (std::int64_t c = 0; c < C; ++c) sum = std::fma(q[c], cached(k[p * kv_stride + c]), sum);
     scores[p] = sum * scale;
     largest = std::max(largest, scores[p]);
   }
@@ -178,17 +182,21 @@ void attend(const float* q, const std::uint16_t* k, const std::uint16_t* v, std:
   std::fill_n(out, C, 0.0f);
   for (std::int64_t p = 0; p < n; ++p) {
     const float share = scores[p] / total;
-    for (std::int64_t c = 0; c < C; ++c)
-      out[c] = std::fma(share, half_to_float(v[p * kv_stride + c]), out[c]);
+    for (std::int64_t c = 0; c < C; ++c) out[c] = std::fma(share, cached(v[p * kv_stride + c]), out[c]);
   }
 }
 
 }  // namespace
 
 const KernelTable* scalar_table() noexcept {
-  static constexpr KernelTable kTable = {"scalar",  quantize_q8, dequantize_row, gemv,     gemv_rows,
-                                         axpy_rows, gemm,        gemm_t,         rms_norm, add,
-                                         rope,      activate,    to_half,        attend};
+  static constexpr KernelTable kTable = {"scalar",       quantize_q8,
+                                         dequantize_row, gemv,
+                                         gemv_rows,      axpy_rows,
+                                         gemm,           gemm_t,
+                                         rms_norm,       add,
+                                         rope,           activate,
+                                         to_half,        attend<std::uint16_t>,
+                                         attend<float>};
   return &kTable;
 }
 

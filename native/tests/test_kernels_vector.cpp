@@ -115,6 +115,11 @@ void check_attend(const KernelTable& k, std::int64_t n, std::int64_t C) {
   k.attend(q.data(), half.data(), v, n, C, stride, 0.3f, scores.data(), out.data());
   CHECK(relative_error(out, expected) < 1e-5, "%s attend n %lld C %lld: %g", k.isa, static_cast<long long>(n),
         static_cast<long long>(C), relative_error(out, expected));
+  const float* values = kv.data() + n * stride;
+  scalar().attend_f32(q.data(), kv.data(), values, n, C, stride, 0.3f, scores.data(), expected.data());
+  k.attend_f32(q.data(), kv.data(), values, n, C, stride, 0.3f, scores.data(), out.data());
+  CHECK(relative_error(out, expected) < 1e-5, "%s attend_f32 n %lld C %lld: %g", k.isa,
+        static_cast<long long>(n), static_cast<long long>(C), relative_error(out, expected));
 }
 
 /// With equal keys the output is the mean of the values; large scores must not overflow.

@@ -20,7 +20,7 @@ from numpy.typing import DTypeLike, NDArray
 from turbosparse._native import GgufFile
 from turbosparse.errors import ModelFileError
 
-__all__ = ["ReferenceEngine"]
+__all__ = ["FfnTrace", "ReferenceEngine"]
 
 Array = NDArray[np.float32]
 Mode = Literal["dense", "exact", "threshold"]
@@ -88,6 +88,16 @@ class _Shape:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class FfnTrace:
+    """What the FFN of one layer computed for T tokens."""
+
+    gate: Array  # [T, F] f(gate), after the activation
+    up: Array  # [T, F] g(up)
+    product: Array  # [T, F] their product; 0 where the mode dropped the neuron
+    out: Array  # [T, D]
+
+
 class ReferenceEngine:
     """A model and the KV cache of one sequence.
 
@@ -95,8 +105,9 @@ class ReferenceEngine:
     ----------
     path : str or path-like
         GGUF file of architecture llama or qwen2 (or turbosparse- before either).
-    cache_dtype : float16 or float32
-        What the KV cache holds; the native engine keeps halves.
+    cache_dtype : float16 or float32, optional
+        What the KV cache holds; by default what the native engine keeps, which is float32 where the weights
+        of keys are F32, else float16.
 
     Raises
     ------
@@ -108,7 +119,7 @@ class ReferenceEngine:
     All weights are held as float32: four bytes per weight.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, cache_dtype: DTypeLike = np.float16) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, cache_dtype: DTypeLike | None = None) -> None:
         file = GgufFile(path)
         self._shape = _Shape.read(file.metadata)
         if self._shape.architecture not in ("llama", "qwen2"):
@@ -120,7 +131,8 @@ class ReferenceEngine:
             raw = file.tensor_bytes(tensor.name)
             values = dequantize(raw.reshape(*tensor.shape[:-1], -1) if tensor.type > 1 else raw, tensor.type)
             self._weights[tensor.name] = np.asarray(values, np.float32).reshape(tensor.shape)
-        self._cache_dtype = np.dtype(cache_dtype)
+        exact = file.tensor("blk.0.attn_k.weight").type_name == "F32"
+        self._cache_dtype = np.dtype(cache_dtype or (np.float32 if exact else np.float16))
         self._keys: list[NDArray[Any]] = []
         self._values: list[NDArray[Any]] = []
         self.truncate(0)
@@ -149,7 +161,9 @@ class ReferenceEngine:
         self._keys = [keys[:position] for keys in self._keys or empty]
         self._values = [values[:position] for values in self._values or empty]
 
-    def forward(self, ids: NDArray[np.int32], mode: Mode = "dense") -> Array:
+    def forward(
+        self, ids: NDArray[np.int32], mode: Mode = "dense", *, trace: list[FfnTrace] | None = None
+    ) -> Array:
         """Append tokens and compute the logits after each of them.
 
         Parameters
@@ -158,6 +172,8 @@ class ReferenceEngine:
             Token ids; they follow what is in the cache.
         mode : {"dense", "exact", "threshold"}
             Which neurons of the FFN count.
+        trace : list of FfnTrace, optional
+            Where to append what the FFN of each layer computed.
 
         Returns
         -------
@@ -171,65 +187,43 @@ class ReferenceEngine:
             x = x + self._attention(
                 n, _rms_norm(x, weights[f"blk.{n}.attn_norm.weight"], shape.eps), positions
             )
-            gate, up = self.neurons(n, _rms_norm(x, weights[f"blk.{n}.ffn_norm.weight"], shape.eps))
-            x = x + self._down(n, self._masked(n, gate, up, mode))
+            ffn = self._ffn(n, _rms_norm(x, weights[f"blk.{n}.ffn_norm.weight"], shape.eps), mode)
+            x = x + ffn.out
+            if trace is not None:
+                trace.append(ffn)
         x = _rms_norm(x, weights["output_norm.weight"], shape.eps)
         return x @ weights.get("output.weight", weights["token_embd.weight"]).T
 
-    def neurons(self, layer: int, x: Array) -> tuple[Array, Array]:
-        """Both factors of every neuron of a layer.
+    def _ffn(self, layer: int, x: Array, mode: Mode) -> FfnTrace:
+        block = f"blk.{layer}.ffn"
+        gate = self._activate(x @ self._weights[f"{block}_gate.weight"].T)
+        up = x @ self._weights[f"{block}_up.weight"].T
+        if self._shape.activation == "drelu":  # ReLU on both factors: Turbo Sparse, arXiv:2406.05955
+            up = _relu(up)
+        product = gate * up
+        if mode == "threshold":
+            neuron = self._weights[f"{block}_threshold"]
+            first = self._weights.get(f"{block}_gate_threshold", np.zeros_like(neuron))
+            kept = (np.abs(gate) >= first) & (np.abs(product) >= neuron)
+            product = np.where(kept, product, np.float32(0))
+        transposed = self._weights.get(f"{block}_down_t.weight")
+        down = self._weights[f"{block}_down.weight"].T if transposed is None else transposed
+        return FfnTrace(gate=gate, up=up, product=product, out=product @ down)
 
-        Parameters
-        ----------
-        layer : int
-            Index of the layer.
-        x : float32 array, shape (T, D)
-            Normalised input of the FFN.
-
-        Returns
-        -------
-        gate : float32 array, shape (T, F)
-            The gate after its activation, f(gate).
-        up : float32 array, shape (T, F)
-            The other factor, g(up): ReLU of it for dReLU [1]_, else unchanged.
-
-        References
-        ----------
-        .. [1] Turbo Sparse, arXiv:2406.05955.
-        """
-        gate = x @ self._weights[f"blk.{layer}.ffn_gate.weight"].T
-        up = x @ self._weights[f"blk.{layer}.ffn_up.weight"].T
+    def _activate(self, gate: Array) -> Array:
         match self._shape.activation:
             case "silu":
-                return _silu(gate), up
+                return _silu(gate)
             case "gelu":
-                return _gelu(gate), up
-            case "relu":
-                return _relu(gate), up
+                return _gelu(gate)
+            case "relu" | "drelu":
+                return _relu(gate)
             case "relu2":
-                return _relu(gate) ** 2, up
+                return _relu(gate) ** 2
             case "fatrelu":
-                kept = gate >= np.float32(self._shape.activation_param)
-                return np.where(kept, gate, np.float32(0)), up
-            case "drelu":
-                return _relu(gate), _relu(up)
+                return np.where(gate >= np.float32(self._shape.activation_param), gate, np.float32(0))
             case other:
                 raise ModelFileError(f"[turbosparse.activation] expected a known activation, got {other}")
-
-    def _masked(self, layer: int, gate: Array, up: Array, mode: Mode) -> Array:
-        product = gate * up
-        if mode != "threshold":
-            return product
-        neuron = self._weights[f"blk.{layer}.ffn_threshold"]
-        first = self._weights.get(f"blk.{layer}.ffn_gate_threshold", np.zeros_like(neuron))
-        kept = (np.abs(gate) >= first) & (np.abs(product) >= neuron)
-        return np.where(kept, product, np.float32(0))
-
-    def _down(self, layer: int, product: Array) -> Array:
-        transposed = self._weights.get(f"blk.{layer}.ffn_down_t.weight")
-        return product @ (
-            self._weights[f"blk.{layer}.ffn_down.weight"].T if transposed is None else transposed
-        )
 
     def _attention(self, layer: int, x: Array, positions: NDArray[np.int64]) -> Array:
         shape = self._shape

@@ -1,0 +1,109 @@
+// Writes small model files for the native tests: metadata, seeded F32 weights, the documented layout of GGUF
+// v3.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <random>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+namespace turbosparse::test {
+
+class TinyGguf {
+ public:
+  using Value = std::variant<std::uint32_t, float, bool, std::string>;
+  using Shape = std::vector<std::uint64_t>;  // slowest first
+
+  /// A complete model: 2 layers, D 64, F 96, 4 heads of 16, 2 kv heads, 50 tokens, neuron-major, dReLU.
+  static TinyGguf model() {
+    TinyGguf file;
+    const std::string arch = "turbosparse-llama";
+    file.keys["general.architecture"] = arch;
+    const std::pair<const char*, std::uint32_t> sizes[] = {
+        {"block_count", 2},          {"embedding_length", 64},       {"feed_forward_length", 96},
+        {"attention.head_count", 4}, {"attention.head_count_kv", 2}, {"context_length", 128}};
+    for (const auto& [name, size] : sizes) file.keys[arch + "." + name] = size;
+    file.keys[arch + ".attention.layer_norm_rms_epsilon"] = 1e-5F;
+    file.keys["turbosparse.version"] = std::uint32_t{1};
+    file.keys["turbosparse.activation"] = std::string("drelu");
+    file.shapes["token_embd.weight"] = {50, 64};
+    file.shapes["output_norm.weight"] = {64};
+    for (const std::string block : {"blk.0.", "blk.1."}) {
+      const std::pair<const char*, Shape> tensors[] = {
+          {"attn_norm.weight", {64}},    {"ffn_norm.weight", {64}},   {"attn_q.weight", {64, 64}},
+          {"attn_k.weight", {32, 64}},   {"attn_v.weight", {32, 64}}, {"attn_output.weight", {64, 64}},
+          {"ffn_gate.weight", {96, 64}}, {"ffn_up.weight", {96, 64}}, {"ffn_down_t.weight", {96, 64}},
+          {"ffn_threshold", {96}}};
+      for (const auto& [name, shape] : tensors) file.shapes[block + name] = shape;
+    }
+    return file;
+  }
+
+  std::map<std::string, Value> keys;
+  std::map<std::string, Shape> shapes;
+
+  /// The file. Weights come from a fixed seed; thresholds are 0.05.
+  std::vector<std::byte> bytes() const {
+    std::vector<std::byte> out;
+    put(out, std::uint32_t{0x46554747});  // "GGUF"
+    put(out, std::uint32_t{3});
+    put(out, std::uint64_t{shapes.size()});
+    put(out, std::uint64_t{keys.size()});
+    for (const auto& [key, value] : keys) put_key(out, key, value);
+    std::uint64_t offset = 0;
+    for (const auto& [name, shape] : shapes) {
+      put_text(out, name);
+      put(out, static_cast<std::uint32_t>(shape.size()));
+      for (auto size = shape.rbegin(); size != shape.rend(); ++size) put(out, *size);
+      put(out, std::uint32_t{0});  // F32
+      put(out, offset);
+      offset += padded(count(shape) * sizeof(float));
+    }
+    out.resize(padded(out.size()));
+    std::mt19937 generator(7);
+    for (const auto& [name, shape] : shapes) put_tensor(out, name, shape, generator);
+    return out;
+  }
+
+ private:
+  static std::size_t padded(std::size_t n) { return (n + 31) / 32 * 32; }
+  static std::size_t count(const Shape& shape) {
+    std::size_t n = 1;
+    for (const std::uint64_t size : shape) n *= size;
+    return n;
+  }
+  template <class T>
+  static void put(std::vector<std::byte>& out, T value) {
+    const auto* bytes = reinterpret_cast<const std::byte*>(&value);
+    out.insert(out.end(), bytes, bytes + sizeof value);
+  }
+  static void put_text(std::vector<std::byte>& out, const std::string& text) {
+    put(out, std::uint64_t{text.size()});
+    for (const char c : text) out.push_back(static_cast<std::byte>(c));
+  }
+  static void put_key(std::vector<std::byte>& out, const std::string& key, const Value& value) {
+    constexpr std::uint32_t kKinds[] = {4, 6, 7, 8};  // uint32, float32, bool, string
+    put_text(out, key);
+    put(out, kKinds[value.index()]);
+    if (const auto* number = std::get_if<std::uint32_t>(&value)) put(out, *number);
+    if (const auto* real = std::get_if<float>(&value)) put(out, *real);
+    if (const auto* flag = std::get_if<bool>(&value)) put(out, static_cast<std::uint8_t>(*flag));
+    if (const auto* text = std::get_if<std::string>(&value)) put_text(out, *text);
+  }
+  static void put_tensor(std::vector<std::byte>& out, const std::string& name, const Shape& shape,
+                         std::mt19937& generator) {
+    std::normal_distribution<float> normal(0.0F, 1.0F / std::sqrt(static_cast<float>(shape.back())));
+    for (std::size_t i = 0; i < count(shape); ++i) {
+      const bool constant = shape.size() == 1;
+      put(out, constant ? (name.find("threshold") == std::string::npos ? 1.0F : 0.05F) : normal(generator));
+    }
+    out.resize(padded(out.size()));
+  }
+};
+
+}  // namespace turbosparse::test
