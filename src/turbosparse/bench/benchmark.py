@@ -21,7 +21,7 @@ from turbosparse.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from turbosparse._native import Mode
 
-__all__ = ["BenchConfig", "Row", "bench_model", "runs_per_model"]
+__all__ = ["BenchConfig", "Row", "bench_model", "cases_of", "runs_per_model"]
 
 _BANDWIDTH_BUFFER = 512 << 20  # far beyond any cache
 
@@ -145,7 +145,7 @@ def bench_model(path: Path, config: BenchConfig, *, progress: Callable[[], None]
     """
     for threads in config.threads:
         model = _native.Model(str(path), threads=threads, isa=config.isa)
-        cases = _cases(path, config, model.info.context_length)
+        cases = cases_of(path, config, model.info.context_length)
         context = max(len(case.warm) + len(case.timed) for case in cases)
         unknown = [mode for mode in config.modes if mode not in model.info.modes]
         if unknown:
@@ -202,7 +202,28 @@ def _find(timings: Sequence[Timing], backend: str, mode: str) -> Timing | None:
     return None
 
 
-def _cases(path: Path, config: BenchConfig, context_length: int) -> list[Case]:
+def cases_of(path: Path, config: BenchConfig, context_length: int) -> list[Case]:
+    """Cut the tests out of the text that ships with the package.
+
+    Parameters
+    ----------
+    path : Path
+        Model file, for its tokenizer.
+    config : BenchConfig
+        What to time.
+    context_length : int
+        Positions the model can have.
+
+    Returns
+    -------
+    list of Case
+        Prompt, decode, or both.
+
+    Raises
+    ------
+    ConfigError
+        When the tests do not fit the text or the context.
+    """
     tokenizer = Tokenizer.from_metadata(_native.GgufFile(str(path)).metadata)
     ids = tokenizer.encode(read_text(HELD_OUT))
     longest = config.depth + max(config.prompt_tokens, config.generated_tokens)

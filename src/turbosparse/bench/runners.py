@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = ["EngineRunner", "LlamaCppRunner", "Runner", "Usage", "require_llama_cpp"]
 
+WORKER = Path(__file__).with_name("llama_cpp_worker.py")
+
 
 class Runner(Protocol):
     """Evaluates token ids and says how long that took."""
@@ -171,9 +173,8 @@ class LlamaCppRunner:
 
     def __init__(self, path: Path, threads: int, context: int) -> None:
         require_llama_cpp()
-        worker = Path(__file__).with_name("llama_cpp_worker.py")
         self._process = subprocess.Popen(
-            [sys.executable, str(worker), str(path), str(threads), str(context)],
+            [sys.executable, str(WORKER), str(path), str(threads), str(context)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -263,57 +263,50 @@ def largest_meeting(
 
     Notes
     -----
-    Errors follow a power of eps over wide ranges, so the bracket is narrowed by false position in log-log
-    coordinates, with a bisection at every third step. It ends at the tolerance, or when the bracket is as
+    Errors follow a power of eps over wide ranges, so each step takes the line through the last two points in
+    log-log coordinates; two or three suffice from a near start. Steps grow while the target is not bracketed,
+    and every third one inside a bracket is a bisection. Ends at the tolerance, or when the bracket is as
     narrow as float32.
     """
     if not 0 < target < 1:
         raise ConfigError(f"[cett target] expected a number above 0 and below 1, got {target}")
     if not (math.isfinite(start) and start > 0):
         raise CalibrationError(f"[cett] expected neuron outputs finite, not all zero, got a norm of {start}")
-    low, low_error, high, high_error = _bracket(error, target, start)
-    if low == 0:
-        return 0.0, 0.0
+    aim = target * (1 - tolerance / 2)
+    low, low_error, high = 0.0, 0.0, math.inf
+    eps, slope, last, same_side = start, 1.0, (0.0, 0.0), 0
     for step in range(_MAX_EVALUATIONS):
-        if low_error >= target * (1 - tolerance) or high <= low * (1 + 2**-22):
-            break
-        eps = math.sqrt(low * high)
-        if low_error > 0 and step % 3 != 2:
-            aim = target * (1 - tolerance / 2)
-            share = math.log(aim / low_error) / math.log(high_error / low_error)
-            eps = low * (high / low) ** min(max(share, 0.02), 0.98)
         value = error(eps)
+        same_side = same_side + 1 if (value <= target) == (last[1] <= target) else 1
         if value <= target:
             low, low_error = eps, value
         else:
-            high, high_error = eps, value
+            high = eps
+        if low_error >= target * (1 - tolerance) or high <= low * (1 + 2**-22):
+            return low, low_error
+        slope = _slope(last, (eps, value), slope)
+        last = (eps, value)
+        guess = eps * (aim / value) ** (1 / slope) if 0 < value < math.inf else 0.0
+        least = 1.002 ** (4 ** min(same_side, 6))  # 1.008, 1.03, 1.14, 1.67, 7.7: away from a bad guess
+        if high == math.inf:
+            eps = min(max(guess, eps * least), eps * 16)
+        elif low == 0:
+            eps = max(min(guess, eps / least), eps / 16)
+        else:
+            inside = low < guess < high and step % 3 != 2
+            eps = guess if inside else math.sqrt(low * high)
+    if high == math.inf:
+        raise CalibrationError(
+            f"[cett] expected an error above {target} at some threshold, got {low_error:.4f}"
+        )
     return low, low_error
 
 
-def _bracket(
-    error: Callable[[float], float], target: float, start: float
-) -> tuple[float, float, float, float]:
-    """An eps that meets the target and a larger one that does not, with their errors."""
-    eps, value = start, error(start)
-    if value <= target:
-        for _ in range(_MAX_EVALUATIONS):
-            low, low_error = eps, value
-            eps = low * min(max((target / max(low_error, 1e-6)) ** 0.75, 1.25), 16.0)
-            value = error(eps)
-            if value > target:
-                return low, low_error, eps, value
-        raise CalibrationError(f"[cett] expected an error above {target} at some threshold, got {value:.4f}")
-    for _ in range(_MAX_EVALUATIONS):
-        high, high_error = eps, value
-        eps = (
-            high * min(max((target / high_error) ** 0.75, 1 / 16), 0.8)
-            if math.isfinite(high_error)
-            else high / 16
-        )
-        value = error(eps)
-        if value <= target:
-            return eps, value, high, high_error
-    return 0.0, 0.0, high, high_error
+def _slope(a: tuple[float, float], b: tuple[float, float], otherwise: float) -> float:
+    """Exponent of the power law through two points (eps, error); `otherwise` where they do not tell."""
+    if not (0 < a[1] < math.inf and 0 < b[1] < math.inf and a[0] > 0 and abs(math.log(b[0] / a[0])) > 1e-4):
+        return otherwise
+    return min(max(math.log(b[1] / a[1]) / math.log(b[0] / a[0]), 0.25), 4.0)
 
 
 def typical_norm(norms: NDArray[np.float32]) -> float:

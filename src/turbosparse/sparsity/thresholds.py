@@ -26,9 +26,9 @@ __all__ = ["ONE_STAGE", "TWO_STAGES", "LayerThresholds", "find_layer_thresholds"
 # Ratios eps_gate / eps that are tried. 0 is stage 2 alone; 1 drops a neuron by its gate as soon as its
 # expected output norm is below eps. The bytes have a flat minimum: in layers of SmolLM2-135M at CETT 0.2 it
 # lies between 1.25 and 1.5, and 1 or 2 read at most 2 % more.
-TWO_STAGES = (0.0, 0.75, 1.0, 1.25, 1.5, 2.0)
+TWO_STAGES = (0.0, 1.0, 1.25, 1.5, 2.0)
 ONE_STAGE = (0.0,)
-_SPLIT_TOKENS = 512  # enough to rank the splits; the thresholds themselves use every token
+_SPLIT_TOKENS = 256  # enough to rank the splits; the thresholds themselves use every token
 _RMS_FLOOR = (
     0.01  # of the layer's mean: a neuron that the text hardly woke must not get an endless gate threshold
 )

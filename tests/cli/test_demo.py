@@ -1,0 +1,45 @@
+"""The verb demo on a tiny model: everything it promises is printed."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_model import TinyModel, make_tiny_model
+from turbosparse.cli.demo import bar_chart
+from turbosparse.cli.main import main
+from turbosparse.runtime.model_file import ModelFile
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu"])
+def test_shows_texts_speed_sparsity_and_perplexity_of_both(
+    tmp_path: Path,
+    activation: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_tiny_model(tmp_path / "tiny.gguf", TinyModel(activation=activation))
+    options = ["--model", str(tmp_path / "tiny.gguf"), "--cett", "0.2", "-n", "8", "-t", "1"]
+    assert main(["demo", *options, "--prompt", "the thing", "--json"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("CETT 0.2", "dense  ", "threshold  ", "tok/s", "x dense", "perplexity on", "100% "):
+        assert expected in printed
+    assert ("this model uses SiLU" in printed) == (activation == "silu")
+    record = json.loads(printed.splitlines()[-1])
+    assert record["dense"]["tok_per_s"] > 0
+    assert record["threshold"]["bytes_per_token"] < record["dense"]["bytes_per_token"]
+    assert record["threshold"]["active_ratio"] < record["dense"]["active_ratio"] == 1
+    assert len(record["sparsity_per_layer"]) == 2
+    written = tmp_path / "cache" / "turbosparse" / "tiny.cett-0.2.gguf"
+    assert record["model"] == str(written)
+    assert "threshold" in ModelFile(written).modes
+
+
+def test_bar_chart() -> None:
+    lines = bar_chart([1.0, 0.5, 0.0, 0.25, 0.75, 0.6], rows=2)
+    assert lines == [
+        " 100% ██      ▄▄▂▂",
+        "  50% ████  ▄▄████",
+        "layer 0         5",
+    ]

