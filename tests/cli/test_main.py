@@ -96,6 +96,7 @@ def test_wrong_usage_is_one_line(
         (ModelFileError("[m.gguf] expected a, got b"), "[m.gguf] expected a, got b"),
         (TurboSparseError("two\nlines"), "two lines"),
         (FileNotFoundError(2, "No such file or directory", "t.txt"), "[t.txt] No such file or directory"),
+        (FileNotFoundError(2, "No such file", "a\x1b[2J\nb"), "[a\ufffd[2J b] No such file"),
         (PermissionError(13, "Permission denied"), "Permission denied"),
         (OSError("5 requested and 3 written"), "5 requested and 3 written"),
         (
@@ -163,6 +164,16 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_full_disk_behind_the_output_is_one_line(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "m.gguf")
+    command = [sys.executable, "-m", "turbosparse", "inspect", str(tmp_path / "m.gguf")]
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (2, "turbosparse: error: No space left on device\n")
 
 
 def test_text_that_the_terminal_cannot_show_is_replaced() -> None:

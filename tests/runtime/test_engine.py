@@ -146,7 +146,7 @@ def test_the_end_of_the_context(model: Model, caplog: pytest.LogCaptureFixture) 
     assert answer.stats.finish_reason == "length"
     with pytest.raises(ContextLengthError, match=r"\[prompt\] expected at most 32 tokens .*, got 40"):
         small.generate("a" * 40)
-    with caplog.at_level(logging.WARNING):
+    with caplog.at_level(logging.WARNING, logger="turbosparse"):
         cut = small.generate("b" * 10 + "a" * 40, max_tokens=50, sampling=NEVER_ENDS, truncate=True)
     assert "only the last 24 are used" in caplog.text
     assert cut.read() == small.generate("a" * 24, max_tokens=50, sampling=NEVER_ENDS).read()
@@ -200,7 +200,7 @@ def test_a_file_without_tokenizer_still_gives_logits(model: Model) -> None:
 
 def test_what_was_transcoded_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_tiny_model(tmp_path / "q4_1.gguf", TinyModel(weight_type="Q4_1"))
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="turbosparse"):
         load(tmp_path / "q4_1.gguf")
     assert "Q4_1 has no native kernel; transcoded to Q8_0" in caplog.text
 

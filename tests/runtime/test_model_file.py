@@ -6,6 +6,7 @@ import gguf
 import numpy as np
 import pytest
 
+from tests.real_models import SMOLLM2, real_model
 from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse.errors import ModelFileError
 from turbosparse.runtime.model_file import KEY_CETT_TARGET, ModelFile, StoredValue
@@ -253,3 +254,15 @@ def test_names_are_checked(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match="no such key"):
         write_model_file(tmp_path / "a.gguf", {}, [])
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_copy_of_a_real_file_is_equal(tmp_path: Path) -> None:
+    """Keys of every kind, 150,000 strings, tensors of three types: written by others, copied bit by bit."""
+    source = ModelFile(real_model(SMOLLM2))
+    copy_with(source, tmp_path / "copy.gguf")
+    copy = ModelFile(tmp_path / "copy.gguf")
+    assert copy.stored_metadata() == source.stored_metadata()
+    assert list(copy.tensors) == list(source.tensors)
+    for name in source.tensors:
+        np.testing.assert_array_equal(copy.tensor_bytes(name), source.tensor_bytes(name))

@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 SHOW_AFTER_S = 2.0
+PIPE_WIDTH = 10_000  # columns: nothing is cut or wrapped
 
 
 def console(*, stderr: bool = False) -> "Console":
@@ -44,7 +45,7 @@ def console(*, stderr: bool = False) -> "Console":
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else 200)
+    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
 
 
 @contextmanager

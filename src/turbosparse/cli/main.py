@@ -82,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status = _dispatch(arguments)
         sys.stdout.flush()
     except BrokenPipeError:
-        # Nobody reads on. The interpreter flushes once more when it ends; let that go nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _abandon_stdout()
         return 141
     except KeyboardInterrupt:
         if debug:
@@ -93,8 +92,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         print(f"{PROGRAM}: error: {_one_line(error)}", file=sys.stderr)  # noqa: T201 -- this is the edge
+        try:
+            sys.stdout.flush()
+        except OSError:  # that was the error
+            _abandon_stdout()
         return 2
     return status
+
+
+def _abandon_stdout() -> None:
+    """Let what is still buffered go nowhere: the interpreter flushes once more when it ends."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:
@@ -156,7 +166,7 @@ def _unknown_verb(name: str) -> str:
 
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
-        text = f"[{os.fsdecode(error.filename)}] {error.strerror}" if error.filename else error.strerror
+        text = f"[{error.filename}] {error.strerror}" if error.filename else error.strerror
     elif isinstance(error, UnicodeDecodeError):
         got = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
         text = str(TextError(f"[text] expected UTF-8, got {got}"))
@@ -164,4 +174,5 @@ def _one_line(error: Exception) -> str:
         text = "[memory] expected room for the model and its cache, got none: it does not fit this machine"
     else:
         text = str(error)
-    return " ".join(text.split("\n"))
+    # Paths may hold anything; what cannot be printed must not steer the terminal.
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text.replace("\n", " "))

@@ -1,0 +1,182 @@
+"""Options that every verb which runs a model has, and what they make."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from turbosparse.cli.console import progress
+from turbosparse.errors import TextError
+
+if TYPE_CHECKING:
+    from turbosparse.runtime.engine import Model
+    from turbosparse.runtime.sampling import SamplingConfig
+
+__all__ = [
+    "add_model_options",
+    "add_sampling_options",
+    "describe",
+    "open_model",
+    "read_text",
+    "sampling_config",
+]
+
+MODES = ("dense", "exact", "threshold")
+TRANSCODE = ("Q8_0", "Q4_0", "F16", "BF16", "F32")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the model file and how to run it.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        The verb's parser.
+    """
+    parser.add_argument("model", metavar="MODEL", type=Path, help="a GGUF file")
+    group = parser.add_argument_group("how to run it")
+    group.add_argument(
+        "--mode",
+        choices=MODES,
+        help="how neurons are skipped; default: exact, threshold, dense, as the file can",
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="default: physical cores, at most 8")
+    group.add_argument("--isa", metavar="NAME", help="instruction set: scalar, avx2 ...; default: the best")
+    group.add_argument(
+        "--transcode",
+        choices=TRANSCODE,
+        default="Q8_0",
+        help="what weights without a native kernel become while loading (default: Q8_0)",
+    )
+
+
+def add_sampling_options(parser: argparse.ArgumentParser, default: "SamplingConfig") -> None:
+    """Add how the next token is chosen.
+
+    Parameters
+    ----------
+    parser : argparse.ArgumentParser
+        The verb's parser.
+    default : SamplingConfig
+        What holds where an option is not given.
+    """
+    group = parser.add_argument_group("how tokens are chosen")
+
+    options: list[tuple[str, str, type, str]] = [
+        ("--temp", "temperature", float, "temperature; 0 always takes the likeliest token"),
+        ("--top-k", "top_k", int, "keep the K likeliest; 0 keeps all"),
+        ("--top-p", "top_p", float, "keep the likeliest that sum to this probability"),
+        ("--min-p", "min_p", float, "keep those at least this likely relative to the likeliest"),
+        ("--repeat-penalty", "repetition_penalty", float, "above 1 makes recent tokens less likely"),
+        ("--repeat-window", "repetition_window", int, "tokens that count as recent"),
+    ]
+    for flag, name, kind, text in options:
+        value = getattr(default, name)
+        explained = f"{text} (default: {value})"
+        group.add_argument(flag, dest=name, type=kind, default=value, metavar="X", help=explained)
+    group.add_argument("--seed", type=int, metavar="N", help="repeat the same draws (default: a new seed)")
+    group.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help=r"end before this text; \n is a new line"
+    )
+
+
+def sampling_config(args: argparse.Namespace) -> "SamplingConfig":
+    """Make what `add_sampling_options` was asked for.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        Parsed arguments.
+
+    Returns
+    -------
+    SamplingConfig
+        Checked.
+    """
+    from turbosparse.runtime.sampling import SamplingConfig
+
+    return SamplingConfig(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        repetition_window=args.repetition_window,
+        seed=args.seed,
+        stop=[text.replace("\\n", "\n") for text in args.stop],
+    )
+
+
+def open_model(args: argparse.Namespace, *, context: int | None = None) -> "Model":
+    """Load the model file that `add_model_options` was given.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        Parsed arguments.
+    context : int, optional
+        Tokens of context.
+
+    Returns
+    -------
+    Model
+        Ready to run.
+    """
+    from turbosparse.runtime.engine import load
+
+    with progress(None, f"loading {args.model.name}"):
+        return load(args.model, threads=args.threads, context=context, isa=args.isa, transcode=args.transcode)
+
+
+def describe(model: "Model", mode: str | None) -> str:
+    """Say in one line what is about to run.
+
+    Parameters
+    ----------
+    model : Model
+        The model.
+    mode : str or None
+        The mode that was asked for.
+
+    Returns
+    -------
+    str
+        Name, weights, mode, threads and instruction set.
+    """
+    info, engine = model.info, model.engine
+    weights = "/".join(dict.fromkeys(info.ffn_types))
+    was = ", ".join(f"{source} as {target}" for source, target in info.transcoded.items())
+    others = [other for other in info.modes if other != model.default_mode]
+    chosen = mode or model.default_mode + (f" (also {', '.join(others)})" if others else "")
+    parts = [
+        str(model.metadata.get("general.name", info.architecture)),
+        f"{weights} ({was})" if was else weights,
+        f"mode {chosen}",
+        f"{engine.threads} threads",
+        engine.isa,
+    ]
+    return " | ".join(parts)
+
+
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Parameters
+    ----------
+    path : Path
+        UTF-8.
+
+    Returns
+    -------
+    str
+        Its text.
+
+    Raises
+    ------
+    TextError
+        If it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        got = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
+        raise TextError(f"[{path}] expected UTF-8 text, got {got}") from error
