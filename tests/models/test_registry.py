@@ -41,6 +41,7 @@ def test_swapped_model_saves_and_loads(model_type: str, tmp_path: Path) -> None:
     dense = logits(model)
     swapped = swap_activation(model, DRELU)
     assert swapped is model
+    assert model.config.model_type == f"turbosparse_{model_type}"
     after = logits(model)
     assert (after - dense).abs().max() > 1e-3
     model.save_pretrained(tmp_path)

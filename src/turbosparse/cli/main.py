@@ -33,6 +33,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "turbosparse.cli.sparsify",
         "replace the FFN activation and train the model back to quality",
     ),
+    "train-control": (
+        "turbosparse.cli.train_control",
+        "train the unswapped model on the same tokens",
+    ),
     "inspect": ("turbosparse.cli.inspect", "show what is in a model file"),
     "calibrate": (
         "turbosparse.cli.calibrate",

@@ -134,6 +134,7 @@ def swap_activation(model: Any, activation: Activation) -> Any:
         return model
     config_class, model_class = _classes(base_type)
     model.config.__class__ = config_class  # submodules share this object
+    model.config.model_type = config_class.model_type
     model.config.turbosparse = {"name": activation.name, "threshold": activation.threshold}
     model.__class__ = model_class
     return model

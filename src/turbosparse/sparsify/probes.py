@@ -18,6 +18,7 @@ class LayerProbe:
     def __init__(self) -> None:
         self.reference: GatedFFN | GatedExperts | None = None
         self.teacher_forced = False
+        self.linked = False
         self.keeps_l1 = False
         self.watching = False
         self.l1: list[Tensor] = []
@@ -48,7 +49,10 @@ class LayerProbe:
         error = relative_error(output, expected)
         if self.watching:
             self.errors.append(error)
-        return expected.to(output.dtype) if self.teacher_forced else output
+        if not self.teacher_forced:
+            return output
+        expected = expected.to(output.dtype)
+        return expected + 0.0 * output if self.linked else expected
 
     def take_counts(self) -> tuple[int, int]:
         """Return the numbers of zeros and of values since the last call."""
@@ -95,7 +99,7 @@ class ProbeSet:
         for probe in self:
             probe.keeps_l1 = True
 
-    def regress(self, teacher: nn.Module, *, teacher_forced: bool) -> None:
+    def regress(self, teacher: nn.Module, *, teacher_forced: bool, linked: bool = False) -> None:
         """Compare each FFN with the teacher's on the same input.
 
         Parameters
@@ -105,11 +109,15 @@ class ProbeSet:
         teacher_forced : bool
             Pass the original output on, so that every layer sees the states of the original model and learns
             by itself.
+        linked : bool, default False
+            Keep the graph between the layers, with gradients of zero: full sharding gathers the weights of a
+            layer when a gradient reaches its output.
         """
         references = gated_ffns(teacher)
         for name, probe in self._probes.items():
             probe.reference = references[name]
             probe.teacher_forced = teacher_forced
+            probe.linked = linked
 
     def take_losses(self) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
         """Return the mean L1, the mean FFN error and the errors per layer since the last call."""

@@ -31,6 +31,7 @@ from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, 
 from turbosparse.sparsify.evaluation import batch_of, mean_loss
 from turbosparse.sparsify.host_memory import keep_freed_memory
 from turbosparse.sparsify.recipe import Recipe, StageConfig, recipe_to_dict
+from turbosparse.sparsify.sharding import fsdp_arguments, set_up_single_process, shard_teacher
 from turbosparse.sparsify.signs import align_signs
 from turbosparse.sparsify.stream import DATA_STATE_FILE, SequenceStream
 from turbosparse.sparsify.trainer import StageTrainer
@@ -82,6 +83,8 @@ def run_recipe(recipe: Recipe, *, control: bool = False, from_checkpoint: Path |
         recipe = control_recipe(recipe)
     if not torch.cuda.is_available():
         keep_freed_memory()
+    if recipe.fsdp:
+        set_up_single_process()
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     output = Path(recipe.output)
@@ -170,10 +173,11 @@ class _Stage:
         arguments = self._arguments()
         teacher = self._load_teacher(arguments.device)
         model = self._load_model(teacher)
+        if teacher is not None and self.recipe.fsdp:
+            shard_teacher(teacher)
         identity = {
             "stage": self.stage.name,
             "activation": str(activation_of(model)),
-            "model_type": model.config.model_type,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
         if self.checkpoint is not None:
@@ -230,7 +234,11 @@ class _Stage:
             max_grad_norm=stage.max_gradient_norm,
             bf16=bf16,
             use_cpu=not torch.cuda.is_available(),
-            **_activation_checkpointing(stage.gradient_checkpointing),
+            **(
+                fsdp_arguments(stage)
+                if recipe.fsdp
+                else _activation_checkpointing(stage.gradient_checkpointing)
+            ),
             logging_steps=recipe.log_steps,
             logging_nan_inf_filter=False,
             save_strategy="no",
@@ -241,6 +249,7 @@ class _Stage:
             seed=recipe.seed,
             data_seed=recipe.seed,
             remove_unused_columns=False,
+            ddp_find_unused_parameters=False,  # losses inside of the FFNs are no outputs of the model
             dataloader_pin_memory=torch.cuda.is_available(),
             accelerator_config={"dispatch_batches": True},
         )

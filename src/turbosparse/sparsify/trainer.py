@@ -80,7 +80,8 @@ class StageTrainer(Trainer):
         if loss.activation_l1:
             self.probes.keep_l1()
         if loss.ffn_output:
-            self.probes.regress(teacher, teacher_forced=loss.is_regression_only)
+            forced = loss.is_regression_only
+            self.probes.regress(teacher, teacher_forced=forced, linked=forced and self.is_fsdp_enabled)
 
     # Losses
 
@@ -137,6 +138,8 @@ class StageTrainer(Trainer):
             parts["ffn_output"] = (loss.ffn_output, ffn_error / self._accumulation)
             self._add_layer_errors(torch.stack(layer_errors) / self._accumulation)
         total = torch.stack([weight * value for weight, value in parts.values()]).sum()
+        if self.is_fsdp_enabled and loss.is_regression_only:
+            total = total + 0.0 * outputs.logits.sum()
         for name, (_, value) in parts.items():
             self._parts[name] = self._parts.get(name, torch.zeros_like(value)) + value.detach()
         return (total, outputs) if return_outputs else total
@@ -270,6 +273,13 @@ class StageTrainer(Trainer):
             file.write(json.dumps(line) + "\n")
 
     # Checkpoints
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write a Hugging Face directory; inside of checkpoints, a sharded run writes shards instead."""
+        if self.is_fsdp_enabled and not _internal_call:
+            self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        else:
+            super().save_model(output_dir, _internal_call=_internal_call)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or str(super()._get_output_dir(trial))

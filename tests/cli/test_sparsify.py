@@ -1,0 +1,73 @@
+"""The verbs sparsify and train-control, from the command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from turbosparse.cli.main import main
+
+pytest.importorskip("torch")
+
+from tests.tiny_hf import make_hf_model, make_texts, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("base")
+    make_hf_model().save_pretrained(directory / "model")
+    make_tokenizer().save_pretrained(directory / "model")
+    make_texts(directory)
+    return directory
+
+
+def quick(base: Path, output: Path) -> list[str]:
+    settings = ["data.sequence_length=32", "threads=1", "precision=fp32", "data.held_out_percent=20"]
+    return [
+        f"--model={base / 'model'}",
+        f"--text={base / 'stories.txt'}",
+        f"--output={output}",
+        "--tokens=2560",
+        *(part for setting in settings for part in ("--set", setting)),
+    ]
+
+
+def test_a_run_without_a_recipe(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sparsify", *quick(base, tmp_path / "run")]) == 0
+    model = Path(capsys.readouterr().out.splitlines()[-1])
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    assert config["model_type"] == "turbosparse_llama"
+
+
+def test_the_control(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train-control", *quick(base, tmp_path / "run")]) == 0
+    model = Path(capsys.readouterr().out.splitlines()[-1])
+    assert json.loads((model / "config.json").read_text(encoding="utf-8"))["model_type"] == "llama"
+
+
+def test_dry_run(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sparsify", "--dry-run", *quick(base, tmp_path / "run")]) == 0
+    text = capsys.readouterr().out
+    assert "regression: 256 tokens in 2 steps" in text
+    assert "distillation: 2,304 tokens in 9 steps" in text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["sparsify"], "expected a recipe file, or --model, --text and --output"),
+        (["sparsify", "none.toml"], "expected a recipe file, got: No such file"),
+        (["sparsify", "none.toml", "--tokens=5"], "expected a recipe or --text and --tokens, got both"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_model(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = quick(base, tmp_path / "run")
+    arguments[0] = f"--model={tmp_path / 'nowhere'}"
+    assert main(["sparsify", *arguments]) == 2
+    assert "nowhere" in capsys.readouterr().err

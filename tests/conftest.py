@@ -1,0 +1,7 @@
+"""Where torch is not installed, the tests of the training column are not collected."""
+
+import importlib.util
+
+_TRAINING = ["models", "data", "sparsify", "predict", "tiny_hf.py", "cli/test_sparsify.py"]
+
+collect_ignore = _TRAINING if importlib.util.find_spec("torch") is None else []
