@@ -155,6 +155,14 @@ def test_warnings_and_progress_go_to_stderr(
     assert capsys.readouterr() == ("", shown)
 
 
+def test_every_verb_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in VERBS:
+        with pytest.raises(SystemExit) as leaving:
+            main([name, "--help"])
+        assert leaving.value.code == 0
+        assert f"usage: turbosparse {name}" in capsys.readouterr().out
+
+
 def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     """`turbosparse ... | head -1` ends without a word."""
     make_tiny_model(tmp_path / "m.gguf")
