@@ -235,7 +235,7 @@ class _Stage:
             bf16=bf16,
             use_cpu=not torch.cuda.is_available(),
             **(
-                fsdp_arguments(stage)
+                fsdp_arguments(stage.gradient_checkpointing)
                 if recipe.fsdp
                 else _activation_checkpointing(stage.gradient_checkpointing)
             ),
