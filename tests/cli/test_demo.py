@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.tiny_model import TinyModel, make_tiny_model
-from turbosparse.cli.demo import bar_chart
+from turbosparse.cli.demo_report import bar_chart
 from turbosparse.cli.main import main
 from turbosparse.runtime.model_file import ModelFile
 

@@ -6,25 +6,19 @@ cores.
 """
 
 import argparse
-import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbosparse.cli.console import add_json_option, console, print_json, progress
+from turbosparse.cli.demo_report import demo_record, show_answers, show_layers, show_quality
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from rich.console import Console
-
     from turbosparse._native import Mode
-    from turbosparse.runtime.calibration_report import CalibrationReport
     from turbosparse.runtime.engine import Model
     from turbosparse.runtime.generation import GenerationStats
-    from turbosparse.runtime.perplexity import ModeComparison
 
-__all__ = ["add_arguments", "bar_chart", "run"]
+__all__ = ["add_arguments", "run"]
 
 PROMPT = "Explain in simple words how a computer stores a file on a disk."
 CETT = 0.1  # SmolLM2 pays about 10 % perplexity for it, and 30 % for 0.2
@@ -92,10 +86,10 @@ def run(args: argparse.Namespace) -> int:
         overwrite=True,
         progress=lambda label: progress(1.0, label),
     )
-    _show_layers(out, report)
+    show_layers(out, report)
     model = turbosparse.load(sparse_path, threads=args.threads)
     answers = _answers(model, args.prompt, args.max_tokens)
-    _show_answers(out, model, args.prompt, answers)
+    show_answers(out, model, args.prompt, answers)
     ids = model.text_ids(read_text(HELD_OUT))[:JUDGED_TOKENS]
     with progress(len(ids), "perplexity on held-out text") as advance:
         judged = compare_modes(
@@ -106,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
             bos_id=model.window_bos_id,
             advance=advance,
         )
-    _show_quality(out, report, judged)
+    show_quality(out, report, judged)
     out.print(
         f"\nDone in {time.monotonic() - begin:.0f} s. Both modes run on one file and the same weights:\n"
         f"  turbosparse chat {sparse_path}",
@@ -114,31 +108,8 @@ def run(args: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     if args.json:
-        print_json(_record(report, answers, judged, sparse_path))
+        print_json(demo_record(report, answers, judged, sparse_path))
     return 0
-
-
-def bar_chart(shares: "Sequence[float]", *, rows: int = 5) -> list[str]:
-    """Draw one column per share.
-
-    Parameters
-    ----------
-    shares : sequence of float
-        0 to 1.
-    rows : int
-        Height in lines.
-
-    Returns
-    -------
-    list of str
-        Lines from the top, with percentages at the left and the columns' numbers below.
-    """
-    blocks = " ▁▂▃▄▅▆▇█"
-    lines = []
-    for row in range(rows - 1, -1, -1):
-        cells = (blocks[round(8 * min(max(share * rows - row, 0.0), 1.0))] for share in shares)
-        lines.append(f"{(row + 1) / rows:5.0%} " + "".join(cell * 2 for cell in cells))
-    return [*lines, "layer " + "".join(f"{number:<10}" for number in range(0, len(shares), 5)).rstrip()]
 
 
 def _answers(model: "Model", prompt: str, max_tokens: int) -> dict[str, "list[tuple[str, GenerationStats]]"]:
@@ -153,83 +124,3 @@ def _answers(model: "Model", prompt: str, max_tokens: int) -> dict[str, "list[tu
                 found[mode].append((answer.read(), answer.stats))
                 advance(1)
     return {mode: rounds[1:] for mode, rounds in found.items()}
-
-
-def _speed(rounds: "list[tuple[str, GenerationStats]]") -> float:
-    return statistics.median(stats.decode_tok_per_s or 0.0 for _, stats in rounds)
-
-
-def _ratio(answers: "dict[str, list[tuple[str, GenerationStats]]]") -> float:
-    """Median of the rounds' ratios, threshold to dense."""
-    pairs = zip(answers["threshold"], answers["dense"], strict=True)
-    return statistics.median(
-        (a.decode_tok_per_s or 0.0) / (b.decode_tok_per_s or 1.0) for (_, a), (_, b) in pairs
-    )
-
-
-def _show_layers(out: "Console", report: "CalibrationReport") -> None:
-    out.print("\n[bold]Neurons left out per layer[/] (rows of the down projection that are not read)\n")
-    for line in bar_chart([1 - layer.active for layer in report.layers]):
-        out.print(line, markup=False)
-    out.print(
-        f"Mean: {1 - report.active_ratio:.0%} of the down rows and {1 - report.gate_passed:.0%} of the up "
-        "rows are skipped; every gate row is read."
-    )
-
-
-def _show_answers(
-    out: "Console", model: "Model", prompt: str, answers: "dict[str, list[tuple[str, GenerationStats]]]"
-) -> None:
-    out.print(f"\n[bold]Prompt[/]  {prompt}")
-    for mode in MODES:
-        text, stats = answers[mode][-1]
-        read = f", {stats.bytes_per_token / 1e6:.0f} MB read per token" if stats.bytes_per_token else ""
-        out.print(f"\n[bold]{mode}[/]  {_speed(answers[mode]):.1f} tok/s{read}")
-        out.print(text.strip(), markup=False)
-    out.print(
-        f"\n[bold]Speed[/]  threshold is {_ratio(answers):.2f}x dense ({model.engine.threads} threads, "
-        f"{model.engine.isa}; median of {ROUNDS} rounds in turn)"
-    )
-
-
-def _show_quality(out: "Console", report: "CalibrationReport", judged: "ModeComparison") -> None:
-    sparse, dense = judged.result, judged.baseline
-    out.print(
-        f"[bold]Quality[/]  perplexity on {dense.tokens} tokens of a book it was not calibrated on: "
-        f"dense {dense.perplexity:.2f}, threshold {sparse.perplexity:.2f} "
-        f"({judged.perplexity_ratio - 1:+.1%}); same likeliest token {judged.same_top_1:.0%}"
-    )
-    exact = sum(layer.zeros for layer in report.layers) / len(report.layers)
-    if exact < 0.01:
-        out.print(
-            "[bold]Note[/]  this model uses SiLU: no activation is exactly zero, so every neuron left out "
-            "costs a little, and the gain is modest. Models made with a ReLU-like activation skip far more."
-        )
-
-
-def _record(
-    report: "CalibrationReport",
-    answers: "dict[str, list[tuple[str, GenerationStats]]]",
-    judged: "ModeComparison",
-    path: Path,
-) -> dict[str, object]:
-    results = {"dense": judged.baseline, "threshold": judged.result}
-    return {
-        "model": str(path),
-        "cett_target": report.cett_target,
-        "ratio_to_dense": _ratio(answers),
-        "perplexity_ratio": judged.perplexity_ratio,
-        "mean_kl": judged.mean_kl,
-        "same_top_1": judged.same_top_1,
-        "sparsity_per_layer": [1 - layer.active for layer in report.layers],
-        **{
-            mode: {
-                "text": answers[mode][-1][0],
-                "tok_per_s": _speed(answers[mode]),
-                "bytes_per_token": answers[mode][-1][1].bytes_per_token,
-                "active_ratio": results[mode].active_ratio,
-                "perplexity": results[mode].perplexity,
-            }
-            for mode in MODES
-        },
-    }
