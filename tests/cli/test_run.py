@@ -57,7 +57,7 @@ def test_the_json_record(model: str, capsys: pytest.CaptureFixture[str]) -> None
 def test_a_prompt_from_a_file_and_from_stdin(
     model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "prompt.txt").write_text(PROMPT, encoding="utf-8")
+    (tmp_path / "prompt.txt").write_text(PROMPT + "\n", encoding="utf-8")
     by_option = run_json(capsys, model, "--raw", "-p", PROMPT, "-n", "5")
     by_file = run_json(capsys, model, "--raw", "-f", str(tmp_path / "prompt.txt"), "-n", "5")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))

@@ -9,7 +9,14 @@ import pytest
 
 import turbosparse
 from tests.tiny_model import TinyModel, make_tiny_model
-from turbosparse.errors import ConfigError, ContextLengthError, ModelFileError, TextError, TokenizerError
+from turbosparse.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineError,
+    ModelFileError,
+    TextError,
+    TokenizerError,
+)
 from turbosparse.runtime.engine import Model, load
 from turbosparse.runtime.sampling import SamplingConfig
 
@@ -123,6 +130,21 @@ def test_a_closed_answer_leaves_the_model_usable(model: Model) -> None:
     assert answer.stats.finish_reason == "interrupted"
     assert list(answer) == []
     assert model.generate(PROMPT, max_tokens=50, sampling=NEVER_ENDS).read().startswith(first)
+
+
+def test_two_answers_at_once_need_two_caches(model: Model) -> None:
+    alone = model.generate(PROMPT, max_tokens=20, sampling=NEVER_ENDS).read()
+    first = model.generate(PROMPT, max_tokens=20, sampling=NEVER_ENDS)
+    begun = next(first)
+    beside = model.generate("in the land", max_tokens=20, sampling=NEVER_ENDS, cache=model.new_cache())
+    next(beside)
+    assert begun + first.read() == alone
+    second = model.generate(PROMPT, max_tokens=20, sampling=NEVER_ENDS)
+    next(second)
+    assert model.generate("in the land", max_tokens=3).read() != ""
+    with pytest.raises(EngineError, match="expected one answer at a time"):
+        second.read()
+    assert model.generate(PROMPT, max_tokens=20, sampling=NEVER_ENDS).read() == alone
 
 
 def test_an_answer_can_be_stopped_from_outside(model: Model) -> None:

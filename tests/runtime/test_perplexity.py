@@ -113,9 +113,8 @@ def test_what_cannot_be_measured(model: Model) -> None:
 
 @pytest.mark.slow
 def test_perplexity_of_smollm2_agrees_with_llama_cpp() -> None:
-    """llama-cpp-python 0.3.36 on the same file and the same 64 tokens of context: see the number below."""
+    """21.588 is llama.cpp's (llama-cpp-python 0.3.36) on the same file, text and windows; ours is 21.63."""
     model = load(real_model(SMOLLM2))
-    text = (Path(__file__).parents[2] / "src/turbosparse/runtime/texts/heldout.txt").read_text(
-        encoding="utf-8"
-    )
-    assert model.perplexity(text[:60_000], mode="dense").perplexity == pytest.approx(0.0, rel=0.01)
+    texts = Path(__file__).parents[2] / "src/turbosparse/runtime/texts"
+    text = (texts / "heldout.txt").read_text(encoding="utf-8")[:20_000]
+    assert model.perplexity(text, mode="dense", context=256).perplexity == pytest.approx(21.588, rel=0.01)

@@ -13,7 +13,7 @@ __all__ = ["stats_record", "timings", "write_stream"]
 # A model may write escape sequences; a terminal must not obey them. U+2400 and on depict control characters.
 _VISIBLE = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
 _VISIBLE |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
-_ENDINGS = {"stop": "complete", "length": "cut at the limit", "interrupted": "stopped"}
+_ENDINGS = {"length": "cut at the limit", "interrupted": "stopped"}
 
 
 def write_stream(answer: "Generation", written: list[str]) -> None:
@@ -52,15 +52,14 @@ def timings(stats: "GenerationStats") -> str:
     str
         Speeds, mode and share of neurons.
     """
-    reused = f" ({stats.reused_tokens} of them cached)" if stats.reused_tokens else ""
+    reused = f" ({stats.reused_tokens} cached)" if stats.reused_tokens else ""
+    active = "" if stats.active_ratio is None else f", {100 * stats.active_ratio:.1f} % of neurons active"
     parts = [
         f"prompt {stats.prompt_tokens} tokens{reused}{_speed(stats.prompt_tok_per_s)}",
         f"answer {stats.tokens} tokens{_speed(stats.decode_tok_per_s)}",
-        f"mode {stats.mode}",
+        f"{stats.mode}{active}",
     ]
-    if stats.active_ratio is not None:
-        parts.append(f"{100 * stats.active_ratio:.1f} % of neurons active")
-    if stats.finish_reason is not None:
+    if stats.finish_reason in _ENDINGS:
         parts.append(_ENDINGS[stats.finish_reason])
     return " | ".join(parts)
 

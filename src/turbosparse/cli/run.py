@@ -105,11 +105,11 @@ def _prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
         text: str = args.prompt
     elif args.file is not None:
-        text = read_text(args.file)
+        text = read_text(args.file).removesuffix("\n")  # which editors and echo add
     else:
         if sys.stdin.isatty():
             sys.stderr.write("type the prompt, then Ctrl-D\n")
-        text = sys.stdin.buffer.read().decode("utf-8")
+        text = sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")
     if not text.strip():
         raise TextError("[prompt] expected text, got none (give -p TEXT, -f FILE or pipe it in)")
     return text

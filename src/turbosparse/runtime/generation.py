@@ -180,6 +180,7 @@ class Generation:
         stream, stops = self._tokenizer.stream(), StopMatcher(self._sampler.config.stop)
         try:
             began = time.perf_counter()
+            cache.owner = self
             try:
                 logits, stats.reused_tokens = cache.start(
                     self._prompt, mode=stats.mode, should_stop=self._should_stop
@@ -205,6 +206,11 @@ class Generation:
                 if reason := self._reason_to_stop(stops):
                     stats.finish_reason = reason
                     break
+                if cache.owner is not self:
+                    raise EngineError(
+                        "[generate] expected one answer at a time, got a second one on the same cache; "
+                        "give it its own (Model.new_cache)"
+                    )
                 began = time.perf_counter()
                 logits = cache.step(token)
                 stats.decode_s += time.perf_counter() - began
@@ -213,7 +219,8 @@ class Generation:
                 yield tail
         finally:
             stats.finish_reason = stats.finish_reason or "interrupted"
-            stats.active_ratio, stats.bytes_per_token = cache.usage()
+            if cache.owner is self:
+                stats.active_ratio, stats.bytes_per_token = cache.usage()
 
     def _reason_to_stop(self, stops: StopMatcher) -> FinishReason | None:
         if stops.matched:
