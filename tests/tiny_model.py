@@ -38,7 +38,7 @@ class TinyModel:
     """What to write. All sizes are multiples of 32, so that every weight type fits."""
 
     arch: str = "llama"  # llama or qwen2; prefixed with "turbosparse-" unless the activation is silu
-    weight_type: str = "F32"  # name of a gguf.GGMLQuantizationType that gguf.quants can write
+    weight_type: str = "F32"  # name of a gguf.GGMLQuantizationType
     activation: str = "silu"
     activation_param: float | None = None
     down_t: bool = False
@@ -121,6 +121,27 @@ def _weights(model: TinyModel, vocab_size: int) -> Iterator[tuple[str, NDArray[n
         yield "rope_freqs.weight", np.linspace(1.0, 8.0, model.head_dim // 2, dtype=np.float32)
 
 
+# gguf cannot quantise to these, so their blocks are random bytes: per type the bytes of a block of 256, and
+# where its fp16 scales lie with values that give weights of about 1/16.
+_RANDOM_BLOCKS = {
+    "Q4_K": (144, {0: 3e-4, 2: 2.2e-3}),
+    "Q5_K": (176, {0: 1.5e-4, 2: 2.3e-3}),
+    "Q6_K": (210, {208: 4.5e-5}),
+}
+
+
+def _encode(array: NDArray[np.float32], kind: gguf.GGMLQuantizationType, seed: int) -> NDArray[np.generic]:
+    """The rows of a matrix as a file holds them."""
+    if kind.name not in _RANDOM_BLOCKS:
+        return np.asarray(quantize(array, kind))
+    nbytes, scales = _RANDOM_BLOCKS[kind.name]
+    rows, cols = array.shape
+    blocks = np.random.default_rng(seed).integers(0, 256, (rows, cols // 256, nbytes), np.uint8)
+    for offset, scale in scales.items():
+        blocks[..., offset : offset + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
+    return blocks.reshape(rows, -1)
+
+
 def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel, tokens: list[str]) -> None:
     writer.add_block_count(model.num_hidden_layers)
     writer.add_context_length(model.context_length)
@@ -165,9 +186,9 @@ def make_tiny_model(path: Path, model: TinyModel | None = None) -> dict[str, NDA
     _add_metadata(writer, model, tokens)
     weight_type = gguf.GGMLQuantizationType[model.weight_type]
     stored = {}
-    for name, array in _weights(model, len(tokens)):
+    for seed, (name, array) in enumerate(_weights(model, len(tokens))):
         kind = weight_type if array.ndim == 2 else gguf.GGMLQuantizationType.F32
-        data = quantize(array, kind)
+        data = _encode(array, kind, seed)
         stored[name] = dequantize(data, kind)
         writer.add_tensor(name, data, raw_dtype=kind)
     writer.write_header_to_file()

@@ -15,11 +15,12 @@ namespace {
 
 constexpr int kMaxThreads = 256;
 constexpr int kDefaultThreads = 8;
-// A phase of a token takes 5 to 500 us; a thread that waits longer than this lost its partner to somebody
-// else.
-constexpr std::chrono::microseconds kBarrierSpin{100};
+// A phase of a token takes 5 to 500 us and threads differ by a tenth of it; who waits longer than this at a
+// barrier has lost its partner to somebody else. Every time that happens the patience is halved, down to
+// nothing; every barrier that is met in time gives a microsecond back.
+constexpr int kPatience = 100;
 // Sampling and detokenising between two tokens takes about as long.
-constexpr std::chrono::microseconds kIdleSpin{500};
+constexpr int kIdlePatience = 500;
 
 void pause_cpu() {
 #if defined(__x86_64__)
@@ -29,18 +30,19 @@ void pause_cpu() {
 #endif
 }
 
-/// Returns when `value` is no longer `old`: spins for `budget`, then sleeps.
-void wait_while(const std::atomic<std::uint32_t>& value, std::uint32_t old,
-                std::chrono::microseconds budget) {
-  constexpr int kChecksPerClock = 64;
-  const auto deadline = std::chrono::steady_clock::now() + budget;
+/// Returns when `value` is no longer `old`: spins for so many microseconds, then sleeps. Whether spinning
+/// did.
+bool wait_while(const std::atomic<std::uint32_t>& value, std::uint32_t old, int patience) {
+  constexpr int kChecksPerClock = 32;
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::microseconds(patience);
   do {
     for (int i = 0; i < kChecksPerClock; ++i) {
-      if (value.load(std::memory_order_acquire) != old) return;
+      if (value.load(std::memory_order_acquire) != old) return true;
       pause_cpu();
     }
   } while (std::chrono::steady_clock::now() < deadline);
   value.wait(old, std::memory_order_acquire);
+  return false;
 }
 
 }  // namespace
@@ -80,7 +82,7 @@ Range split(std::int64_t total, std::int64_t grain, int index, int parts) {
   return {cut(index), cut(index + 1)};
 }
 
-ThreadPool::ThreadPool(int threads) : size_(threads) {
+ThreadPool::ThreadPool(int threads) : size_(threads), patience_(kPatience) {
   workers_.reserve(static_cast<std::size_t>(size_ - 1));
   for (int index = 1; index < size_; ++index) workers_.emplace_back([this, index] { work(index); });
 }
@@ -104,7 +106,7 @@ void ThreadPool::run_job(Job job, void* context) {
 
 void ThreadPool::work(int index) noexcept {
   for (std::uint32_t seen = 0;; ++seen) {
-    wait_while(jobs_, seen, kIdleSpin);
+    wait_while(jobs_, seen, kIdlePatience);
     if (stop_) return;
     job_(context_, index);
     barrier();
@@ -117,9 +119,12 @@ void ThreadPool::barrier() noexcept {
     arrived_.store(0, std::memory_order_relaxed);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
-  } else {
-    wait_while(generation_, generation, kBarrierSpin);
+    return;
   }
+  const int patience = patience_.load(std::memory_order_relaxed);
+  const bool in_time = wait_while(generation_, generation, patience);
+  if (in_time && patience == kPatience) return;
+  patience_.store(in_time ? patience + 1 : patience / 2, std::memory_order_relaxed);
 }
 
 }  // namespace turbosparse

@@ -1,7 +1,7 @@
 // The threads of one model. A job runs on all of them at once, the caller being thread 0; inside a job they
 // meet at barriers. Waiting spins for a bounded while and then sleeps: between the phases of a token nobody
-// pays for a wake-up, an idle pool costs nothing, and a busy neighbour on a core costs no more than its
-// share.
+// pays for a wake-up, and an idle pool costs nothing. Where the other threads often do not come in time,
+// because somebody else has their core, the while shrinks: spinning would only keep them from running.
 #pragma once
 
 #include <atomic>
@@ -65,6 +65,7 @@ class ThreadPool {
   alignas(64) std::atomic<std::uint32_t> jobs_{0};        // jobs started
   alignas(64) std::atomic<std::uint32_t> arrived_{0};     // threads at the barrier
   alignas(64) std::atomic<std::uint32_t> generation_{0};  // barriers passed
+  std::atomic<int> patience_;                             // microseconds to spin at a barrier
   std::vector<std::thread> workers_;
 };
 

@@ -109,6 +109,16 @@ def test_types_without_kernel_are_transcoded(tmp_path: Path, transcode: str) -> 
     assert distance(logits, ReferenceEngine(path, cache_dtype=cache_dtype).forward(IDS)) < bound
 
 
+@pytest.mark.parametrize("weight_type", ["Q4_K", "Q5_K", "Q6_K"])
+def test_k_quants_are_read_exactly(tmp_path: Path, weight_type: str) -> None:
+    path = tmp_path / "model.gguf"
+    make_tiny_model(path, TinyModel(weight_type=weight_type, hidden_size=256, intermediate_size=512))
+    expected = ReferenceEngine(path, cache_dtype=np.float32).forward(IDS)
+    logits = Model(str(path), transcode="F32").session(64).forward(IDS, logits="all")
+    assert distance(logits, expected) < 1e-5
+    assert distance(Model(str(path)).session(64).forward(IDS, logits="all"), expected) < 0.1
+
+
 @pytest.mark.parametrize("activation", ZERO_ACTIVATIONS)
 def test_exact_mode_is_dense_bit_by_bit(tmp_path: Path, activation: str) -> None:
     path = tmp_path / "model.gguf"

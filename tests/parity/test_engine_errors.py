@@ -1,0 +1,139 @@
+"""What the engine refuses, by class and text, and how it behaves when it is interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from tests.tiny_model import TinyModel, make_tiny_model
+from turbosparse._native import Model
+from turbosparse.errors import ConfigError, ContextLengthError, EngineError, ModelFileError
+
+IDS = np.arange(8, dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("tiny") / "model.gguf"
+    make_tiny_model(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"threads": -1}, {"threads": 10_000}, {"isa": "sse9"}, {"transcode": "Q2_K"}], ids=str
+)
+def test_bad_settings(tiny: str, settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"\[\w+\] expected .+, got"):
+        Model(tiny, **settings)
+
+
+def test_files_that_cannot_run(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    make_tiny_model(path, TinyModel(arch="falcon"))
+    with pytest.raises(ModelFileError, match=r"\[general.architecture\] expected llama.*, got falcon"):
+        Model(str(path))
+    make_tiny_model(path, TinyModel(extra_metadata={"llama.expert_count": 4}))
+    with pytest.raises(ModelFileError, match="expert_count"):
+        Model(str(path))
+    with pytest.raises(ModelFileError):
+        Model(str(tmp_path / "absent.gguf"))
+
+
+def test_bad_calls(tiny: str) -> None:
+    model = Model(tiny)
+    for context in (0, -5, 257):
+        with pytest.raises(ConfigError, match=r"\[context\] expected 1 to 256"):
+            model.session(context)
+    session = model.session(10)
+    calls: list[tuple[type[Exception], dict[str, Any]]] = [
+        (ConfigError, {"ids": IDS[:0]}),
+        (ConfigError, {"ids": np.array([-1], np.int32)}),
+        (ConfigError, {"ids": np.array([267], np.int32)}),
+        (ConfigError, {"ids": IDS, "mode": "fast"}),
+        (ConfigError, {"ids": IDS, "logits": "some"}),
+        (ModelFileError, {"ids": IDS, "mode": "exact"}),
+        (ModelFileError, {"ids": IDS, "mode": "threshold"}),
+        (ContextLengthError, {"ids": np.zeros(11, np.int32)}),
+    ]
+    for error, arguments in calls:
+        with pytest.raises(error, match="expected"):
+            session.forward(**arguments)
+        assert session.position == 0
+    with pytest.raises(ConfigError, match=r"\[layers\]"):
+        session.capture(IDS, [2])
+    with pytest.raises(ConfigError, match=r"\[truncate\]"):
+        session.truncate(1)
+    assert session.forward(IDS, logits="none").shape == (0, 267)
+    assert session.forward(IDS[:1]).shape == (1, 267)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "place"),
+    [
+        ("token_embd.weight", "token embedding"),
+        ("blk.1.attn_output.weight", "attention of layer 1"),
+        ("blk.0.ffn_down.weight", "FFN of layer 0"),
+        ("output.weight", "output projection"),
+    ],
+)
+@pytest.mark.parametrize("weight_type", ["F32", "Q8_0"])
+def test_nan_is_named_by_where_it_began(tmp_path: Path, weight_type: str, tensor: str, place: str) -> None:
+    path = tmp_path / "model.gguf"
+    make_tiny_model(path, TinyModel(tied=False, weight_type=weight_type))
+    reader = gguf.GGUFReader(path, "r+")
+    data = next(t for t in reader.tensors if t.name == tensor).data
+    data[3] = np.nan if weight_type == "F32" else 0xFF  # a half of all ones is a NaN
+    reader.data.flush()
+    model = Model(str(path))
+    for ids in (np.array([3], np.int32), np.array([1, 2, 3], np.int32)):
+        session = model.session(8)
+        with pytest.raises(EngineError, match=rf"\[{place}\] expected finite numbers"):
+            session.forward(ids)
+        assert session.position == 0
+
+
+def slow_session(tmp_path: Path, tokens: int, hidden_size: int) -> Any:
+    path = tmp_path / "model.gguf"
+    spec = TinyModel(hidden_size=hidden_size, intermediate_size=4 * hidden_size, context_length=tokens)
+    make_tiny_model(path, spec)
+    return Model(str(path), isa="scalar", threads=1).session(tokens)
+
+
+def test_ctrl_c_stops_a_long_prompt(tmp_path: Path) -> None:
+    session = slow_session(tmp_path, 8192, 512)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    start = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        session.forward(np.zeros(8192, np.int32))
+    assert time.monotonic() - start < 30  # the whole prompt takes minutes
+    assert session.position == 0
+
+
+def test_two_calls_at_once_are_refused(tmp_path: Path) -> None:
+    session = slow_session(tmp_path, 1024, 192)
+    started, stop = threading.Event(), threading.Event()
+
+    def should_stop() -> bool:
+        started.set()
+        return stop.is_set()
+
+    def run() -> None:
+        with pytest.raises(EngineError, match="interrupted"):
+            session.forward(np.zeros(1024, np.int32), should_stop=should_stop)
+
+    worker = threading.Thread(target=run)
+    worker.start()
+    while not started.is_set():  # the GIL is free while the other thread computes
+        time.sleep(0.001)
+    with pytest.raises(EngineError, match="one call at a time"):
+        session.forward(IDS)
+    stop.set()
+    worker.join()
