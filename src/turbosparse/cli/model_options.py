@@ -39,7 +39,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         choices=MODES,
         help="how neurons are skipped; default: exact, threshold, dense, as the file can",
     )
-    group.add_argument("--threads", type=int, metavar="N", help="default: physical cores, at most 8")
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="default: physical cores, at most 8")
     group.add_argument("--isa", metavar="NAME", help="instruction set: scalar, avx2 ...; default: the best")
     group.add_argument(
         "--transcode",
