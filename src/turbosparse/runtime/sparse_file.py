@@ -14,7 +14,7 @@ from turbosparse.runtime.model_file_copy import copy_with, transposed_down, with
 from turbosparse.runtime.model_file_writer import TensorSource
 from turbosparse.sparsity.thresholds import LayerThresholds
 
-__all__ = ["SparseDraft", "down_t", "packed_type", "row_bytes"]
+__all__ = ["SparseDraft", "default_down_type", "down_t", "packed_type", "row_bytes"]
 
 _NATIVE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
@@ -33,6 +33,29 @@ def packed_type(type_name: str) -> str:
         The type itself where it has a kernel, else ``"Q8_0"``, which is what it is transcoded to by default.
     """
     return type_name if type_name in _NATIVE_TYPES else "Q8_0"
+
+
+def default_down_type(source: ModelFile) -> str:
+    """Choose the weight type of a transposed down projection.
+
+    Parameters
+    ----------
+    source : ModelFile
+        File with ``ffn_down``.
+
+    Returns
+    -------
+    str
+        The type of ``ffn_down`` where that has a kernel, but never fewer than 8 bits.
+
+    Notes
+    -----
+    Blocks run along rows, so a transposed matrix is quantised anew. To 4 bits that costs much: the perplexity
+    of SmolLM2-135M in Q4_0 on 2,048 tokens of held-out text is 29.0, 31.3 with ffn_down_t in Q4_0 (+8 %), and
+    28.9 with Q8_0.
+    """
+    own = packed_type(source.tensor("blk.0.ffn_down.weight").type_name)
+    return "Q8_0" if own == "Q4_0" else own
 
 
 def row_bytes(type_name: str, columns: int) -> float:
@@ -85,7 +108,7 @@ class SparseDraft:
     path : Path
         Where the draft is written.
     down_type : str or None
-        Weight type of the transposed down projection; None takes what ffn_down has in the engine.
+        Weight type of the transposed down projection; None takes :func:`default_down_type`.
     progress : callable
         Told which share of the file was written.
 
@@ -118,7 +141,7 @@ class SparseDraft:
                     f"[calibration down_type] expected {self.down_type}, which the file has, got {down_type}"
                 )
         else:
-            self.down_type = down_type or packed_type(source.tensor("blk.0.ffn_down.weight").type_name)
+            self.down_type = down_type or default_down_type(source)
             tensors += [transposed_down(source, layer, self.down_type) for layer in layers]
             drop = [f"blk.{layer}.ffn_down.weight" for layer in layers]
         metadata = {
