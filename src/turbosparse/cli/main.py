@@ -37,6 +37,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "turbosparse.cli.train_control",
         "train the unswapped model on the same tokens",
     ),
+    "fit-predictor": (
+        "turbosparse.cli.fit_predictor",
+        "fit predictors of active neurons and score them",
+    ),
     "inspect": ("turbosparse.cli.inspect", "show what is in a model file"),
     "calibrate": (
         "turbosparse.cli.calibrate",

@@ -23,12 +23,12 @@ from turbosparse.data.held_out import HeldOutSplit, document_hash
 from turbosparse.data.mixture import Encoder, Mixture, PackedSequence, held_out_sequences
 from turbosparse.data.readers import open_reader
 from turbosparse.errors import ConfigError, DataError
+from turbosparse.measure.held_out_loss import batch_of, mean_loss
 from turbosparse.models.activations import parse_activation
 from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
 from turbosparse.models.registry import activation_of, load_model, swap_activation
 from turbosparse.sparsify.callbacks import RunCallback
 from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, read_identity, sync_files
-from turbosparse.sparsify.evaluation import batch_of, mean_loss
 from turbosparse.sparsify.host_memory import keep_freed_memory
 from turbosparse.sparsify.recipe import Recipe, StageConfig, recipe_to_dict
 from turbosparse.sparsify.sharding import fsdp_arguments, set_up_single_process, shard_teacher

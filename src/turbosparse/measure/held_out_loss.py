@@ -1,4 +1,4 @@
-"""Held-out perplexity and zeros per layer."""
+"""Next-token loss on held-out text."""
 
 import math
 from collections.abc import Sequence

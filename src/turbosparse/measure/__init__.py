@@ -1,0 +1,1 @@
+"""What sparsity does to a model: losses on held-out text (torch column)."""
