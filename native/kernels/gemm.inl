@@ -1,4 +1,4 @@
-// Y = W X and its transposed twin for many tokens. Loops, outside in: tokens that fit the scratch memory; a
+// Y = W X for many tokens. Loops, outside in: tokens that fit the scratch memory; a
 // chunk of the inner dimension, whose inputs are packed; 16 outputs, whose weights are packed; tiles of
 // tokens.
 #pragma once
@@ -166,41 +166,6 @@ void gemm_type(const Matrix& w, const Input& x, std::int64_t T, std::int64_t row
           auto* panel = reinterpret_cast<float*>(scratch.panel);
           pack_panel_float<kType>(w, r, row_end, c, depth, panel);
           run_float<typename Isa::Float>(panel, reinterpret_cast<float*>(scratch.tokens), depth, tokens, out);
-        }
-      }
-    }
-  }
-}
-
-template <class Isa, WeightType kType>
-void gemm_t_type(const Matrix& w, const float* a, std::int64_t a_stride, std::int64_t T,
-                 std::int64_t col_begin, std::int64_t col_end, float* y, std::int64_t y_stride,
-                 std::byte* memory) {
-  using Float = typename Isa::Float;
-  const Scratch scratch(memory);
-  auto* panels = reinterpret_cast<float*>(scratch.panel);  // [64 / 16][depth][16]
-  auto* packed = reinterpret_cast<float*>(scratch.tokens);
-  for (std::int64_t t = 0; t < T; t += kPassTokens) {
-    const std::int64_t tokens = std::min(kPassTokens, T - t);
-    for (std::int64_t r = 0; r < w.rows; r += kChunkDepth) {
-      const std::int64_t depth = std::min(kChunkDepth, w.rows - r);
-      pack_tokens_float(a + t * a_stride + r, a_stride, tokens, depth, packed);
-      for (std::int64_t c = col_begin / kTransposedCols * kTransposedCols; c < col_end;
-           c += kTransposedCols) {
-        const std::int64_t n = std::min(kTransposedCols, w.cols - c);
-        for (std::int64_t k = 0; k < depth; ++k) {
-          float columns[kTransposedCols] = {};
-          unpack_columns<Float, kType>(row_data(w, r + k), w.cols, c, n, columns);
-          for (int p = 0; p < kTransposedCols / kPanelRows; ++p) {
-            std::memcpy(panels + (p * depth + k) * kPanelRows, columns + p * kPanelRows,
-                        kPanelRows * sizeof(float));
-          }
-        }
-        for (std::int64_t p = 0; p < n; p += kPanelRows) {
-          if (c + p < col_begin || c + p >= col_end) continue;
-          const std::int64_t width = std::min<std::int64_t>(kPanelRows, col_end - c - p);
-          const Output out{y + t * y_stride + c + p, y_stride, width, true};
-          run_float<Float>(panels + p * depth, packed, depth, tokens, out);
         }
       }
     }

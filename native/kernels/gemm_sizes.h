@@ -14,7 +14,11 @@ inline constexpr std::int64_t kChunkBlocks = 32;     // inner dimension at a tim
 inline constexpr std::int64_t kChunkDepth = 256;     // the same, floats: 16 KiB a panel
 inline constexpr std::int64_t kTransposedCols = 64;  // columns that gemm_t unpacks at a time
 
+inline constexpr std::int64_t kTransposedBlocks = 24;  // blocks of rows at a time, four panels of 14 KiB
+
 inline constexpr std::size_t kPanelBytes = kTransposedCols * kChunkDepth * sizeof(float);
+static_assert(kPanelBytes >=
+              kTransposedCols / kPanelRows * kTransposedBlocks * kPanelRows * (32 + sizeof(float)));
 inline constexpr std::size_t kTokenBytes =
     kPassTokens * kChunkBlocks * 40;  // 32 q, start and scale per block
 static_assert(kPanelBytes >= kChunkBlocks * kPanelRows * (32 + sizeof(float)));

@@ -85,7 +85,9 @@ struct KernelTable {
   void (*gemm)(const Matrix& w, const Input& x, std::int64_t T, std::int64_t row_begin, std::int64_t row_end,
                float* y, std::int64_t y_stride, std::byte* scratch) noexcept;
   /// Transposed use of neuron-major weights: y[t * y_stride + c] += sum_r a[t * a_stride + r] * w[r, c] for
-  /// col_begin <= c < col_end (multiples of 32, or cols), all rows r, t < T. Scratch as for gemm.
+  /// col_begin <= c < col_end (multiples of 32, or cols), all rows r, t < T. Scratch as for gemm. With
+  /// quantised weights an ISA may quantise both sides to int8 in blocks of 32 rows: the error is that of
+  /// gemm.
   void (*gemm_t)(const Matrix& w, const float* a, std::int64_t a_stride, std::int64_t T,
                  std::int64_t col_begin, std::int64_t col_end, float* y, std::int64_t y_stride,
                  std::byte* scratch) noexcept;

@@ -5,6 +5,7 @@
 #include "kernels/attention.inl"
 #include "kernels/axpy.inl"
 #include "kernels/gemm.inl"
+#include "kernels/gemm_t.inl"
 #include "kernels/gemv.inl"
 #include "kernels/vector_ops.inl"
 

@@ -32,6 +32,8 @@ namespace {
 
 struct Avx2 {
   static constexpr const char* kName = "avx2";
+  static constexpr bool kRequantize =
+      false;  // gemm_t: integer products are 1.2 times as fast as float ones, too little
   using Float = Float8;
   using Wide = Float8;
   using Dot = DotAvx2;

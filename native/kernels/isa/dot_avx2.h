@@ -17,6 +17,17 @@ struct DotAvx2 {
   static constexpr int offset(WeightType type) { return type == WeightType::kQ4_0 ? 8 : 0; }
 
   static __m256 as_floats(V v) { return _mm256_castsi256_ps(v); }
+  static void store(void* p, V v) { _mm256_storeu_si256(static_cast<V*>(p), v); }
+  static V to_integers(__m256 v) { return _mm256_cvtps_epi32(v); }
+  /// The low bytes of four vectors, lane by lane.
+  static V low_bytes(const V (&v)[4]) {
+    const V byte = _mm256_set1_epi32(255);
+    const V a =
+        _mm256_or_si256(_mm256_and_si256(v[0], byte), _mm256_slli_epi32(_mm256_and_si256(v[1], byte), 8));
+    const V b =
+        _mm256_or_si256(_mm256_slli_epi32(_mm256_and_si256(v[2], byte), 16), _mm256_slli_epi32(v[3], 24));
+    return _mm256_or_si256(a, b);
+  }
   static V load(const void* p) { return _mm256_loadu_si256(static_cast<const V*>(p)); }
   /// 32 weights of a Q8_0 block in the form that `products` and `step` want.
   static V bytes(V w) { return w; }

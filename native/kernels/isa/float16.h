@@ -16,13 +16,16 @@ struct Float16 {
   static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
   static V load_n(const float* p, std::int64_t n) { return _mm512_maskz_loadu_ps(mask(n), p); }
   static void store_n(float* p, std::int64_t n, V v) { _mm512_mask_storeu_ps(p, mask(n), v); }
-  static V load_half(const void* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p))); }
+  static V load_half(const void* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(static_cast<const __m256i*>(p)));
+  }
   static V load_bf16(const void* p) {
     const __m256i raw = _mm256_loadu_si256(static_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
   }
   static V load_int8(const void* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load16(p))); }
-  /// A permutation of the sixteen levels turns the low four bits of each lane into a float in one instruction.
+  /// A permutation of the sixteen levels turns the low four bits of each lane into a float in one
+  /// instruction.
   static void load_nibbles(const void* p, V* low, V* high) {
     const V levels = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
     const __m512i bytes = _mm512_cvtepu8_epi32(load16(p));

@@ -46,6 +46,7 @@ struct Float8 {
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }  // a * b + c
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
   static V min(V a, V b) { return _mm256_min_ps(a, b); }
+  static V abs(V a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   static V round(V a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
   /// a < b ? 0 : c
   static V zero_where_less(V a, V b, V c) { return _mm256_andnot_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ), c); }
