@@ -9,5 +9,6 @@ namespace turbosparse {
 void bind_errors();
 void bind_gguf(nanobind::module_& m);
 void bind_engine(nanobind::module_& m);
+void bind_kernels(nanobind::module_& m);
 
 }  // namespace turbosparse

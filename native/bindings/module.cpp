@@ -6,4 +6,5 @@ NB_MODULE(_native, m) {
   turbosparse::bind_errors();
   turbosparse::bind_gguf(m);
   turbosparse::bind_engine(m);
+  turbosparse::bind_kernels(m);
 }
