@@ -1,8 +1,7 @@
-// What the kernels offer to Python: the instruction sets, and weights as the engine reads and keeps them.
+// Weights as the engine reads and keeps them.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
-#include <nanobind/stl/vector.h>
 
 #include <memory>
 #include <vector>
@@ -75,7 +74,6 @@ FloatsOut requantize(const FloatsIn& values, const std::string& weight_type, con
 }  // namespace
 
 void bind_kernels(nb::module_& m) {
-  m.def("available_isas", &available_isas);
   m.def("dequantize", &dequantize, nb::arg("ggml_type"), nb::arg("data"), nb::arg("cols"));
   m.def("requantize", &requantize, nb::arg("values"), nb::arg("weight_type"), nb::arg("isa") = "");
 }
