@@ -48,3 +48,8 @@ def test_unknown_end_token_and_missing_template(tokenizer: Any) -> None:
     bare.chat_template = None
     with pytest.raises(DataError, match="expected a tokenizer with a chat template"):
         make_encoder(bare)(CHAT)
+
+
+def test_token_ids_made_beforehand(tokenizer: Any) -> None:
+    ids, labels = make_encoder(tokenizer)([5, 6, 7])
+    assert ids == labels == [5, 6, 7, tokenizer.eos_token_id]

@@ -71,6 +71,14 @@ def test_chats_are_read_as_messages(tmp_path: Path) -> None:
     assert open_reader(SourceConfig(path=str(path), field="messages")).read() == messages
 
 
+def test_token_ids_are_read_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "ids.jsonl"
+    path.write_text('{"input_ids": [3, 4]}\n{"input_ids": [3, true]}\n', encoding="utf-8")
+    reader = open_reader(SourceConfig(path=str(path), field="input_ids"))
+    assert list(reader) == [[3, 4]]
+    assert reader.corrupt == 1
+
+
 def test_corrupt_lines_are_counted_up_to_a_limit(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     good = '{"text": "fine"}\n'

@@ -198,6 +198,20 @@ def test_micro_batches_do_not_change_the_losses(make_recipe: MakeRecipe) -> None
     assert results[0] == pytest.approx(results[1], rel=1e-4)
 
 
+def test_chats_learn_their_answers_alone(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    chats = [
+        [{"role": "user", "content": f"{i} and {i}?" * 6}, {"role": "assistant", "content": "yes " * (i % 5)}]
+        for i in range(60)
+    ]
+    path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats), encoding="utf-8")
+    data = {"sequence_length": 32, "sources": [{"path": str(path), "field": "messages"}]}
+    stage = {"loss": {"next_token": 1.0}, "answers_only": True, "data": data, "micro_batch": 1}
+    recipe = make_recipe(stage | {"tokens": 32 * 4 * 25})
+    run_recipe(recipe)  # some micro-batches have nothing to learn
+    assert losses(recipe)[-1] < 0.5 * losses(recipe)[0]
+
+
 def test_from_scratch(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(
         {"loss": {"next_token": 1.0}, "tokens": 32 * 4 * 20}, from_scratch=True, activation="relu2"

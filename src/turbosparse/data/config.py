@@ -21,8 +21,8 @@ class SourceConfig:
     format: str = "auto"
     """auto (by the file name's ending), text, jsonl, parquet or hub."""
     field: str = "text"
-    """Field that holds the text in jsonl, parquet and hub sources; a field with a list of chat messages is
-    rendered by the tokenizer's chat template."""
+    """Field that holds the text in jsonl, parquet and hub sources; a list of chat messages in it is
+    rendered by the tokenizer's chat template, a list of integers is taken for token ids."""
     separator: str = "\n\n\n"
     """What stands between two documents of a text file."""
     subset: str = ""

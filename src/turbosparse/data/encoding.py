@@ -45,7 +45,11 @@ def make_encoder(tokenizer: Any, document_end: str = "", *, answers_only: bool =
         if isinstance(document, str):
             ids = [*tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"], end]
             return ids, list(ids)
-        return _encode_chat(tokenizer, document, answers_only=answers_only)
+        messages = [part for part in document if isinstance(part, dict)]
+        if messages:
+            return _encode_chat(tokenizer, messages, answers_only=answers_only)
+        ids = [*(part for part in document if isinstance(part, int)), end]
+        return ids, list(ids)
 
     return _encode
 

@@ -13,8 +13,8 @@ def document_hash(document: Document) -> str:
 
     Parameters
     ----------
-    document : str or list of dict
-        Text, or the messages of a chat.
+    document : str, list of dict or list of int
+        Text, the messages of a chat, or token ids.
 
     Returns
     -------
@@ -26,7 +26,10 @@ def document_hash(document: Document) -> str:
     >>> document_hash("two  words") == document_hash("two words\\n")
     True
     """
-    text = document if isinstance(document, str) else "\n".join(message["content"] for message in document)
+    if isinstance(document, str):
+        text = document
+    else:
+        text = "\n".join(part["content"] if isinstance(part, dict) else str(part) for part in document)
     return hashlib.sha256(" ".join(text.split()).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -50,8 +53,8 @@ class HeldOutSplit:
 
         Parameters
         ----------
-        document : str or list of dict
-            Text, or the messages of a chat.
+        document : str, list of dict or list of int
+            Text, the messages of a chat, or token ids.
 
         Returns
         -------

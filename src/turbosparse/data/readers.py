@@ -20,8 +20,8 @@ __all__ = ["Document", "DocumentReader", "open_reader"]
 _CHUNK_BYTES = 1 << 20
 _MIN_RECORDS_FOR_LIMIT = 100
 
-Document = str | list[dict[str, str]]
-"""Plain text, or the messages of a chat."""
+Document = str | list[dict[str, str]] | list[int]
+"""Plain text, the messages of a chat, or token ids made beforehand."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -84,7 +84,9 @@ class DocumentReader(ABC):
             return value
         if isinstance(value, list) and value and all(isinstance(m, dict) and "content" in m for m in value):
             return value
-        self._count_corrupt(place, f"no text or messages in field {self.config.field!r}")
+        if isinstance(value, list) and value and all(type(token) is int for token in value):
+            return value
+        self._count_corrupt(place, f"no text, messages or token ids in field {self.config.field!r}")
         return None
 
 

@@ -114,20 +114,16 @@ class StageTrainer(Trainer):
             )
         learnt = labels != IGNORED_LABEL
         items = learnt.sum() if num_items_in_batch is None else num_items_in_batch
-        by_item = (
-            learnt.sum() * self.accelerator.num_processes / items
-        )  # this micro-batch's share of the labels
+        per_item = self.accelerator.num_processes / max(float(items), 1.0)
         parts: dict[str, tuple[float, Tensor]] = {}
         if loss.needs_teacher:
             with torch.no_grad():
                 expected = self.teacher(**model_inputs, output_hidden_states=loss.hidden_states > 0)
-            parts |= self._teacher_losses(outputs, expected, learnt, by_item)
+            parts |= self._teacher_losses(outputs, expected, learnt, per_item)
         if loss.next_token:
             logits = outputs.logits[:, :-1][learnt].float()
-            parts["next_token"] = (
-                loss.next_token,
-                functional.cross_entropy(logits, labels[learnt]) * by_item,
-            )
+            cross_entropy = functional.cross_entropy(logits, labels[learnt], reduction="sum")
+            parts["next_token"] = (loss.next_token, cross_entropy * per_item)
         l1, ffn_error, layer_errors = self.probes.take_losses()
         if l1 is not None:
             weight = loss.activation_l1 * ramp(
@@ -145,7 +141,7 @@ class StageTrainer(Trainer):
         return (total, outputs) if return_outputs else total
 
     def _teacher_losses(
-        self, outputs: Any, expected: Any, learnt: Tensor, by_item: Tensor
+        self, outputs: Any, expected: Any, learnt: Tensor, per_item: float
     ) -> dict[str, tuple[float, Tensor]]:
         loss = self.stage.loss
         parts: dict[str, tuple[float, Tensor]] = {}
@@ -157,7 +153,7 @@ class StageTrainer(Trainer):
                 temperature=self.stage.temperature,
                 top_k=self.stage.top_k,
             )
-            parts["logits"] = (loss.logits, divergence * by_item)
+            parts["logits"] = (loss.logits, divergence * learnt.sum() * per_item)
         if loss.hidden_states:
             pairs = zip(outputs.hidden_states[1:], expected.hidden_states[1:], strict=True)
             errors = torch.stack([relative_error(state, target) for state, target in pairs])
