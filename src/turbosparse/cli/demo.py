@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 PROMPT = "Explain in simple words how a computer stores a file on a disk."
-CETT = 0.1  # SmolLM2 pays about 10 % perplexity for it, and 30 % for 0.2
+CETT = 0.1  # costs SmolLM2 6.5 % of perplexity on the held-out text; 0.2 costs 32 %
 ROUNDS = 3
 CALIBRATION_TOKENS = 1024
 JUDGED_TOKENS = 2048
