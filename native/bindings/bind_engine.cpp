@@ -189,8 +189,8 @@ void bind_engine(nb::module_& m) {
           [](const ModelView& self, std::int64_t context) { return new Session(self.model, context); },
           nb::arg("context"), nb::rv_policy::take_ownership);
   m.def("available_isas", &available_isas);
-  m.def("read_bandwidth", &read_bandwidth, nb::arg("threads"), nb::arg("buffer_bytes"), nb::arg("row_bytes") = 0,
-        nb::arg("seconds") = 0.5, nb::call_guard<nb::gil_scoped_release>());
+  m.def("read_bandwidth", &read_bandwidth, nb::arg("threads"), nb::arg("buffer_bytes"),
+        nb::arg("row_bytes") = 0, nb::arg("seconds") = 0.5, nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace turbosparse

@@ -161,7 +161,7 @@ def read_bandwidth(threads: int, buffer_bytes: int, row_bytes: int = 0, seconds:
     """Measured read bandwidth in bytes per second: a stream, or rows of `row_bytes` in random order."""
 
 def dequantize(ggml_type: int, data: NDArray[np.uint8], cols: int) -> NDArray[np.float32]:
-    """Rows of `cols` weights in one of ggml's file formats as floats, shape (rows, cols). Raises ConfigError."""
+    """Rows of `cols` weights of a ggml file format as floats, shape (rows, cols). Raises ConfigError."""
 
 def requantize(values: NDArray[np.float32], weight_type: str, isa: str = "") -> NDArray[np.float32]:
-    """What values, shape (rows, cols), become when the engine keeps them as `weight_type`. Raises ConfigError."""
+    """What values, shape (rows, cols), are once kept as `weight_type`. Raises ConfigError."""
