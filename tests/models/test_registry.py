@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.tiny_hf import make_hf_model, tiny_ids
-from turbosparse.errors import ConfigError
+from turbosparse.errors import ConfigError, ModelFileError
 from turbosparse.models.activations import Activation
 from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
 from turbosparse.models.registry import MODEL_TYPES, activation_of, load_model, register, swap_activation
@@ -86,6 +87,26 @@ def test_transformers_alone_refuses_a_swapped_model(tmp_path: Path) -> None:
     )
     assert result.returncode != 0
     assert "turbosparse_llama" in result.stderr
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "qwen3_moe", "olmoe"])
+def test_experts_of_a_loaded_model_are_saved_under_the_usual_names(model_type: str, tmp_path: Path) -> None:
+    make_hf_model(model_type).save_pretrained(tmp_path / "dense")
+    model = swap_activation(load_model(tmp_path / "dense"), DRELU)
+    after = logits(model)
+    model.save_pretrained(tmp_path / "sparse")
+    names = [set(load_file(tmp_path / kind / "model.safetensors")) for kind in ("dense", "sparse")]
+    assert names[0] == names[1]
+    torch.testing.assert_close(logits(load_model(tmp_path / "sparse")), after)
+
+
+def test_missing_weights_are_an_error(tmp_path: Path) -> None:
+    make_hf_model().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelFileError, match=r"got none for 1 tensors, such as model\.layers\.1\.mlp\.up"):
+        load_model(tmp_path)
 
 
 def test_threshold_survives(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.sparsify.conftest import MakeRecipe
+from tests.tiny_hf import make_hf_model, make_tokenizer
 from turbosparse.errors import ConfigError, DataError, TrainingError
 from turbosparse.models.activations import Activation
 from turbosparse.models.registry import activation_of, load_model
@@ -52,9 +53,11 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 def test_two_stages_learn_and_leave_a_model(make_recipe: MakeRecipe) -> None:
+    longer = {"tokens": 32 * 4 * 30}
     recipe = make_recipe(
-        REGRESSION | {"tokens": 32 * 4 * 30},
-        DISTILLATION | {"tokens": 32 * 4 * 30, "trainable": "all_but_embeddings"},
+        REGRESSION | longer,
+        DISTILLATION | longer | {"trainable": "all_but_embeddings"},
+        tensorboard=True,
     )
     result = run_recipe(recipe)
     assert result.finished
@@ -72,6 +75,7 @@ def test_two_stages_learn_and_leave_a_model(make_recipe: MakeRecipe) -> None:
     assert {"perplexity_book", "perplexity_stories", "perplexity_records"} <= set(evaluations[0])
     drawn = json.loads((Path(recipe.output) / "stage1" / "data_drawn.json").read_text(encoding="utf-8"))
     assert sum(source["tokens"] for source in drawn.values()) == 60 * 4 * 32
+    assert any((Path(recipe.output) / "tensorboard" / "stage1").iterdir())
     record = json.loads((Path(recipe.output) / "stage0" / "run.json").read_text(encoding="utf-8"))
     assert all(len(digest) == 64 for digest in record["sources"].values())
 
@@ -196,6 +200,32 @@ def test_micro_batches_do_not_change_the_losses(make_recipe: MakeRecipe) -> None
         run_recipe(recipe)
         results.append(losses(recipe))
     assert results[0] == pytest.approx(results[1], rel=1e-4)
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe", "phi3"])
+def test_experts_and_fused_projections_learn(
+    make_recipe: MakeRecipe, tmp_path: Path, model_type: str
+) -> None:
+    make_hf_model(model_type).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    longer = {"tokens": 32 * 4 * 15}
+    recipe = make_recipe(REGRESSION | longer, DISTILLATION | longer, model=str(tmp_path / "model"))
+    result = run_recipe(recipe)
+    found = losses(recipe)
+    assert sum(found[10:15]) < sum(found[:5])
+    assert sum(found[25:]) < sum(found[15:20])
+    assert activation_of(load_model(result.model)) == Activation(name="drelu")
+
+
+def test_mixed_precision_stays_near_full_precision(make_recipe: MakeRecipe) -> None:
+    stages = (REGRESSION, DISTILLATION)
+    results = []
+    for precision in ("fp32", "bf16"):
+        recipe = make_recipe(*stages, precision=precision, output=precision)
+        run_recipe(recipe)
+        results.append(losses(recipe))
+    assert results[1] == pytest.approx(results[0], rel=0.1)
+    assert results[1] != results[0]
 
 
 def test_chats_learn_their_answers_alone(make_recipe: MakeRecipe, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ one that reads the fewest bytes at the CETT target, and measures perplexity with
 """
 
 import argparse
+import dataclasses
 import logging
 from pathlib import Path
 
@@ -64,16 +65,14 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("turbosparse").setLevel(logging.INFO)
     report = fit_predictors(args.model, args.output, data=data, tokens=args.tokens, config=config)
     rise = report.predicted_perplexity / report.perplexity - 1
-    console().print(
+    out = console()
+    out.print(
         f"perplexity {report.perplexity:.3f}, with predictors {report.predicted_perplexity:.3f} "
-        f"({rise:+.1%}); predictors and candidates read {report.bytes_ratio:.1%} of the FFN's bytes"
+        f"({rise:+.1%}, KL {report.kl_divergence:.4f}, same top-1 {report.same_top1:.1%})"
     )
+    out.print(f"predictors and candidates read {report.bytes_ratio:.1%} of the FFN's bytes")
     if args.json:
-        print_json(
-            {
-                "perplexity": report.perplexity,
-                "predicted_perplexity": report.predicted_perplexity,
-                "bytes_ratio": report.bytes_ratio,
-            }
-        )
+        record = dataclasses.asdict(report)
+        del record["layers"]  # they are in the report
+        print_json(record)
     return 0

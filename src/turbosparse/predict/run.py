@@ -43,6 +43,10 @@ class PredictorReport:
     """On held-out text, without predictors."""
     predicted_perplexity: float
     """On the same text, with them."""
+    kl_divergence: float
+    """Of the next-token distributions with predictors from those without, mean, in nats."""
+    same_top1: float
+    """Share of positions where the most likely token stays the same."""
     bytes_ratio: float
     """Weights read per token, predictors and candidates together, over all of the FFNs; mean over layers."""
     layers: dict[str, dict[str, Any]]
@@ -132,10 +136,13 @@ def _report(
     plain = math.exp(mean_loss(model, evaluation))
     with predictors_on(model, layers):
         predicted = math.exp(mean_loss(model, evaluation))
+    divergence, same_top1 = _distance(model, layers, evaluation)
     chosen = [layer.scores[layer.chosen].bytes_ratio for layer in layers.values()]
     return PredictorReport(
         perplexity=plain,
         predicted_perplexity=predicted,
+        kl_divergence=divergence,
+        same_top1=same_top1,
         bytes_ratio=sum(chosen) / len(chosen),
         layers={
             name: {
@@ -146,6 +153,22 @@ def _report(
             for name, layer in layers.items()
         },
     )
+
+
+@torch.no_grad()
+def _distance(
+    model: Any, layers: dict[str, FittedLayer], evaluation: Sequence[PackedSequence]
+) -> tuple[float, float]:
+    divergence, same, count = 0.0, 0, 0
+    for row in evaluation:
+        batch = batch_of([row])
+        log_p = model(**batch, use_cache=False).logits.float().log_softmax(-1)
+        with predictors_on(model, layers):
+            log_q = model(**batch, use_cache=False).logits.float().log_softmax(-1)
+        divergence += float((log_p.exp() * (log_p - log_q)).sum())
+        same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
+        count += len(row.input_ids)
+    return divergence / count, same / count
 
 
 def _save(layers: dict[str, FittedLayer], report: PredictorReport, output: Path) -> None:

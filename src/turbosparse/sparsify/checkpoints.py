@@ -96,10 +96,9 @@ def check_identity(checkpoint: Path, expected: dict[str, Any]) -> None:
     """
     identity = read_identity(checkpoint)
     for name, value in expected.items():
-        if identity.get(name) != value:
-            raise TrainingError(
-                f"[{checkpoint}] expected a checkpoint with {name} {value}, got {identity.get(name)}"
-            )
+        got = identity.get(name, False)
+        if got != value:
+            raise TrainingError(f"[{checkpoint}] expected a checkpoint with {name} {value}, got {got}")
 
 
 def sync_files(directory: Path) -> None:

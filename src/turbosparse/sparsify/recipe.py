@@ -224,6 +224,8 @@ class Recipe:
     """Sequences per evaluation of each held-out source, and a quarter of it of each training source's
     held-out
     documents; at least 1."""
+    tensorboard: bool = False
+    """Write the metrics for TensorBoard as well, to ``output/tensorboard``."""
     fsdp: bool = False
     """Shard parameters, gradients and optimizer over the processes (FSDP2)."""
 

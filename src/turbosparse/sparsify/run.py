@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import set_seed
 
 from turbosparse.data.config import DataConfig, SourceConfig
@@ -178,6 +180,7 @@ class _Stage:
         identity = {
             "stage": self.stage.name,
             "activation": str(activation_of(model)),
+            "fsdp": self.recipe.fsdp,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         }
         if self.checkpoint is not None:
@@ -203,6 +206,9 @@ class _Stage:
         callback = RunCallback(self.recipe, step_tokens, lambda: self._evaluate(trainer))
         trainer.remove_callback(PrinterCallback)  # the run logs its own lines
         trainer.add_callback(callback)
+        if self.recipe.tensorboard:
+            directory = Path(self.recipe.output) / "tensorboard" / self.stage.name
+            trainer.add_callback(TensorBoardCallback(SummaryWriter(str(directory))))
         try:
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         finally:
