@@ -103,6 +103,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert not result.finished
     assert checkpoint_steps(Path(broken.output) / "stage0") == [3]
     assert len(losses(broken)) == 3
+    with (Path(broken.output) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"stage": "stage0", "step": 4, "loss": 9.0}\n{"stage": "sta')  # what a crash leaves
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert run_recipe(broken).finished
     assert losses(broken) == losses(whole)

@@ -202,6 +202,8 @@ class _Stage:
             processing_class=self.tokenizer,
         )
         self._write_record(trainer.is_world_process_zero())
+        if self.checkpoint is not None and trainer.is_world_process_zero():
+            self._forget_metrics_after(_step_of(self.checkpoint))
         step_tokens = self.stage.batch_sequences * self.data.sequence_length
         callback = RunCallback(self.recipe, step_tokens, lambda: self._evaluate(trainer))
         trainer.remove_callback(PrinterCallback)  # the run logs its own lines
@@ -365,6 +367,18 @@ class _Stage:
             "machine": platform.processor() or platform.machine(),
         }
         (self.directory / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Take out the lines of steps that a crash undid and that are about to be done again."""
+        path = Path(self.recipe.output) / METRICS_FILE
+        if not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines if line.endswith("}")]
+        kept = [record for record in records if record["stage"] != self.stage.name or record["step"] <= step]
+        staging = path.with_suffix(".incomplete")
+        staging.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        staging.replace(path)
 
     def _save_model(self, trainer: StageTrainer) -> None:
         """Leave the stage's model as a Hugging Face directory, whole or not at all."""
