@@ -1,0 +1,386 @@
+"""One stage of a run: model, original, data and trainer put together, trained, and saved."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_utils import set_seed
+
+from turbosparse.data.config import DataConfig, SourceConfig
+from turbosparse.data.encoding import make_encoder
+from turbosparse.data.held_out import HeldOutSplit, document_hash
+from turbosparse.data.mixture import Encoder, Mixture, PackedSequence, held_out_sequences
+from turbosparse.data.readers import open_reader
+from turbosparse.errors import ConfigError, DataError
+from turbosparse.measure.held_out_loss import batch_of, mean_loss
+from turbosparse.models.activations import parse_activation
+from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
+from turbosparse.models.registry import activation_of, load_model, swap_activation
+from turbosparse.sparsify.callbacks import RunCallback
+from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, sync_files
+from turbosparse.sparsify.recipe import Recipe, StageConfig, recipe_to_dict
+from turbosparse.sparsify.sharding import fsdp_arguments, shard_teacher
+from turbosparse.sparsify.signs import align_signs
+from turbosparse.sparsify.stream import DATA_STATE_FILE, SequenceStream
+from turbosparse.sparsify.trainer import StageTrainer
+
+__all__ = ["MODEL_DIRECTORY", "Stage"]
+
+_LOG = logging.getLogger(__name__)
+_CALIBRATION_SEQUENCES = 16
+MODEL_DIRECTORY = "model"
+METRICS_FILE = "metrics.jsonl"
+
+
+class Stage:
+    """Everything one stage needs, built in the order in which it can fail cheaply.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The whole run.
+    stage : StageConfig
+        This stage of it.
+    directory : Path
+        Where the stage writes.
+    previous : Path or None
+        Model of the stage before; None starts from the recipe's.
+    from_checkpoint : Path or None
+        Checkpoint of another run, used as long as the stage has none of its own.
+    control : bool
+        Leave the activation as it is.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        stage: StageConfig,
+        directory: Path,
+        previous: Path | None,
+        from_checkpoint: Path | None,
+        *,
+        control: bool,
+    ) -> None:
+        self.recipe, self.stage, self.directory, self.previous = recipe, stage, directory, previous
+        self.control = control
+        self.data = recipe.data_of(stage)
+        self.tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        self.encode = make_encoder(self.tokenizer, self.data.document_end, answers_only=stage.answers_only)
+        excluded = {digest for source in self.data.held_out for digest in _document_hashes(source)}
+        self.split = HeldOutSplit(self.data.held_out_percent, excluded)
+        self.mixture = Mixture(self.data, self.encode, split=self.split, seed=recipe.seed)
+        self.evaluation = _evaluation_text(recipe, self.data, self.encode, self.split)
+        self.checkpoint = latest_checkpoint(directory) or from_checkpoint
+        self.stream = SequenceStream(self.mixture, stage.batch_sequences)
+
+    def train(self) -> bool:
+        """Train the stage to its end; False if a signal came first."""
+        set_seed(self.recipe.seed)
+        arguments = self._arguments()
+        teacher = self._load_teacher(arguments.device)
+        model = self._load_model(teacher)
+        if teacher is not None and self.recipe.fsdp:
+            shard_teacher(teacher)
+        identity = {
+            "stage": self.stage.name,
+            "activation": str(activation_of(model)),
+            "fsdp": self.recipe.fsdp,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        }
+        if self.checkpoint is not None:
+            check_identity(self.checkpoint, identity)
+            self.stream.restore(self.checkpoint, step=_step_of(self.checkpoint))
+            _LOG.info("[%s] goes on from %s", self.stage.name, self.checkpoint)
+        elif self.previous is not None and self.stage.data is None:
+            self.stream.restore(self.previous, step=0)
+        _set_trainable(model, self.stage)
+        trainer = StageTrainer(
+            model=model,
+            args=arguments,
+            stage=self.stage,
+            stream=self.stream,
+            teacher=teacher,
+            identity=identity,
+            metrics_file=Path(self.recipe.output) / METRICS_FILE,
+            keep_checkpoints=self.recipe.keep_checkpoints,
+            processing_class=self.tokenizer,
+        )
+        self._write_record(trainer.is_world_process_zero())
+        if self.checkpoint is not None and trainer.is_world_process_zero():
+            self._forget_metrics_after(_step_of(self.checkpoint))
+        step_tokens = self.stage.batch_sequences * self.data.sequence_length
+        callback = RunCallback(self.recipe, step_tokens, lambda: self._evaluate(trainer))
+        trainer.remove_callback(PrinterCallback)  # the run logs its own lines
+        trainer.add_callback(callback)
+        if self.recipe.tensorboard:
+            directory = Path(self.recipe.output) / "tensorboard" / self.stage.name
+            trainer.add_callback(TensorBoardCallback(SummaryWriter(str(directory))))
+        try:
+            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        finally:
+            callback.release()
+        if trainer.state.global_step < trainer.state.max_steps:
+            return False
+        self._save_model(trainer)
+        return True
+
+    def _arguments(self) -> Any:
+        recipe, stage = self.recipe, self.stage
+        bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and _has_bf16())
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        per_round = stage.micro_batch * world
+        if stage.batch_sequences % per_round:
+            raise ConfigError(
+                f"[stages.{stage.name}.batch_sequences] expected a multiple of micro_batch * processes = "
+                f"{stage.micro_batch} * {world}, got {stage.batch_sequences}"
+            )
+        return TrainingArguments(
+            output_dir=str(self.directory),
+            max_steps=stage.steps(self.data.sequence_length),
+            per_device_train_batch_size=stage.micro_batch,
+            gradient_accumulation_steps=stage.batch_sequences // per_round,
+            learning_rate=stage.learning_rate,
+            weight_decay=stage.weight_decay,
+            adam_beta1=stage.beta1,
+            adam_beta2=stage.beta2,
+            max_grad_norm=stage.max_gradient_norm,
+            bf16=bf16,
+            use_cpu=not torch.cuda.is_available(),
+            **(
+                fsdp_arguments(stage.gradient_checkpointing)
+                if recipe.fsdp
+                else _activation_checkpointing(stage.gradient_checkpointing)
+            ),
+            logging_steps=recipe.log_steps,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            eval_strategy="no",
+            ignore_data_skip=True,
+            disable_tqdm=True,
+            report_to="none",
+            seed=recipe.seed,
+            data_seed=recipe.seed,
+            remove_unused_columns=False,
+            ddp_find_unused_parameters=False,  # losses inside of the FFNs are no outputs of the model
+            dataloader_pin_memory=torch.cuda.is_available(),
+            accelerator_config={"dispatch_batches": True},
+        )
+
+    def _load_teacher(self, device: Any) -> Any:
+        loss = self.stage.loss
+        needs_signs = self.recipe.align_signs and self._starts_fresh() and not self.recipe.from_scratch
+        if not (loss.needs_teacher or loss.ffn_output or needs_signs):
+            return None
+        if self.recipe.from_scratch:
+            raise ConfigError(
+                "[from_scratch] expected next_token and activation_l1 losses only, got one of a teacher"
+            )
+        dtype = torch.bfloat16 if _has_bf16() and self.recipe.precision != "fp32" else torch.float32
+        teacher = load_model(self.recipe.model, dtype=dtype)
+        replace_ffns(teacher, activation_of(teacher), activation_of(teacher))
+        return teacher.requires_grad_(False).to(device)
+
+    def _starts_fresh(self) -> bool:
+        return self.previous is None and self.checkpoint is None
+
+    def _load_model(self, teacher: Any) -> Any:
+        recipe = self.recipe
+        if self.previous is not None:
+            model = load_model(self.previous, dtype=torch.float32)
+            if not gated_ffns(model):
+                replace_ffns(model, activation_of(model), activation_of(model))
+            return model
+        if recipe.from_scratch:
+            model = AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(recipe.model), dtype=torch.float32
+            )
+        else:
+            model = load_model(recipe.model, dtype=torch.float32)
+        if self.control:
+            replace_ffns(model, activation_of(model), activation_of(model))
+            return model
+        activation = parse_activation(recipe.activation)
+        swap_activation(model, activation)
+        if recipe.align_signs and teacher is not None and self._starts_fresh() and activation.name == "drelu":
+            batches = [batch_of([row], teacher.device) for row in self._calibration()]
+            share = align_signs(model, teacher, batches)
+            _LOG.info(
+                "flipped %.1f %% of the neurons, so that most of their output has a positive up value",
+                share * 100,
+            )
+        return model
+
+    def _calibration(self) -> list[PackedSequence]:
+        rows = Mixture(self.data, self.encode, split=self.split, seed=self.recipe.seed)
+        return [row for row, _ in zip(rows, range(_CALIBRATION_SEQUENCES), strict=False)]
+
+    def _evaluate(self, trainer: StageTrainer) -> None:
+        model = trainer.model
+        was_training = model.training
+        model.eval()
+        training_counts = trainer.probes.take_counts()
+        record: dict[str, Any] = {
+            "event": "evaluation",
+            "tokens": trainer.state.global_step * self._step_tokens(),
+        }
+        with trainer.probes.watch():
+            record |= self._perplexities(trainer, model)
+        zeros = trainer.probes.take_zeros()
+        if any(zeros):
+            record["zeros"] = sum(zeros) / len(zeros)
+            record["zeros_per_layer"] = [round(share, 5) for share in zeros]
+        trainer.probes.put_counts(training_counts)
+        model.train(was_training)
+        self._report(trainer, record)
+        if trainer.state.global_step == 0 and trainer.teacher is not None:
+            self._report(trainer, {"event": "original", **self._perplexities(trainer, trainer.teacher)})
+
+    def _perplexities(self, trainer: StageTrainer, model: Any) -> dict[str, float]:
+        perplexities = {}
+        with trainer.accelerator.autocast():
+            for name, rows in self.evaluation.items():
+                loss = mean_loss(model, rows, batch_size=self.stage.micro_batch, device=trainer.args.device)
+                perplexities[f"perplexity_{name}"] = math.exp(min(loss, 700.0))
+        return perplexities
+
+    def _report(self, trainer: StageTrainer, record: dict[str, Any]) -> None:
+        trainer.write_metrics(record)
+        text = ", ".join(
+            f"{name.removeprefix('perplexity_')} {value:.2f}"
+            for name, value in record.items()
+            if name.startswith("perp")
+        )
+        zeros = f"; zeros {record['zeros']:.1%}" if "zeros" in record else ""
+        _LOG.info("[%s] held-out perplexity: %s%s", record["event"], text, zeros)
+
+    def _step_tokens(self) -> int:
+        return self.stage.batch_sequences * self.data.sequence_length
+
+    def _write_record(self, is_main: bool) -> None:
+        """Leave beside the output what went in: settings, versions, and a hash of each local source."""
+        if not is_main:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        record = {
+            "recipe": recipe_to_dict(self.recipe),
+            "control": self.control,
+            "sources": {
+                source.path: _file_hash(source) for source in (*self.data.sources, *self.data.held_out)
+            },
+            "versions": {name: _version(name) for name in ("turbosparse", "torch", "transformers")},
+            "machine": platform.processor() or platform.machine(),
+        }
+        (self.directory / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+
+    def _forget_metrics_after(self, step: int) -> None:
+        """Take out the lines of steps that a crash undid and that are about to be done again."""
+        path = Path(self.recipe.output) / METRICS_FILE
+        if not path.is_file():
+            return
+        lines = path.read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines if line.endswith("}")]
+        kept = [record for record in records if record["stage"] != self.stage.name or record["step"] <= step]
+        staging = path.with_suffix(".incomplete")
+        staging.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        staging.replace(path)
+
+    def _save_model(self, trainer: StageTrainer) -> None:
+        """Leave the stage's model as a Hugging Face directory, whole or not at all."""
+        staging, final = self.directory / ".model", self.directory / MODEL_DIRECTORY
+        trainer.save_model(str(staging))
+        if trainer.is_world_process_zero():
+            self.stream.save(trainer.state.global_step, staging)
+            sync_files(staging)
+            staging.replace(final)
+            drawn = json.loads((final / DATA_STATE_FILE).read_text(encoding="utf-8"))["drawn"]
+            (self.directory / "data_drawn.json").write_text(json.dumps(drawn, indent=1), encoding="utf-8")
+        trainer.accelerator.wait_for_everyone()
+
+
+def _set_trainable(model: Any, stage: StageConfig) -> None:
+    """Freeze what the stage does not train."""
+    mode = "ffn" if stage.loss.is_regression_only else stage.trainable
+    model.requires_grad_(mode != "ffn")
+    if mode == "ffn":
+        for ffn in gated_ffns(model).values():
+            ffn.requires_grad_(True)
+    elif mode == "all_but_embeddings":
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            part.requires_grad_(False)
+
+
+def _evaluation_text(
+    recipe: Recipe, data: DataConfig, encode: Encoder, split: HeldOutSplit
+) -> dict[str, Sequence[PackedSequence]]:
+    texts: dict[str, Sequence[PackedSequence]] = {}
+    for source in (*data.held_out, *data.sources):
+        own = source in data.held_out
+        rows = held_out_sequences(
+            source,
+            encode,
+            split=None if own else split,
+            sequence_length=data.sequence_length,
+            count=recipe.evaluation_sequences if own else max(recipe.evaluation_sequences // 4, 1),
+        )
+        if rows:
+            texts[Path(source.path).stem] = rows
+        else:
+            _LOG.warning("[%s] has less held-out text than one sequence; it is not evaluated", source.path)
+    return texts
+
+
+def _document_hashes(source: SourceConfig) -> list[str]:
+    reader = open_reader(source)
+    hashes = [document_hash(document) for document in reader]
+    if not hashes:
+        raise DataError(f"[{source.path}] expected documents to hold out, got none")
+    return hashes
+
+
+def _file_hash(source: SourceConfig) -> str:
+    path = Path(source.path)
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # used from a source tree
+        return "not installed"
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
+
+
+def _activation_checkpointing(enabled: bool) -> dict[str, Any]:
+    """transformers 5.20 or so renamed the arguments."""
+    name = "activation_checkpointing"
+    if name not in {field.name for field in dataclasses.fields(TrainingArguments)}:
+        name = "gradient_checkpointing"
+    return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if enabled else {}
+
+
+def _has_bf16() -> bool:
+    """Whether the device multiplies bf16 in hardware."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported())
