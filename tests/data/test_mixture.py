@@ -95,6 +95,25 @@ def test_held_out_documents_are_never_drawn(sources: tuple[SourceConfig, ...], t
     assert all(bytes(row.input_ids) in text for row in rows)
 
 
+def test_long_documents_are_cut_at_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    paragraphs = [f"paragraph {i} " + "x" * (i % 60) for i in range(200)]
+    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
+    config = DataConfig(
+        sources=(SourceConfig(path=str(path), on_end="stop"),),
+        sequence_length=32,
+        max_document_characters=200,
+    )
+    mixture = Mixture(config, encode, split=HeldOutSplit(0))
+    rows = take(mixture, 10_000)
+    pieces = bytes(token for row in rows for token in row.input_ids).split(bytes([END]))[:-1]
+    assert max(map(len, pieces)) <= 200
+    found = [paragraph for piece in pieces for paragraph in piece.decode().split("\n\n")]
+    assert found != paragraphs[: len(found)]
+    assert set(found) <= set(paragraphs)
+    assert len(found) > 190
+
+
 def test_chats_are_held_out_by_their_content() -> None:
     split = HeldOutSplit(0, {document_hash("a b")})
     assert split.is_held_out([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])

@@ -48,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
     int
         0.
     """
+    from transformers.utils.logging import disable_progress_bar
+
     from turbosparse.data.config import DataConfig, SourceConfig
     from turbosparse.errors import ConfigError
     from turbosparse.predict.config import PredictorConfig
@@ -63,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     sources = tuple(SourceConfig(path=text) for text in args.text)
     data = DataConfig(sources=sources, sequence_length=args.sequence_length)
     logging.getLogger("turbosparse").setLevel(logging.INFO)
+    disable_progress_bar()
     report = fit_predictors(args.model, args.output, data=data, tokens=args.tokens, config=config)
     rise = report.predicted_perplexity / report.perplexity - 1
     out = console()

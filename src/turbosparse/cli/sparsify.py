@@ -64,8 +64,11 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         _print_estimate(recipe)
         return 0
+    from transformers.utils.logging import disable_progress_bar
+
     from turbosparse.sparsify.run import run_recipe
 
+    disable_progress_bar()
     if os.environ.get("RANK", "0") == "0":
         logging.getLogger("turbosparse").setLevel(
             min(logging.getLogger("turbosparse").getEffectiveLevel(), logging.INFO)

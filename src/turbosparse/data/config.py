@@ -57,6 +57,9 @@ class DataConfig:
     """Token put after each document; the tokenizer's end-of-sequence token if empty."""
     shuffle_documents: int = 1000
     """Documents shuffled together, per source; at least 1 (1 keeps the order)."""
+    max_document_characters: int = 0
+    """Longer texts are cut at blank lines, and the pieces shuffled like documents: a few books then do not
+    fill whole batches. At least 100, or 0 to keep them whole."""
     held_out_percent: float = 2.0
     """Share of every source's documents that never meets training, chosen by their hash; 0 to 50."""
     held_out: tuple[SourceConfig, ...] = field(default_factory=tuple)
@@ -73,6 +76,9 @@ class DataConfig:
             raise ConfigError(f"[data.sequence_length] expected at least 8, got {self.sequence_length}")
         if self.shuffle_documents < 1:
             raise ConfigError(f"[data.shuffle_documents] expected at least 1, got {self.shuffle_documents}")
+        if self.max_document_characters and self.max_document_characters < 100:
+            got = self.max_document_characters
+            raise ConfigError(f"[data.max_document_characters] expected 0 or at least 100, got {got}")
         if not 0 <= self.held_out_percent <= 50:
             raise ConfigError(f"[data.held_out_percent] expected 0 to 50, got {self.held_out_percent}")
         if not 0 <= self.max_corrupt_percent <= 100:

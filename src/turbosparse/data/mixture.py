@@ -55,6 +55,7 @@ class _SourceStream:
         self._reader = open_reader(config, data.max_corrupt_percent)
         self._block_size = data.shuffle_documents
         self._length = data.sequence_length
+        self._max_characters = data.max_document_characters
         self._seed = seed
         self._split = split
         self._block_start: Any = None
@@ -112,12 +113,14 @@ class _SourceStream:
 
     def _fill_block(self) -> list[Document]:
         block: list[Document] = []
+        read = 0
         for document in self._reader:
             if self._split.is_held_out(document):
                 self.counts.held_out_documents += 1
                 continue
-            block.append(document)
-            if len(block) == self._block_size:
+            block += _cut(document, self._max_characters) if isinstance(document, str) else [document]
+            read += 1
+            if read == self._block_size:
                 break
         # Keyed by what is known after a resume as well: the same block gets the same order.
         random.Random(f"{self._seed}/{self.counts.passes}/{self._block_start}").shuffle(block)
@@ -142,6 +145,19 @@ class _SourceStream:
             self._block = self._fill_block()
             self.counts.held_out_documents = held_out
         self._next = state["next"]
+
+
+def _cut(text: str, limit: int) -> list[str]:
+    """Cut a text at blank lines into pieces of at most `limit` characters; longer paragraphs stay whole."""
+    if not limit or len(text) <= limit:
+        return [text]
+    pieces: list[str] = []
+    for paragraph in text.split("\n\n"):
+        if pieces and len(pieces[-1]) + 2 + len(paragraph) <= limit:
+            pieces[-1] += "\n\n" + paragraph
+        else:
+            pieces.append(paragraph)
+    return [piece for piece in pieces if piece.strip()]
 
 
 def _restart(positions: list[int]) -> list[int]:
