@@ -58,22 +58,27 @@ inline void axpy_bytes(const Rows<kRows>& rows, std::int64_t block, const float 
   for (int i = 0; i < kParts; ++i) Float::store(y + block * kBlock + i * Float::kLanes, sums[i]);
 }
 
+/// Fetches a line of every later row: a few at a time, between the products.
+template <int kRows>
+inline void fetch_line(const Rows<kRows>& rows, std::int64_t at) {
+  for (int r = 0; r < kRows; ++r) prefetch<Fetch::kFar>(rows.later[r] + at, 1);
+}
+
 /// One pass over the columns of quantised rows, eight blocks at a time: their scales are converted at once.
 template <class Float, WeightType kType, int kRows>
 inline void axpy_pass_quantized(const Rows<kRows>& rows, std::int64_t cols, std::int64_t col_begin,
                                 std::int64_t col_end, float* y) {
-  constexpr std::int64_t kGroupBytes = kType == WeightType::kQ8_0 ? 256 : 128;
   const std::int64_t begin = col_begin / kBlock, end = col_end / kBlock;
   for (std::int64_t group = begin / 8 * 8; group < end; group += 8) {
     float scale[kRows][8];
     for (int r = 0; r < kRows; ++r) {
-      prefetch(rows.later[r] + group / 8 * kGroupBytes, kGroupBytes);
       const auto scales = Float8::load_half(rows.data[r] + scales_offset(kType, cols) + 2 * group);
       Float8::store(scale[r], Float8::mul(scales, Float8::set(rows.coef[r])));
     }
     const std::int64_t first = std::max(begin, group), last = std::min(end, group + 8);
     if constexpr (kType == WeightType::kQ4_0) {
       for (std::int64_t block = first / 2 * 2; block < last; block += 2) {
+        if (block % 4 == 0) fetch_line(rows, block / 2 * kBlock);
         const bool low = block >= first, high = block + 1 < last;
         const int lane = static_cast<int>(block - group);
         const auto run = low && high ? axpy_nibbles<Float, kRows, true, true>
@@ -83,6 +88,7 @@ inline void axpy_pass_quantized(const Rows<kRows>& rows, std::int64_t cols, std:
       }
     } else {
       for (std::int64_t block = first; block < last; ++block) {
+        if (block % 2 == 0) fetch_line(rows, block * kBlock);
         axpy_bytes<Float, kRows>(rows, block, scale, static_cast<int>(block - group), y);
       }
     }
@@ -117,7 +123,7 @@ inline void axpy_pass(const Matrix& w, const std::int32_t* list, std::int64_t le
     rows.later[r] = row_data(w, list[std::min<std::int64_t>(r + kAxpyAhead, left - 1)]);
     rows.coef[r] = coef[list[r]];
     if constexpr (is_quantized(kType)) {
-      prefetch(rows.later[r] + scales_offset(kType, w.cols), w.cols / kBlock * 2);
+      prefetch<Fetch::kFar>(rows.later[r] + scales_offset(kType, w.cols), w.cols / kBlock * 2);
     }
   }
   if constexpr (is_quantized(kType)) {

@@ -37,7 +37,7 @@ inline auto block_sums(const std::byte* row, const std::int8_t* q, std::int64_t 
 }
 
 /// Dot product of a quantised row with input vector 0; `later` is a row to fetch meanwhile.
-template <class Isa, WeightType kType>
+template <class Isa, WeightType kType, Fetch kTo>
 inline float dot_quantized(const Matrix& w, const std::byte* row, const std::byte* later, const Input& x) {
   using Dot = typename Isa::Dot;
   constexpr std::int64_t kGroupBytes = kType == WeightType::kQ8_0 ? 256 : 128;
@@ -46,12 +46,12 @@ inline float dot_quantized(const Matrix& w, const std::byte* row, const std::byt
   auto sum = Float8::zero();
   std::int64_t b = 0;
   for (; b + 8 <= blocks; b += 8, later += kGroupBytes) {
-    prefetch(later, kGroupBytes);
+    prefetch<kTo>(later, kGroupBytes);
     const auto correction = Dot::template correction<kType>(Dot::load(x.q_sum + b));
     const auto sums = block_sums<Dot, kType, true>(row, x.q, b, 8, correction);
     sum = Float8::fma(sums, Float8::mul(Float8::load_half(scales + 2 * b), Float8::load(x.scale + b)), sum);
   }
-  prefetch(later, static_cast<std::int64_t>(w.row_bytes) - b / 8 * kGroupBytes);
+  prefetch<kTo>(later, static_cast<std::int64_t>(w.row_bytes) - b / 8 * kGroupBytes);
   if (b < blocks) {
     const std::int64_t n = blocks - b;
     const auto correction = Dot::template correction<kType>(Dot::load_int32_n(x.q_sum + b, n));
@@ -63,7 +63,7 @@ inline float dot_quantized(const Matrix& w, const std::byte* row, const std::byt
 }
 
 /// Dot product of a row of floats with input vector 0.
-template <class Isa, WeightType kType>
+template <class Isa, WeightType kType, Fetch kTo>
 inline float dot_float(const Matrix& w, const std::byte* row, const std::byte* later, const Input& x) {
   using Float = typename Isa::Float;
   constexpr std::int64_t kLanes = Float::kLanes, kChains = 4;  // independent sums hide the latency of fma
@@ -71,7 +71,7 @@ inline float dot_float(const Matrix& w, const std::byte* row, const std::byte* l
   typename Float::V sums[kChains] = {Float::zero(), Float::zero(), Float::zero(), Float::zero()};
   std::int64_t c = 0;
   for (; c + kChains * kLanes <= w.cols; c += kChains * kLanes) {
-    prefetch(later + c * kBytes, kChains * kLanes * kBytes);
+    prefetch<kTo>(later + c * kBytes, kChains * kLanes * kBytes);
     for (std::int64_t i = 0; i < kChains; ++i) {
       const std::int64_t at = c + i * kLanes;
       sums[i] = Float::fma(load_weights<Float, kType>(row, at), Float::load(x.x + at), sums[i]);
@@ -87,12 +87,12 @@ inline float dot_float(const Matrix& w, const std::byte* row, const std::byte* l
   return Float::sum(Float::add(Float::add(sums[0], sums[1]), Float::add(sums[2], sums[3])));
 }
 
-template <class Isa, WeightType kType>
+template <class Isa, WeightType kType, Fetch kTo>
 inline float dot_row(const Matrix& w, const std::byte* row, const std::byte* later, const Input& x) {
   if constexpr (is_quantized(kType)) {
-    return dot_quantized<Isa, kType>(w, row, later, x);
+    return dot_quantized<Isa, kType, kTo>(w, row, later, x);
   } else {
-    return dot_float<Isa, kType>(w, row, later, x);
+    return dot_float<Isa, kType, kTo>(w, row, later, x);
   }
 }
 
@@ -104,7 +104,8 @@ template <class Isa, WeightType kType>
 void gemv_type(const Matrix& w, const Input& x, std::int64_t row_begin, std::int64_t row_end, float* y) {
   const std::int64_t ahead = rows_ahead(w);
   for (std::int64_t r = row_begin; r < row_end; ++r) {
-    y[r] = dot_row<Isa, kType>(w, row_data(w, r), row_data(w, std::min(r + ahead, row_end - 1)), x);
+    y[r] = dot_row<Isa, kType, Fetch::kNear>(w, row_data(w, r), row_data(w, std::min(r + ahead, row_end - 1)),
+                                             x);
   }
 }
 
@@ -113,7 +114,7 @@ void gemv_rows_type(const Matrix& w, const Input& x, const std::int32_t* rows, s
   const std::int64_t ahead = rows_ahead(w);
   for (std::int64_t i = 0; i < n; ++i) {
     const std::int32_t later = rows[std::min(i + ahead, n - 1)];
-    y[rows[i]] = dot_row<Isa, kType>(w, row_data(w, rows[i]), row_data(w, later), x);
+    y[rows[i]] = dot_row<Isa, kType, Fetch::kFar>(w, row_data(w, rows[i]), row_data(w, later), x);
   }
 }
 

@@ -8,9 +8,15 @@
 namespace turbosparse {
 namespace {
 
+/// Where a line is fetched to. Rows in sequence go to L1: the hardware's own streams have brought most of
+/// them to L2 by then. Rows of a list, and several rows at a time, go to L2: their misses would fill the few
+/// miss buffers of L1, and loads would wait behind them (2.3 times as slow, docs/kernels.md).
+enum class Fetch { kNear, kFar };
+
 /// Fetches `bytes` at p, which may lie past the matrix: a prefetch never faults.
+template <Fetch kTo>
 inline void prefetch(const std::byte* p, std::int64_t bytes) {
-  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+  for (std::int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, kTo == Fetch::kNear ? 3 : 2);
 }
 
 /// Weights [c, c + kLanes) of a row of floats or of Q8_0 integers (their scale left out).
