@@ -1,4 +1,4 @@
-"""Times llama.cpp in a process of its own; started by :mod:`turbosparse.bench.llama_cpp`, as a file.
+"""Times llama.cpp in a process of its own; started by :mod:`turbosparse.bench.runners`, as a file.
 
 A process of its own, because the threads of two engines in one process would disturb each other: llama.cpp's
 OpenMP threads spin for a while after each evaluation. Here they do so while nobody else computes. Nothing of

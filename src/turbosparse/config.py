@@ -1,1 +1,0 @@
-"""Settings shared by more than one room: frozen, keyword-only dataclasses that check themselves."""
