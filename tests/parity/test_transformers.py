@@ -1,0 +1,50 @@
+"""The engine against transformers on a real model: same F32 weights, same logits, same greedy tokens."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.real_models import SMOLLM2, real_model
+from turbosparse import load
+from turbosparse.runtime.texts import HELD_OUT, read_text
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+LENGTH, PROMPT, GENERATED = 256, 32, 128
+
+
+@pytest.fixture(scope="module")
+def path() -> Path:
+    return real_model(SMOLLM2)
+
+
+def test_logits_and_greedy_tokens(path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    ).eval()
+    ours = load(path, transcode="F32")
+    ids = np.array(ours.text_ids(read_text(HELD_OUT))[:LENGTH], np.int32)
+    with torch.no_grad():
+        prompt = torch.tensor(ids[None], dtype=torch.long)
+        expected = theirs(prompt).logits[0].numpy()
+        tokens = theirs.generate(
+            prompt[:, :PROMPT],
+            attention_mask=torch.ones(1, PROMPT, dtype=torch.long),
+            max_new_tokens=GENERATED,
+            min_new_tokens=GENERATED,
+            do_sample=False,
+            eos_token_id=None,
+        )[0, PROMPT:].tolist()
+
+    got = ours.logits(ids, mode="dense")
+    assert np.linalg.norm(got - expected) < 1e-4 * np.linalg.norm(expected)
+
+    session = ours.engine.session(LENGTH)
+    logits = session.forward(ids[:PROMPT])
+    greedy = []
+    for _ in range(GENERATED):
+        greedy.append(int(logits[0].argmax()))
+        logits = session.forward(np.array(greedy[-1:], np.int32))
+    assert greedy == tokens
