@@ -97,6 +97,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     whole = make_recipe(stage | schedule, output="whole")
     run_recipe(whole)
     broken = make_recipe(stage | schedule, output="broken")
+    handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
         result = run_recipe(broken)
@@ -105,7 +106,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert len(losses(broken)) == 3
     with (Path(broken.output) / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"stage": "stage0", "step": 4, "loss": 9.0}\n{"stage": "sta')  # what a crash leaves
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == handler
     assert run_recipe(broken).finished
     assert losses(broken) == losses(whole)
     rates = [[line["learning_rate"] for line in metrics(recipe)] for recipe in (broken, whole)]
