@@ -10,7 +10,7 @@ namespace {
 
 /// Where a line is fetched to. Rows in sequence go to L1: the hardware's own streams have brought most of
 /// them to L2 by then. Rows of a list, and several rows at a time, go to L2: their misses would fill the few
-/// miss buffers of L1, and loads would wait behind them (2.3 times as slow, docs/kernels.md).
+/// miss buffers of L1, and loads would wait behind them (2.3 times as slow, docs/experiments.md).
 enum class Fetch { kNear, kFar };
 
 /// Fetches `bytes` at p, which may lie past the matrix: a prefetch never faults.
