@@ -21,9 +21,17 @@ def encode(document: Document) -> tuple[list[int], list[int]]:
 
 
 def make(
-    sources: tuple[SourceConfig, ...], *, seed: int = 0, split: HeldOutSplit | None = None, length: int = 32
+    sources: tuple[SourceConfig, ...],
+    *,
+    seed: int = 0,
+    split: HeldOutSplit | None = None,
+    length: int = 32,
+    shuffle: int = 7,
+    cut: int = 0,
 ) -> Mixture:
-    config = DataConfig(sources=sources, sequence_length=length, shuffle_documents=7)
+    config = DataConfig(
+        sources=sources, sequence_length=length, shuffle_documents=shuffle, max_document_characters=cut
+    )
     return Mixture(config, encode, split=split or HeldOutSplit(0), seed=seed)
 
 
@@ -148,6 +156,18 @@ def test_a_state_of_other_sources_is_refused(sources: tuple[SourceConfig, ...]) 
     state = make(sources[:1]).state()
     with pytest.raises(DataError, match=r"\[resume\] expected the sources"):
         make(sources).restore(state)
+
+
+def test_a_state_of_another_order_is_refused(sources: tuple[SourceConfig, ...]) -> None:
+    state = make(sources).state()
+    with pytest.raises(DataError, match=r"\[resume\] expected seed 0 as before, got 9"):
+        make(sources, seed=9).restore(state)
+    with pytest.raises(DataError, match=r"\[resume\] expected shuffle_documents 7 as before, got 3"):
+        make(sources, shuffle=3).restore(state)
+    with pytest.raises(DataError, match=r"\[resume\] expected max_document_characters 0 as before, got 500"):
+        make(sources, cut=500).restore(state)
+    with pytest.raises(DataError, match=r"\[resume\] expected held_out_percent 0 as before, got 5"):
+        make(sources, split=HeldOutSplit(5)).restore(state)
 
 
 def test_weights_that_sum_to_nothing() -> None:

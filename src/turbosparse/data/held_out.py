@@ -45,6 +45,7 @@ class HeldOutSplit:
     """
 
     def __init__(self, percent: float, excluded: Collection[str] = ()) -> None:
+        self.percent = percent
         self._limit = int(percent / 100 * 16**8)
         self._excluded = frozenset(excluded)
 

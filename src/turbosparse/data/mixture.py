@@ -192,6 +192,12 @@ class Mixture:
     def __init__(self, config: DataConfig, encode: Encoder, *, split: HeldOutSplit, seed: int = 0) -> None:
         self.sequence_length = config.sequence_length
         self._encode = encode
+        self._order = {
+            "seed": seed,
+            "shuffle_documents": config.shuffle_documents,
+            "max_document_characters": config.max_document_characters,
+            "held_out_percent": split.percent,
+        }
         self._streams = [
             _SourceStream(source, config, f"{seed}/{index}", split)
             for index, source in enumerate(config.sources)
@@ -211,7 +217,11 @@ class Mixture:
 
     def state(self) -> dict[str, Any]:
         """Return where the stream stands, as JSON."""
-        return {"sources": [stream.state() for stream in self._streams], "dry": sorted(self._dry)}
+        return {
+            "order": self._order,
+            "sources": [stream.state() for stream in self._streams],
+            "dry": sorted(self._dry),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go to where `state` was taken.
@@ -219,13 +229,19 @@ class Mixture:
         Parameters
         ----------
         state : dict
-            What `state` returned, of a mixture with the same sources.
+            What `state` returned, of a mixture with the same sources in the same order.
 
         Raises
         ------
         DataError
-            If the sources differ.
+            If the sources differ, or what decides the order of their documents.
         """
+        for name, value in self._order.items():
+            if state["order"][name] != value:
+                raise DataError(
+                    f"[resume] expected {name} {state['order'][name]} as before, got {value}: the place in "
+                    "the data would be another; start a new run, or give the stage data of its own"
+                )
         expected = [stream.config.path for stream in self._streams]
         got = [source["path"] for source in state["sources"]]
         if expected != got:
