@@ -40,7 +40,7 @@ def make_recipe(base: Path, tmp_path: Path) -> MakeRecipe:
                     "shuffle_documents": 10,
                     "held_out_percent": 10.0,
                     "sources": [
-                        {"path": str(base / "stories.txt"), "weight": 2.0},
+                        {"path": str(base / "stories.txt"), "weight": 2.0, "license": "CC0"},
                         {"path": str(base / "records.jsonl")},
                     ],
                     "held_out": [{"path": str(base / "book.txt")}],

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 from tests.sparsify.conftest import MakeRecipe
 from tests.tiny_hf import make_hf_model, make_tokenizer
@@ -58,6 +59,7 @@ def test_two_stages_learn_and_leave_a_model(make_recipe: MakeRecipe) -> None:
         REGRESSION | longer,
         DISTILLATION | longer | {"trainable": "all_but_embeddings"},
         tensorboard=True,
+        license="mit",
     )
     result = run_recipe(recipe)
     assert result.finished
@@ -78,6 +80,14 @@ def test_two_stages_learn_and_leave_a_model(make_recipe: MakeRecipe) -> None:
     assert any((Path(recipe.output) / "tensorboard" / "stage1").iterdir())
     record = json.loads((Path(recipe.output) / "stage0" / "run.json").read_text(encoding="utf-8"))
     assert all(len(digest) == 64 for digest in record["sources"].values())
+    card = ModelCard.load(result.model / "README.md")
+    assert card.data.license == "mit"
+    assert "drelu" in card.data.tags
+    assert f"{2 * 3840:,} tokens" in card.text
+    assert f"| {evaluations[-1]['perplexity_book']:.2f} |" in card.text
+    assert "| stories | CC0 |" in card.text
+    assert "| records | not stated |" in card.text
+    assert str(Path(recipe.model).parent) not in card.text
 
 
 def test_embeddings_stay_when_told(make_recipe: MakeRecipe, base: Path) -> None:

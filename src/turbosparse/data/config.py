@@ -18,6 +18,8 @@ class SourceConfig:
     """File, glob of files, or id of a Hugging Face dataset."""
     weight: float = 1.0
     """Share of the drawn tokens, relative to the other sources; at least 0."""
+    license: str = ""
+    """Licence of the text, for the model card of what is trained on it."""
     format: str = "auto"
     """auto (by the file name's ending), text, jsonl, parquet or hub."""
     field: str = "text"

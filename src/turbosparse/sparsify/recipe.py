@@ -198,6 +198,8 @@ class Recipe:
     """Directory of the run."""
     activation: str = "drelu"
     """New FFN activation, NAME or NAME:THRESHOLD."""
+    license: str = ""
+    """Licence of the result, for its model card."""
     data: DataConfig
     """The training text."""
     stages: tuple[StageConfig, ...] = field(default_factory=tuple)
@@ -222,8 +224,7 @@ class Recipe:
     """Tokens between evaluations; 0 evaluates only at the start and the end of a stage."""
     evaluation_sequences: int = 16
     """Sequences per evaluation of each held-out source, and a quarter of it of each training source's
-    held-out
-    documents; at least 1."""
+    held-out documents; at least 1."""
     tensorboard: bool = False
     """Write the metrics for TensorBoard as well, to ``output/tensorboard``."""
     fsdp: bool = False

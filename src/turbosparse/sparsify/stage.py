@@ -30,6 +30,7 @@ from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
 from turbosparse.models.registry import activation_of, load_model, swap_activation
 from turbosparse.sparsify.callbacks import RunCallback
 from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, sync_files
+from turbosparse.sparsify.model_card import model_card
 from turbosparse.sparsify.recipe import Recipe, StageConfig, recipe_to_dict
 from turbosparse.sparsify.sharding import fsdp_arguments, shard_teacher
 from turbosparse.sparsify.signs import align_signs
@@ -302,10 +303,14 @@ class Stage:
         trainer.save_model(str(staging))
         if trainer.is_world_process_zero():
             self.stream.save(trainer.state.global_step, staging)
+            drawn = json.loads((staging / DATA_STATE_FILE).read_text(encoding="utf-8"))["drawn"]
+            (self.directory / "data_drawn.json").write_text(json.dumps(drawn, indent=1), encoding="utf-8")
+            if not self.control:
+                metrics = Path(self.recipe.output) / METRICS_FILE
+                card = model_card(self.recipe, self.stage, metrics_file=metrics, drawn=drawn)
+                (staging / "README.md").write_text(card, encoding="utf-8")
             sync_files(staging)
             staging.replace(final)
-            drawn = json.loads((final / DATA_STATE_FILE).read_text(encoding="utf-8"))["drawn"]
-            (self.directory / "data_drawn.json").write_text(json.dumps(drawn, indent=1), encoding="utf-8")
         trainer.accelerator.wait_for_everyone()
 
 

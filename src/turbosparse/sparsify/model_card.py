@@ -1,0 +1,121 @@
+"""The model card (README.md) of a trained model: what it is, its data, and what training did to it."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from turbosparse.sparsify.recipe import Recipe, StageConfig
+
+__all__ = ["model_card"]
+
+
+def model_card(recipe: Recipe, stage: StageConfig, *, metrics_file: Path, drawn: dict[str, Any]) -> str:
+    """Return the model card of the model that a stage left.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The whole run.
+    stage : StageConfig
+        The stage that ended.
+    metrics_file : Path
+        JSON lines of the run, whose last evaluation of the stage is quoted.
+    drawn : dict of str to dict
+        What was drawn from each source in the whole run, by path: ``tokens`` and ``documents``.
+
+    Returns
+    -------
+    str
+        Markdown with the front matter that model hubs read.
+    """
+    stages = recipe.stages[: recipe.stages.index(stage) + 1]
+    base = Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
+    front = ModelCardData(
+        base_model=base,
+        license=recipe.license or None,
+        pipeline_tag="text-generation",
+        tags=["turbosparse", "activation-sparsity", recipe.activation.split(":", 1)[0]],
+    )
+    parts = [
+        f"---\n{front.to_yaml()}\n---",
+        f"# {base} with {recipe.activation}",
+        f"{base}, the activation of its feed-forward layers replaced by {recipe.activation} and trained on "
+        f"{sum(_tokens(recipe, done) for done in stages):,} tokens with turbosparse, so that most neurons "
+        "are zero for each token and need not be computed.",
+        *_quality(_evaluations(metrics_file, stage.name)),
+        "## Training",
+        _table(
+            ("stage", "tokens", "loss", "learning rate", "tokens per step"),
+            (
+                (
+                    done.name,
+                    f"{_tokens(recipe, done):,}",
+                    " + ".join(f"{weight:g} {name}" for name, weight in vars(done.loss).items() if weight),
+                    f"{done.learning_rate:g}, {done.schedule}",
+                    f"{done.batch_sequences * recipe.data_of(done).sequence_length:,}",
+                )
+                for done in stages
+            ),
+        ),
+        "## Data",
+        _table(
+            ("source", "licence", "documents", "tokens"),
+            (
+                (
+                    Path(source.path).stem if Path(source.path).exists() else source.path,
+                    source.license or "not stated",
+                    f"{drawn[source.path]['documents']:,}",
+                    f"{drawn[source.path]['tokens']:,}",
+                )
+                for source in recipe.data_of(stage).sources
+                if source.path in drawn
+            ),
+        ),
+        "Settings, versions and the SHA-256 of every local source are in the run's `run.json`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _tokens(recipe: Recipe, stage: StageConfig) -> int:
+    length = recipe.data_of(stage).sequence_length
+    return stage.steps(length) * stage.batch_sequences * length
+
+
+def _evaluations(metrics_file: Path, stage: str) -> dict[str, dict[str, Any]]:
+    """Return the last evaluation of the stage, and the original model's wherever in the run it was made."""
+    found: dict[str, dict[str, Any]] = {}
+    for line in metrics_file.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        event = record.get("event")
+        if event == "original" or (event == "evaluation" and record["stage"] == stage):
+            found[event] = record
+    return found
+
+
+def _quality(found: dict[str, dict[str, Any]]) -> list[str]:
+    if "evaluation" not in found:
+        return []
+    here, original = found["evaluation"], found.get("original", {})
+    rows = []
+    for name, value in here.items():
+        if not name.startswith("perplexity_"):
+            continue
+        before = original.get(name)
+        ratio = (
+            [f"{before:.2f}", f"{value:.2f}", f"{value / before:.2f}"]
+            if before
+            else ["-", f"{value:.2f}", "-"]
+        )
+        rows.append((name.removeprefix("perplexity_"), *ratio))
+    text = ["## Held-out perplexity", _table(("text", "original", "this model", "ratio"), rows)]
+    if "zeros" in here:
+        text.append(f"{here['zeros']:.1%} of all neurons are exactly zero on these texts.")
+    return text
+
+
+def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
