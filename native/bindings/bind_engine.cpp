@@ -15,6 +15,7 @@
 #include "engine/bandwidth.h"
 #include "engine/session.h"
 #include "util/error.h"
+#include "util/thread_pool.h"
 
 namespace nb = nanobind;
 
@@ -189,8 +190,14 @@ void bind_engine(nb::module_& m) {
           [](const ModelView& self, std::int64_t context) { return new Session(self.model, context); },
           nb::arg("context"), nb::rv_policy::take_ownership);
   m.def("available_isas", &available_isas);
-  m.def("read_bandwidth", &read_bandwidth, nb::arg("threads"), nb::arg("buffer_bytes"),
-        nb::arg("row_bytes") = 0, nb::arg("seconds") = 0.5, nb::call_guard<nb::gil_scoped_release>());
+  m.def("thread_count", &thread_count, nb::arg("requested"));
+  m.def(
+      "read_bandwidth",
+      [](int threads, std::size_t buffer_bytes, std::size_t row_bytes, std::size_t one_in, double seconds) {
+        return read_bandwidth(threads, {buffer_bytes, row_bytes, one_in}, seconds);
+      },
+      nb::arg("threads"), nb::arg("buffer_bytes"), nb::kw_only(), nb::arg("row_bytes") = 0,
+      nb::arg("one_in") = 1, nb::arg("seconds") = 0.5, nb::call_guard<nb::gil_scoped_release>());
 }
 
 }  // namespace turbosparse

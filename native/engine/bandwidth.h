@@ -5,9 +5,16 @@
 
 namespace turbosparse {
 
-/// Bytes per second that `threads` threads together read from a buffer of `buffer_bytes`: as a stream each,
-/// or, with row_bytes > 0, rows of that size in random order. Runs for about `seconds` after a warm-up.
-/// Throws ConfigError for sizes and times out of range.
-double read_bandwidth(int threads, std::size_t buffer_bytes, std::size_t row_bytes, double seconds);
+/// What is read, again and again. The buffer should be far larger than the caches.
+struct ReadPattern {
+  std::size_t buffer_bytes;
+  std::size_t row_bytes = 0;  // 0: a stream per thread
+  std::size_t one_in = 1;     // rows are read in ascending order, at random one of every `one_in` neighbours
+};
+
+/// Bytes per second that `threads` threads together read. Only the bytes of rows asked for count, not what
+/// the hardware fetches besides. Runs for about `seconds` after a warm-up. Throws ConfigError for sizes and
+/// times out of range.
+double read_bandwidth(int threads, const ReadPattern& pattern, double seconds);
 
 }  // namespace turbosparse

@@ -157,8 +157,17 @@ class Session:
 def available_isas() -> list[str]:
     """Instruction sets that this build and this CPU both have, best first."""
 
-def read_bandwidth(threads: int, buffer_bytes: int, row_bytes: int = 0, seconds: float = 0.5) -> float:
-    """Measured read bandwidth in bytes per second: a stream, or rows of `row_bytes` in random order."""
+def thread_count(requested: int) -> int:
+    """Threads a model would have: as many as asked for, or for 0 the physical cores, at most 8."""
+
+def read_bandwidth(
+    threads: int, buffer_bytes: int, *, row_bytes: int = 0, one_in: int = 1, seconds: float = 0.5
+) -> float:
+    """Measured read bandwidth in bytes per second, counting the bytes asked for.
+
+    With `row_bytes` 0 each thread reads a stream; else rows of that size in ascending order, at random one of
+    every `one_in` neighbours. Raises ConfigError.
+    """
 
 def dequantize(ggml_type: int, data: NDArray[np.uint8], cols: int) -> NDArray[np.float32]:
     """Rows of `cols` weights of a ggml file format as floats, shape (rows, cols). Raises ConfigError."""

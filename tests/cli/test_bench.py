@@ -42,6 +42,9 @@ def test_table_json_and_result_file(model: Path, tmp_path: Path, capsys: pytest.
         (("--output", "/nowhere"), "[bench --output] expected a folder, got /nowhere"),
         (("--mode", "exact"), "can run (dense, threshold), got exact"),
         (("--isa", "mmx"), "mmx"),
+        (("-t", "4000"), "[bench threads] expected 0 to "),
+        (("--shape", "mistral-7b"), "[bench --shape] expected no file beside it, got "),
+        (("--sparsity", "0.9"), "[bench] expected --shape together with --sparsity"),
     ],
 )
 def test_wrong_usage_is_one_line(
@@ -51,3 +54,55 @@ def test_wrong_usage_is_one_line(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "[bench] expected a MODEL, a --shape or --roofline, got none of them"),
+        (("--shape", "mistral"), "[bench --shape] expected one of mistral-7b, "),
+        (
+            ("--shape", "mistral-7b", "--quant", "q3"),
+            "expected one of Q4_0, Q8_0, F16, got 'Q3'",
+        ),
+        (
+            ("--shape", "mistral-7b", "--rank", "77"),
+            "[bench --rank] expected a multiple of 64 from 0 to 8064",
+        ),
+    ],
+)
+def test_wrong_usage_without_a_file(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_roofline_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--roofline", "-t", "1", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "10 % of rows of 4 KiB" in lines[0]
+    assert lines[2].startswith("| 1 thread ")
+    record = json.loads(lines[-1])
+    assert record["rows"] == []
+    (roofline,) = record["roofline"]
+    assert roofline["stream_gb_per_s"] > 0
+    assert all(roofline["rows_gb_per_s"][size] > 0 for size in ("2048", "4096", "8192"))
+
+
+def test_synthetic_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shape = ("--shape", "smollm2-135m", "--quant", "q8_0", "--layers", "1")
+    assert main(["bench", *shape, *QUICK, "--mode", "exact", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert record["command"].startswith(
+        "turbosparse bench --shape smollm2-135m --quant q8_0 --layers 1 --mode"
+    )
+    assert record["files"][0]["name"].startswith("SYNTHETIC-smollm2-135m-q8_0-L1-")
+    for row in record["rows"]:
+        assert row["synthetic"] is True
+        assert row["active_ratio"] == pytest.approx(0.1, abs=0.02)

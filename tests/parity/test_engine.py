@@ -125,13 +125,15 @@ def test_counters(tmp_path: Path) -> None:
 
 
 def test_read_bandwidth_is_positive_and_checks_its_arguments() -> None:
-    assert read_bandwidth(1, 1 << 22, 0, 0.01) > 1e6
-    assert read_bandwidth(2, 1 << 22, 4096, 0.01) > 1e6
-    for arguments in [
-        (1, 10, 0, 0.1),
-        (1, 1 << 22, 1 << 23, 0.1),
-        (1, 1 << 22, 0, -1.0),
-        (-1, 1 << 22, 0, 0.1),
+    assert read_bandwidth(1, 1 << 22, seconds=0.01) > 1e6
+    assert read_bandwidth(2, 1 << 22, row_bytes=4096, one_in=10, seconds=0.01) > 1e6
+    for threads, size, options in [
+        (1, 10, {}),
+        (1, 1 << 22, {"row_bytes": 1 << 23}),
+        (1, 1 << 22, {"row_bytes": 1 << 20, "one_in": 5}),
+        (1, 1 << 22, {"one_in": 0}),
+        (1, 1 << 22, {"seconds": -1.0}),
+        (-1, 1 << 22, {}),
     ]:
         with pytest.raises(ConfigError, match="expected"):
-            read_bandwidth(*arguments)
+            read_bandwidth(threads, size, **options)  # type: ignore[arg-type]

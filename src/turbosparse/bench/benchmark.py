@@ -7,13 +7,15 @@ forced through the text's own ids, so that every side evaluates the same tokens;
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from turbosparse import _native
+from turbosparse.bench.roofline import available_cpus, stream_bandwidth
 from turbosparse.bench.rounds import Case, Timing, alternate, median_ratio
 from turbosparse.bench.runners import EngineRunner, LlamaCppRunner, Runner
+from turbosparse.bench.shapes import SYNTHETIC
 from turbosparse.errors import ConfigError
 from turbosparse.runtime.model_file import ModelFile
 from turbosparse.runtime.texts import HELD_OUT, read_text
@@ -24,8 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BenchConfig", "Row", "bench_model", "cases_of", "runs_per_model"]
 
-_BANDWIDTH_BUFFER = 512 << 20  # far beyond any cache
-
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
@@ -34,7 +34,7 @@ class BenchConfig:
     modes: "tuple[Mode, ...]" = ()
     """Modes of our engine; empty means all that the file can run."""
     threads: tuple[int, ...] = (0,)
-    """Thread counts, each at least 1; 0 means physical cores, at most 8."""
+    """Thread counts, each at most the CPUs of this process; 0 means physical cores, at most 8."""
     prompt_tokens: int = 256
     """Tokens of the prompt test, 0 to leave it out."""
     generated_tokens: int = 64
@@ -56,7 +56,7 @@ class BenchConfig:
         _check("prompt tokens", self.prompt_tokens, 0, 1 << 20)
         _check("generated tokens", self.generated_tokens, 0, 1 << 20)
         for count in self.threads:
-            _check("threads", count, 0, 1024)
+            _check("threads", count, 0, available_cpus())
         if not self.threads:
             raise ConfigError("[bench threads] expected at least one thread count, got none")
         if self.prompt_tokens == self.generated_tokens == 0:
@@ -90,16 +90,16 @@ class Row:
     """Share of FFN neurons computed, 0 to 1."""
     bytes_per_token: float | None
     """Weights and KV cache read per decoded token."""
+    bandwidth_gb_per_s: float | None
+    """bytes_per_token * tok_per_s."""
     bandwidth_share: float | None
-    """bytes_per_token * tok_per_s relative to the read bandwidth measured with as many threads."""
+    """bandwidth_gb_per_s relative to the read bandwidth measured with as many threads."""
     read_bandwidth_gb_per_s: float
-    """The larger of two measurements, before and after the rounds."""
+    """Of a stream; the larger of two measurements, before and after the rounds."""
+    synthetic: bool
+    """Random weights: the speed is measured, and nothing else means anything."""
     isa: str
     rounds_tok_per_s: list[float]
-
-    def as_record(self) -> dict[str, Any]:
-        """Plain values for a JSON file."""
-        return asdict(self)
 
 
 def runs_per_model(config: BenchConfig, path: Path) -> int:
@@ -158,13 +158,13 @@ def bench_model(path: Path, config: BenchConfig, *, progress: Callable[[], None]
         runners: list[Runner] = [
             EngineRunner(model, mode, context) for mode in config.modes or model.info.modes
         ]
-        bandwidth = _native.read_bandwidth(model.threads, _BANDWIDTH_BUFFER)
+        bandwidth = stream_bandwidth(model.threads)
         with contextlib.ExitStack() as stack:
             if config.against_llama_cpp:
                 baseline = _baseline_path(path, config, model.info)
                 runners.append(stack.enter_context(LlamaCppRunner(baseline, model.threads, context)))
             timings = alternate(runners, cases, config.rounds, progress=progress)
-            bandwidth = max(bandwidth, _native.read_bandwidth(model.threads, _BANDWIDTH_BUFFER))
+            bandwidth = max(bandwidth, stream_bandwidth(model.threads))
         yield from _rows(path, config, model, timings, bandwidth)
 
 
@@ -182,6 +182,7 @@ def _rows(
         tensors = _native.GgufFile(str(file)).tensors
         usage = timing.runner.usage[timing.case.stepwise] if isinstance(timing.runner, EngineRunner) else None
         bytes_per_token = usage.bytes_per_token if usage else None
+        rate = bytes_per_token * timing.median if bytes_per_token else None
         yield Row(
             model=file.stem,
             size_bytes=sum(tensor.nbytes for tensor in tensors),
@@ -197,8 +198,10 @@ def _rows(
             ratio_to_baseline=median_ratio(timing, _find(peers, "llama.cpp", "dense")) if ours else None,
             active_ratio=usage.active_ratio if usage else None,
             bytes_per_token=bytes_per_token,
-            bandwidth_share=bytes_per_token * timing.median / bandwidth if bytes_per_token else None,
+            bandwidth_gb_per_s=rate and rate / 1e9,
+            bandwidth_share=rate and rate / bandwidth,
             read_bandwidth_gb_per_s=bandwidth / 1e9,
+            synthetic=file.name.startswith(SYNTHETIC),
             isa=model.isa if ours else "",
             rounds_tok_per_s=timing.tok_per_s,
         )

@@ -6,18 +6,20 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from turbosparse import __version__
 from turbosparse.bench.benchmark import Row
+from turbosparse.bench.roofline import ONE_IN, Roofline
 
-__all__ = ["as_table", "describe_machine", "result_record", "unused_path"]
+__all__ = ["as_table", "describe_machine", "result_record", "roofline_table", "unused_path"]
 
 _MEBI, _GIBI = 2**20, 2**30
 _HEADER = (
     *("model", "size", "params", "backend", "threads", "test", "t/s", "mode", "active", "MB/token"),
-    *("bandwidth", "vs dense", "vs llama.cpp"),
+    *("GB/s", "bandwidth", "vs dense", "vs llama.cpp"),
 )
 
 
@@ -48,6 +50,7 @@ def as_table(rows: Sequence[Row]) -> str:
                 row.mode,
                 _number(row.active_ratio, "{:.1%}"),
                 _number(row.bytes_per_token and row.bytes_per_token / 1e6, "{:.1f}"),
+                _number(row.bandwidth_gb_per_s, "{:.1f}"),
                 _number(row.bandwidth_share, "{:.0%}"),
                 _number(row.ratio_to_dense, "{:.2f}x"),
                 _number(row.ratio_to_baseline, "{:.2f}x"),
@@ -55,7 +58,40 @@ def as_table(rows: Sequence[Row]) -> str:
             for row in rows
         ),
     ]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(_HEADER))]
+    return _markdown(lines)
+
+
+def roofline_table(rooflines: Sequence[Roofline]) -> str:
+    """Lay read bandwidths out as a Markdown table.
+
+    Parameters
+    ----------
+    rooflines : sequence of Roofline
+        One per thread count.
+
+    Returns
+    -------
+    str
+        GB/s of a stream, and of rows by their size.
+    """
+    sizes = sorted({size for roofline in rooflines for size in roofline.rows_gb_per_s})
+    percent = f"{100 / ONE_IN:.0f} % of rows of"
+    lines = [
+        ("read bandwidth, GB/s", "stream", *(f"{percent} {size / 1024:g} KiB" for size in sizes)),
+        *(
+            (
+                f"{roofline.threads} thread{'s' if roofline.threads > 1 else ''}",
+                f"{roofline.stream_gb_per_s:.1f}",
+                *(f"{roofline.rows_gb_per_s[size]:.1f}" for size in sizes),
+            )
+            for roofline in rooflines
+        ),
+    ]
+    return _markdown(lines) + "\n"
+
+
+def _markdown(lines: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     text = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
         for line in lines
@@ -64,13 +100,17 @@ def as_table(rows: Sequence[Row]) -> str:
     return "\n".join([text[0], rule, *text[1:]])
 
 
-def result_record(rows: Sequence[Row], *, command: str, files: Sequence[Path]) -> dict[str, Any]:
+def result_record(
+    rows: Sequence[Row], rooflines: Sequence[Roofline], *, command: str, files: Sequence[Path]
+) -> dict[str, Any]:
     """Collect what a result file holds.
 
     Parameters
     ----------
     rows : sequence of Row
         What was measured.
+    rooflines : sequence of Roofline
+        Read bandwidths, where they were asked for.
     command : str
         Command that measures it again.
     files : sequence of Path
@@ -96,7 +136,8 @@ def result_record(rows: Sequence[Row], *, command: str, files: Sequence[Path]) -
         "files": [
             {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
         ],
-        "rows": [row.as_record() for row in rows],
+        "roofline": [asdict(roofline) for roofline in rooflines],
+        "rows": [asdict(row) for row in rows],
     }
 
 

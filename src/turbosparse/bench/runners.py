@@ -124,22 +124,6 @@ class EngineRunner:
         self.usage: dict[bool, Usage] = {}
 
     def evaluate(self, warm: list[int], timed: list[int], *, stepwise: bool) -> float:
-        """Time an evaluation.
-
-        Parameters
-        ----------
-        warm : list of int
-            Tokens that fill the cache first, untimed.
-        timed : list of int
-            Tokens that are timed.
-        stepwise : bool
-            Token by token, as in generation, instead of in one batch.
-
-        Returns
-        -------
-        float
-            Seconds.
-        """
         session = self._session
         session.truncate(0)
         if warm:
@@ -187,22 +171,6 @@ class LlamaCppRunner:
             raise
 
     def evaluate(self, warm: list[int], timed: list[int], *, stepwise: bool) -> float:
-        """Time an evaluation.
-
-        Parameters
-        ----------
-        warm : list of int
-            Tokens that fill the cache first, untimed.
-        timed : list of int
-            Tokens that are timed.
-        stepwise : bool
-            Token by token, as in generation, instead of in one batch.
-
-        Returns
-        -------
-        float
-            Seconds.
-        """
         assert self._process.stdin is not None
         request = {"warm": warm, "timed": timed, "stepwise": stepwise}
         self._process.stdin.write(json.dumps(request) + "\n")

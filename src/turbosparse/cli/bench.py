@@ -1,28 +1,34 @@
 """Measure speed: tokens per second of every mode, what was read for them, and how llama.cpp does beside it.
 
-The columns are llama-bench's, then ours: active FFN neurons, megabytes read per decoded token, share of
-the read bandwidth measured with as many threads, speed relative to the dense mode and to llama.cpp. All sides
-take turns, run by run; speeds are medians, ratios are medians over pairs. Prompts are real text.
+The columns are llama-bench's, then ours: active FFN neurons, megabytes read per decoded token, gigabytes per
+second that this makes and their share of the read bandwidth measured with as many threads, speed relative to
+the dense mode and to llama.cpp. All sides take turns, run by run; speeds are medians, ratios are medians over
+pairs. Prompts are real text.
+
+--roofline measures read bandwidth: as streams, and rows of some sizes, every tenth at random, as a sparse FFN
+reads them. --shape makes a model of a known shape with random weights, of which as many neurons are zero as
+stated: SYNTHETIC, for speed alone. Its files stay in ~/.cache/turbosparse/synthetic until you delete them.
 
   turbosparse bench model.gguf -t 1,2
   turbosparse bench sparse.gguf --against llama.cpp --baseline-model plain.gguf --output benchmarks/results
+  turbosparse bench --shape mistral-7b --quant q4_0 --sparsity 0.9 --layers 4 --against llama.cpp
+  turbosparse bench --roofline -t 1,2
 """
 
 import argparse
 import json
-import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turbosparse.cli.console import add_json_option, console, print_json, progress
-from turbosparse.errors import ConfigError
+from turbosparse.cli.bench_options import add_options, bench_config, command_line, synthetic_model
+from turbosparse.cli.console import console, print_json, progress
 
 if TYPE_CHECKING:
     from turbosparse.bench.benchmark import BenchConfig, Row
+    from turbosparse.bench.shapes import SyntheticModel
 
 __all__ = ["add_arguments", "run"]
-
-MODES = ("dense", "exact", "threshold")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,24 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser : argparse.ArgumentParser
         The verb's parser.
     """
-    add = parser.add_argument
-    add("models", nargs="+", type=Path, metavar="MODEL", help="GGUF file")
-    add("--mode", action="append", choices=MODES, help="repeatable; by default all that the file can run")
-    add("-t", "--threads", default="0", help="thread counts, as in 1,2 (default: physical cores, at most 8)")
-    add("-p", "--prompt-tokens", type=int, default=256, help="tokens of the prompt test; 0 leaves it out")
-    add("-n", "--generated-tokens", type=int, default=64, help="tokens of the decode test; 0 leaves it out")
-    add("-d", "--depth", type=int, default=0, help="tokens in the cache before each test")
-    add("-r", "--rounds", type=int, default=5, help="timed rounds")
-    add("--against", choices=["llama.cpp"], help="time it in turn; needs turbosparse[baseline]")
-    add("--baseline-model", type=Path, metavar="FILE", help="what llama.cpp reads, if not MODEL itself")
-    add("--isa", default="", help="instruction set of our kernels (default: the best there is)")
-    add(
-        "--output",
-        type=Path,
-        metavar="DIR",
-        help="write DIR/DATE-NAME.json with all that is needed to repeat it",
-    )
-    add_json_option(parser)
+    add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,22 +56,28 @@ def run(args: argparse.Namespace) -> int:
         Exit status.
     """
     from turbosparse.bench.benchmark import bench_model, runs_per_model
-    from turbosparse.bench.record import as_table, result_record, unused_path
+    from turbosparse.bench.record import as_table, result_record, roofline_table, unused_path
+    from turbosparse.bench.roofline import measure_roofline
 
-    config = _config(args)
-    if args.output is not None and not args.output.is_dir():
-        raise ConfigError(f"[bench --output] expected a folder, got {args.output}")
+    config, synthetic = bench_config(args), synthetic_model(args)
+    models = args.models
+    if synthetic is not None:
+        models, config = _made(synthetic, config)
+    rooflines = [measure_roofline(threads) for threads in config.threads] if args.roofline else []
+    if rooflines:
+        console().print(roofline_table(rooflines), markup=False, soft_wrap=True)
     rows: list[Row] = []
-    with progress(sum(runs_per_model(config, path) for path in args.models), "timing") as advance:
-        for path in args.models:
+    with progress(sum(runs_per_model(config, path) for path in models), "timing") as advance:
+        for path in models:
             rows += bench_model(path, config, progress=lambda: advance(1))
-    console().print(as_table(rows), markup=False, soft_wrap=True)
+    if rows:
+        console().print(as_table(rows), markup=False, soft_wrap=True)
     if args.output is not None or args.json:
-        files = [*args.models, *([config.baseline_model] if config.baseline_model else [])]
-        record = result_record(rows, command=_command(args), files=files)
+        files = [*models, *([config.baseline_model] if config.baseline_model else [])]
+        record = result_record(rows, rooflines, command=command_line(args), files=files)
         if args.output is not None:
-            name = "-".join(path.stem for path in args.models) + ("-vs-llama.cpp" if args.against else "")
-            path = unused_path(args.output, name)
+            name = "-".join(path.stem for path in models) or "roofline"
+            path = unused_path(args.output, name + ("-vs-llama.cpp" if args.against else ""))
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             console(stderr=True).print(f"wrote {path}", markup=False)
         if args.json:
@@ -90,40 +85,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _config(args: argparse.Namespace) -> "BenchConfig":
-    from turbosparse.bench.benchmark import BenchConfig
-    from turbosparse.bench.runners import require_llama_cpp
+def _made(synthetic: "SyntheticModel", config: "BenchConfig") -> "tuple[list[Path], BenchConfig]":
+    """The synthetic model's file, and its plain twin as the baseline where there is to be one."""
+    from turbosparse.bench.synthetic_cache import synthetic_files
 
-    if args.against:
-        require_llama_cpp()
-    try:
-        threads = tuple(int(text) for text in args.threads.split(","))
-    except ValueError:
-        raise ConfigError(f"[bench --threads] expected numbers as in 1,2, got {args.threads!r}") from None
-    return BenchConfig(
-        modes=tuple(args.mode or ()),
-        threads=threads,
-        prompt_tokens=args.prompt_tokens,
-        generated_tokens=args.generated_tokens,
-        depth=args.depth,
-        rounds=args.rounds,
-        against_llama_cpp=args.against is not None,
-        baseline_model=args.baseline_model,
-        isa=args.isa,
-    )
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The command with file names only: where they lie on this machine says nothing elsewhere."""
-    words = ["turbosparse", "bench", *(path.name for path in args.models)]
-    for mode in args.mode or ():
-        words += ["--mode", mode]
-    words += ["-t", args.threads, "-p", str(args.prompt_tokens), "-n", str(args.generated_tokens)]
-    words += ["-d", str(args.depth), "-r", str(args.rounds)]
-    if args.against:
-        words += ["--against", args.against]
-    if args.baseline_model:
-        words += ["--baseline-model", args.baseline_model.name]
-    if args.isa:
-        words += ["--isa", args.isa]
-    return shlex.join(words)
+    with progress(None, "making the synthetic model") as advance:
+        sparse, *plain = synthetic_files(synthetic, with_plain=config.against_llama_cpp, progress=advance)
+    return [sparse], replace(config, baseline_model=plain[0] if plain else None)

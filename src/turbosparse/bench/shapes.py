@@ -1,0 +1,196 @@
+"""Sizes of well-known models, and what a synthetic model of such a size is to be like."""
+
+from dataclasses import dataclass
+
+from turbosparse.errors import ConfigError
+
+__all__ = ["SHAPES", "SYNTHETIC", "Shape", "SyntheticModel", "shape_named"]
+
+SYNTHETIC = "SYNTHETIC"
+"""How the names of synthetic models and of their files begin."""
+WEIGHT_TYPES = ("Q4_0", "Q8_0", "F16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Sizes of a model. All are computed as llama: gated FFN, RMSNorm, rotary embedding, no biases."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool = False
+
+
+SHAPES = {
+    "mistral-7b": Shape(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=32000,
+    ),
+    # What one token of Mixtral-8x7B computes: its two experts as one FFN, without the router.
+    "mixtral-8x7b-expert": Shape(
+        hidden_size=4096,
+        intermediate_size=2 * 14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=32000,
+    ),
+    "qwen2.5-7b": Shape(
+        hidden_size=3584,
+        intermediate_size=18944,
+        num_hidden_layers=28,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        head_dim=128,
+        vocab_size=152064,
+    ),
+    "llama-3.2-3b": Shape(
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=128256,
+        tied=True,
+    ),
+    "qwen2.5-1.5b": Shape(
+        hidden_size=1536,
+        intermediate_size=8960,
+        num_hidden_layers=28,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        head_dim=128,
+        vocab_size=151936,
+        tied=True,
+    ),
+    "smollm2-1.7b": Shape(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        head_dim=64,
+        vocab_size=49152,
+        tied=True,
+    ),
+    "smollm2-360m": Shape(
+        hidden_size=960,
+        intermediate_size=2560,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+        head_dim=64,
+        vocab_size=49152,
+        tied=True,
+    ),
+    "smollm2-135m": Shape(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        head_dim=64,
+        vocab_size=49152,
+        tied=True,
+    ),
+}
+
+
+def shape_named(name: str) -> Shape:
+    """Look up a shape.
+
+    Parameters
+    ----------
+    name : str
+        Such as ``"mistral-7b"``.
+
+    Returns
+    -------
+    Shape
+        Its sizes.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown name, with those that there are.
+    """
+    if name not in SHAPES:
+        raise ConfigError(f"[bench --shape] expected one of {', '.join(SHAPES)}, got {name!r}")
+    return SHAPES[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticModel:
+    """A dReLU model whose weights are random, made so that it has the stated sparsity."""
+
+    name: str
+    """What the shape is called."""
+    shape: Shape
+    weight_type: str = "Q4_0"
+    """Q4_0, Q8_0 or F16; of every matrix, the predictor's included."""
+    sparsity: float = 0.9
+    """Share of FFN neurons whose activation is zero, 0.5 to 0.99."""
+    rank: int = 0
+    """Width of the predictor, a multiple of 64 up to 2 (D - 64); 0 leaves it out."""
+    recall: float = 0.95
+    """Share of the active neurons that are candidates, 0.5 to 0.98."""
+    precision: float = 0.95
+    """Share of the candidates that are active, 0.98 at most; at least 0.2 and 1.2 times the active share."""
+    layers: int = 0
+    """Fewer layers than the shape has; 0 for all of them."""
+
+    def __post_init__(self) -> None:
+        if self.weight_type not in WEIGHT_TYPES:
+            raise ConfigError(
+                f"[bench --quant] expected one of {', '.join(WEIGHT_TYPES)}, got {self.weight_type!r}"
+            )
+        _check("sparsity", self.sparsity, 0.5, 0.99)
+        _check("recall", self.recall, 0.5, 0.98)
+        _check("precision", self.precision, max(0.2, round(1.2 * (1 - self.sparsity), 4)), 0.98)
+        _check("layers", self.layers, 0, self.shape.num_hidden_layers)
+        widest = 2 * (self.shape.hidden_size - 64)
+        if self.rank % 64 or not 0 <= self.rank <= widest:
+            raise ConfigError(
+                f"[bench --rank] expected a multiple of 64 from 0 to {widest // 64 * 64} for {self.name}, "
+                f"got {self.rank}"
+            )
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Number of layers that the model has."""
+        return self.layers or self.shape.num_hidden_layers
+
+    def file_stem(self, *, plain: bool) -> str:
+        """Name the model's file.
+
+        Parameters
+        ----------
+        plain : bool
+            The SwiGLU model of the same sizes that other engines can read.
+
+        Returns
+        -------
+        str
+            A file name without its suffix; it holds everything that the contents depend on.
+        """
+        size = f"{SYNTHETIC}-{self.name}-{self.weight_type.lower()}-L{self.num_hidden_layers}"
+        if plain:
+            return f"{size}-swiglu"
+        quality = f"{self.recall * 100:g}-{self.precision * 100:g}"
+        return f"{size}-s{self.sparsity * 100:g}-r{self.rank}-{quality}"
+
+
+def _check(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"[bench --{name}] expected {low} to {high}, got {value}")

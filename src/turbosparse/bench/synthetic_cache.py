@@ -1,0 +1,169 @@
+"""Files of synthetic models: made once, kept in the user's cache, and reused.
+
+They lie in ``synthetic`` under the cache folder of turbosparse (``~/.cache/turbosparse``, or below
+``$XDG_CACHE_HOME``), and their names begin with SYNTHETIC. Deleting that folder gives the disk space back.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from turbosparse.bench.shapes import SyntheticModel
+from turbosparse.bench.synthetic_weights import plain_tensors, predictor_thresholds, sparse_tensors
+from turbosparse.errors import ConfigError
+from turbosparse.runtime.default_model import cache_folder
+from turbosparse.runtime.model_file import StoredValue
+from turbosparse.runtime.model_file_writer import TensorSource, write_model_file
+from turbosparse.runtime.texts import CALIBRATION, read_text
+from turbosparse.tokenizer import TokenType
+
+__all__ = ["available_memory", "synthetic_files"]
+
+logger = logging.getLogger(__name__)
+
+
+_CONTEXT = 8192
+_FOR_THE_SYSTEM = 2 << 30  # bytes of disk and memory that are left alone
+_END_OF_TEXT = "<|endoftext|>"
+
+
+def synthetic_files(
+    model: SyntheticModel, *, with_plain: bool, progress: Callable[[float], None] = lambda count: None
+) -> list[Path]:
+    """Make the files of a synthetic model, or find them where they were made before.
+
+    Parameters
+    ----------
+    model : SyntheticModel
+        What it is to be like.
+    with_plain : bool
+        Also make the SwiGLU model of the same sizes and weight type that other engines can read.
+    progress : callable, optional
+        Called with the bytes of each tensor written.
+
+    Returns
+    -------
+    list of Path
+        The dReLU model, then the plain one if asked for.
+
+    Raises
+    ------
+    ConfigError
+        When the models would not fit into free memory together, or the files not on the disk.
+    """
+    folder = cache_folder() / "synthetic"
+    wanted = [folder / f"{model.file_stem(plain=plain)}.gguf" for plain in (False, True)[: 1 + with_plain]]
+    tensors = [sparse_tensors(model), plain_tensors(model)][: 1 + with_plain]
+    sizes = [sum(tensor.nbytes for tensor in sources) for sources in tensors]
+    hint = "; fewer --layers need less"
+    _require("free memory", sum(sizes), available_memory(), hint)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = sum(size for path, size in zip(wanted, sizes, strict=True) if not path.exists())
+    hint = f" in {folder}, which may be deleted at any time{hint}"
+    if missing:
+        _require("free disk", missing, shutil.disk_usage(folder).free, hint)
+    for plain, (path, sources) in enumerate(zip(wanted, tensors, strict=True)):
+        if not path.exists():
+            _write(model, path, sources, plain=bool(plain), progress=progress)
+    return wanted
+
+
+def available_memory() -> int:
+    """Say how much memory a program can still get.
+
+    Returns
+    -------
+    int
+        Bytes, by Linux's estimate.
+    """
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("[bench --shape] expected MemAvailable in /proc/meminfo, got no such line")
+
+
+def _require(what: str, needed: int, available: int, hint: str) -> None:
+    needed += _FOR_THE_SYSTEM
+    if available < needed:
+        raise ConfigError(
+            f"[bench --shape] expected {needed / 1e9:.1f} GB of {what}, got {available / 1e9:.1f} GB{hint}"
+        )
+
+
+def _write(
+    model: SyntheticModel,
+    path: Path,
+    tensors: Sequence[TensorSource],
+    *,
+    plain: bool,
+    progress: Callable[[float], None],
+) -> None:
+    logger.info("making %s", path)
+    metadata = {**_sizes(model, "llama" if plain else "turbosparse-llama"), **_vocabulary(model)}
+    if not plain:
+        metadata |= {
+            "turbosparse.version": 1,
+            "turbosparse.activation": "drelu",
+            "turbosparse.gated": True,
+        }
+        if model.rank:
+            metadata |= {
+                "turbosparse.predictor.kind": "low_rank",
+                "turbosparse.predictor.input": "ffn_norm",
+                "turbosparse.predictor.threshold": predictor_thresholds(model),
+            }
+    metadata["general.name"] = model.file_stem(plain=plain).replace("-", " ", 1)
+    write_model_file(path, metadata, tensors, progress=progress)
+
+
+def _sizes(model: SyntheticModel, architecture: str) -> dict[str, Any]:
+    shape = model.shape
+    keys = {
+        "block_count": model.num_hidden_layers,
+        "context_length": _CONTEXT,
+        "embedding_length": shape.hidden_size,
+        "feed_forward_length": shape.intermediate_size,
+        "attention.head_count": shape.num_attention_heads,
+        "attention.head_count_kv": shape.num_key_value_heads,
+        "attention.key_length": shape.head_dim,
+        "attention.value_length": shape.head_dim,
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "rope.dimension_count": shape.head_dim,
+        "rope.freq_base": 10000.0,
+        "vocab_size": shape.vocab_size,
+    }
+    return {"general.architecture": architecture} | {f"{architecture}.{key}": keys[key] for key in keys}
+
+
+def _vocabulary(model: SyntheticModel) -> dict[str, Any]:
+    """A byte-level BPE vocabulary, learnt from the text that ships for calibration and filled up with tokens
+    that no text contains."""
+    size = model.shape.vocab_size
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size - 1,
+        show_progress=False,
+        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
+    )
+    bpe.train_from_iterator([read_text(CALIBRATION)], trainer)
+    ids = bpe.get_vocab()
+    tokens = sorted(ids, key=ids.__getitem__)
+    merges = json.loads(bpe.to_str())["model"]["merges"]
+    tokens += [f"<|unused{i}|>" for i in range(size - 1 - len(tokens))] + [_END_OF_TEXT]
+    kinds = [TokenType.CONTROL if token.startswith("<|") else TokenType.NORMAL for token in tokens]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": StoredValue("int32[]", [int(kind) for kind in kinds]),
+        "tokenizer.ggml.merges": [" ".join(pair) for pair in merges],
+        "tokenizer.ggml.bos_token_id": size - 1,
+        "tokenizer.ggml.eos_token_id": size - 1,
+        "tokenizer.ggml.add_bos_token": False,
+    }

@@ -1,0 +1,123 @@
+"""Synthetic models: what they are made to be like is what the engine computes with them."""
+
+import shutil
+from collections import namedtuple
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from turbosparse import _native
+from turbosparse.bench import synthetic_cache
+from turbosparse.bench.benchmark import BenchConfig, cases_of
+from turbosparse.bench.shapes import SHAPES, Shape, SyntheticModel, shape_named
+from turbosparse.bench.synthetic_cache import synthetic_files
+from turbosparse.errors import ConfigError
+from turbosparse.runtime.model_file import ModelFile
+
+SMALL = Shape(
+    hidden_size=512,
+    intermediate_size=1024,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    vocab_size=1024,
+)
+MODEL = SyntheticModel(name="small", shape=SMALL)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "turbosparse" / "synthetic"
+
+
+def counts(path: Path, mode: "_native.Mode") -> dict[str, list[float]]:
+    """Shares of neurons per layer, over 64 tokens of real text."""
+    model = _native.Model(str(path), threads=1)
+    ids = cases_of(path, BenchConfig(prompt_tokens=64, generated_tokens=0), 512)[0].timed
+    session = model.session(64)
+    for token in ids:
+        session.forward(np.array([token], np.int32), mode=mode)
+    neurons = len(ids) * model.info.intermediate_size
+    return {name: [n / neurons for n in session.counters[name]] for name in ("active", "gate_passed")}
+
+
+@pytest.mark.parametrize("weight_type", ["Q4_0", "Q8_0", "F16"])
+def test_every_layer_reaches_the_sparsity(weight_type: str) -> None:
+    (path,) = synthetic_files(replace(MODEL, weight_type=weight_type), with_plain=False)
+    shares = counts(path, "exact")
+    assert shares["active"] == pytest.approx([0.1] * 3, abs=0.015)
+    assert shares["gate_passed"] == pytest.approx([0.1 / 0.65] * 3, abs=0.02)
+    assert _native.Model(str(path)).info.ffn_types == [weight_type]
+
+
+def test_other_sparsities_are_reached_too() -> None:
+    (path,) = synthetic_files(replace(MODEL, sparsity=0.6, layers=1), with_plain=False)
+    assert counts(path, "exact")["active"] == pytest.approx([0.4], abs=0.02)
+
+
+def test_the_plain_model_has_the_same_sizes_and_no_trace_of_ours() -> None:
+    sparse, plain = synthetic_files(MODEL, with_plain=True)
+    ours, theirs = _native.Model(str(sparse)).info, _native.Model(str(plain)).info
+    assert (theirs.architecture, theirs.activation, theirs.neuron_major_down) == ("llama", "silu", False)
+    for size in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "weight_bytes"):
+        assert getattr(ours, size) == getattr(theirs, size)
+    assert not any(key.startswith("turbosparse.") for key in ModelFile(plain).metadata)
+
+
+def test_files_say_that_they_are_synthetic_and_are_made_once(cache: Path) -> None:
+    written: list[float] = []
+    (path,) = synthetic_files(MODEL, with_plain=False, progress=written.append)
+    assert path.parent == cache
+    assert path.name == "SYNTHETIC-small-q4_0-L3-s90-r0-95-95.gguf"
+    assert _native.GgufFile(str(path)).metadata["general.name"] == "SYNTHETIC small-q4_0-L3-s90-r0-95-95"
+    first, size = path.read_bytes(), sum(written)
+    assert synthetic_files(MODEL, with_plain=False, progress=written.append) == [path]
+    assert sum(written) == size
+    path.unlink()
+    synthetic_files(MODEL, with_plain=False)
+    assert path.read_bytes() == first
+
+
+def test_what_does_not_fit_is_refused_before_it_is_made(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Usage = namedtuple("Usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**9, 10**9, 0))
+    with pytest.raises(ConfigError, match=r"expected 2\.\d GB of free disk, got 0\.0 GB in .*synthetic"):
+        synthetic_files(MODEL, with_plain=False)
+    monkeypatch.setattr(synthetic_cache, "available_memory", lambda: 10**9)
+    with pytest.raises(ConfigError, match=r"expected 2\.\d GB of free memory, got 1\.0 GB; fewer --layers"):
+        synthetic_files(MODEL, with_plain=False)
+    assert list(cache.glob("*")) == []
+
+
+def test_every_shape_can_be_asked_for() -> None:
+    for name, shape in SHAPES.items():
+        assert shape.hidden_size % 64 == shape.intermediate_size % 64 == 0
+        assert shape.num_attention_heads % shape.num_key_value_heads == 0
+        assert SyntheticModel(name=name, shape=shape_named(name), rank=512).num_hidden_layers >= 24
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weight_type": "Q2_K"}, r"\[bench --quant\] expected one of Q4_0, Q8_0, F16, got 'Q2_K'"),
+        ({"sparsity": 1.0}, r"\[bench --sparsity\] expected 0.5 to 0.99, got 1.0"),
+        ({"sparsity": float("nan")}, r"\[bench --sparsity\] expected 0.5 to 0.99, got nan"),
+        ({"recall": 1.0}, r"\[bench --recall\] expected 0.5 to 0.98, got 1.0"),
+        ({"sparsity": 0.6, "precision": 0.4}, r"\[bench --precision\] expected 0.48 to 0.98, got 0.4"),
+        ({"rank": 100}, r"\[bench --rank\] expected a multiple of 64 from 0 to 896 for small, got 100"),
+        ({"rank": 960}, r"\[bench --rank\] expected a multiple of 64 from 0 to 896 for small, got 960"),
+        ({"layers": 4}, r"\[bench --layers\] expected 0 to 3, got 4"),
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(MODEL, **settings)  # type: ignore[arg-type]
+
+
+def test_an_unknown_shape_lists_those_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"expected one of mistral-7b, mixtral.*smollm2-135m, got 'gpt-5'"):
+        shape_named("gpt-5")
