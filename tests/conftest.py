@@ -2,6 +2,15 @@
 
 import importlib.util
 
-_TRAINING = ["models", "data", "sparsify", "predict", "tiny_hf.py", "cli/test_sparsify.py"]
+_TRAINING = [
+    "models",
+    "data",
+    "sparsify",
+    "predict",
+    "export",
+    "tiny_hf.py",
+    "cli/test_sparsify.py",
+    "cli/test_export.py",
+]
 
 collect_ignore = _TRAINING if importlib.util.find_spec("torch") is None else []

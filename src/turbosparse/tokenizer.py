@@ -21,7 +21,7 @@ from tokenizers import models, pre_tokenizers
 
 from turbosparse.errors import TokenizerError
 
-__all__ = ["StreamDecoder", "TokenType", "Tokenizer"]
+__all__ = ["PATTERNS", "StreamDecoder", "TokenType", "Tokenizer"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class TokenType(IntEnum):
     BYTE = 6
 
 
-# Splitting before BPE. Each name of a family gets the same list of patterns, applied one after the other.
+# Splitting before BPE, by the name of a family: patterns that are applied one after the other.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r"[^\r\n\p{L}\p{N}]?\p{L}+"
@@ -47,7 +47,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
 _PATH_PUNCTUATION = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 
-_PATTERNS = {
+PATTERNS = {
     "gpt-2": [_GPT2],
     "smollm": [r"\p{N}", _GPT2],
     "qwen2": [rf"{_CONTRACTION}|{_WORD}|\p{{N}}|{_PUNCTUATION}|{_SPACE}"],
@@ -65,7 +65,7 @@ _PATTERNS = {
     ],
 }
 _FAMILY = {
-    **{name: name for name in _PATTERNS},
+    **{name: name for name in PATTERNS},
     **dict.fromkeys(["mpt", "olmo", "phi-2", "jina-es", "jina-de", "trillion"], "gpt-2"),
     **dict.fromkeys(["starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"], "smollm"),
     **dict.fromkeys(["stablelm2", "deepseek-r1-qwen", "hunyuan", "megrez"], "qwen2"),
@@ -448,7 +448,7 @@ def _byte_level_bpe(tokens: list[str], merges: list[str], family: str) -> tokeni
     pairs = [merge.partition(" ")[::2] for merge in merges]
     vocab = {text: i for i, text in reversed(list(enumerate(tokens)))}
     backend = _backend(vocab=vocab, merges=pairs, ignore_merges=family in _WHOLE_WORDS)
-    splits = [pre_tokenizers.Split(tokenizers.Regex(p), behavior="isolated") for p in _PATTERNS[family]]
+    splits = [pre_tokenizers.Split(tokenizers.Regex(p), behavior="isolated") for p in PATTERNS[family]]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     return backend

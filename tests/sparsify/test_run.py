@@ -88,6 +88,8 @@ def test_two_stages_learn_and_leave_a_model(make_recipe: MakeRecipe) -> None:
     assert "| stories | CC0 |" in card.text
     assert "| records | not stated |" in card.text
     assert str(Path(recipe.model).parent) not in card.text
+    training = load_model(result.model).config.turbosparse_training
+    assert training == {"stage": "stage1", "tokens": 2 * longer["tokens"]}
 
 
 def test_embeddings_stay_when_told(make_recipe: MakeRecipe, base: Path) -> None:

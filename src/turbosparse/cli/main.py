@@ -1,8 +1,8 @@
 """The program ``turbosparse``: finds the verb, imports its module, turns errors into one line and a status.
 
 Each verb is a module with ``add_arguments(parser)`` and ``run(args) -> int``; its docstring is its help text.
-Only the one that is called is imported, so that ``turbosparse --help`` is instant. Status: 0 done, 2 wrong
-input or usage, 130 Ctrl-C.
+Only the one that is called is imported, so that ``turbosparse --help`` is instant. Status: 0 done, 1 a
+check failed, 2 wrong input or usage, 130 Ctrl-C.
 """
 
 import argparse
@@ -41,6 +41,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "turbosparse.cli.fit_predictor",
         "fit predictors of active neurons and score them",
     ),
+    "export": ("turbosparse.cli.export", "turn a Hugging Face model into a model file"),
     "inspect": ("turbosparse.cli.inspect", "show what is in a model file"),
     "calibrate": (
         "turbosparse.cli.calibrate",
@@ -78,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit status: 0 done, 2 wrong input or usage, 130 interrupted, 141 the reader of our output went away.
+        Exit status: 0 done, 1 a check failed, 2 wrong input or usage, 130 interrupted, 141 the reader of our
+        output went away.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments

@@ -136,6 +136,7 @@ def swap_activation(model: Any, activation: Activation) -> Any:
     if base_type != model.config.model_type:
         raise ConfigError(f"[swap] expected a model that is not swapped yet, got {activation_of(model)}")
     replace_ffns(model, activation, _config_activation(model.config))
+    model.config.turbosparse_training = {"tokens": 0}  # training counts; export refuses what has none
     if activation.hidden_act is not None:
         setattr(model.config, _hidden_act_field(model.config), activation.hidden_act)
         return model

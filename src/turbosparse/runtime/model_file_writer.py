@@ -10,20 +10,27 @@ import math
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter
+from gguf import (
+    GGML_QUANT_SIZES,
+    GGUF_DEFAULT_ALIGNMENT,
+    GGMLQuantizationType,
+    GGUFValueType,
+    GGUFWriter,
+)
 from gguf.quants import quantize
 from numpy.typing import NDArray
 
 from turbosparse.errors import ModelFileError
 from turbosparse.runtime.model_file import KEY_ARCHITECTURE, ModelFile, StoredValue, plain_value
 
-__all__ = ["TensorSource", "check_output", "quantised", "write_model_file"]
+__all__ = ["TensorSource", "check_output", "model_file_bytes", "quantised", "write_model_file"]
 
 logger = logging.getLogger(__name__)
 
@@ -219,6 +226,39 @@ def write_model_file(
         part.unlink(missing_ok=True)
 
 
+def model_file_bytes(metadata: Mapping[str, Any], tensors: Iterable[TensorSource]) -> int:
+    """Say how large a file would be.
+
+    Parameters
+    ----------
+    metadata : mapping
+        As for `write_model_file`.
+    tensors : iterable of TensorSource
+        What it would hold; nothing is read.
+
+    Returns
+    -------
+    int
+        Bytes.
+
+    Raises
+    ------
+    ModelFileError
+        When a name occurs twice, or a value has no kind.
+    """
+    sources = list(tensors)
+    writer = _prepared(metadata, sources)
+    with tempfile.TemporaryDirectory() as folder:
+        head = Path(folder) / "head"
+        try:
+            _write_head(writer, head)
+        finally:
+            writer.close()
+        alignment = int(plain_value(metadata.get(ALIGNMENT, GGUF_DEFAULT_ALIGNMENT)))
+        parts = [head.stat().st_size, *(tensor.nbytes for tensor in sources)]
+    return sum(-(-part // alignment) * alignment for part in parts)
+
+
 def _prepared(metadata: Mapping[str, Any], sources: Sequence[TensorSource]) -> GGUFWriter:
     """Check and collect everything that goes before the tensors' bytes; no file is open yet."""
     if KEY_ARCHITECTURE not in metadata:
@@ -246,9 +286,7 @@ def _prepared(metadata: Mapping[str, Any], sources: Sequence[TensorSource]) -> G
 def _write(
     writer: GGUFWriter, part: Path, sources: Sequence[TensorSource], progress: Callable[[float], None] | None
 ) -> None:
-    writer.write_header_to_file(part)
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    _write_head(writer, part)
     for tensor in sources:
         data = tensor.read()
         if data.nbytes != tensor.nbytes:
@@ -257,6 +295,13 @@ def _write(
         if progress is not None:
             progress(tensor.nbytes)
     writer.flush()
+
+
+def _write_head(writer: GGUFWriter, path: Path) -> None:
+    """Everything before the tensors' bytes."""
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
 
 
 def _sync(path: Path) -> None:

@@ -21,7 +21,7 @@ from turbosparse.runtime.prefix_cache import active_ratio
 if TYPE_CHECKING:
     from turbosparse._native import Mode, Model, Session
 
-__all__ = ["ModeComparison", "PerplexityResult", "compare_modes", "perplexity"]
+__all__ = ["ModeComparison", "PerplexityResult", "compare_modes", "log_softmax", "perplexity"]
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def perplexity(
     session, score = model.session(context), _Score()
     for window in _windows(ids, context, bos_id):
         for logits, targets in _predictions(session, window, mode):
-            score.add(_log_softmax(logits), targets)
+            score.add(log_softmax(logits), targets)
         advance(context)
     return score.result(context=context, mode=mode, session=session, model=model)
 
@@ -196,7 +196,7 @@ def compare_modes(
             _predictions(session, window, mode), _predictions(base_session, window, against), strict=True
         )
         for (logits, targets), (base_logits, _) in both:
-            log_q, log_p = _log_softmax(logits), _log_softmax(base_logits)
+            log_q, log_p = log_softmax(logits), log_softmax(base_logits)
             score.add(log_q, targets)
             base_score.add(log_p, targets)
             divergences.append(np.sum(np.exp(log_p) * (log_p - log_q), axis=-1, dtype=np.float64))
@@ -244,7 +244,19 @@ def _predictions(
         yield session.forward(window[start:end], mode=mode, logits="all"), window[start + 1 : end + 1]
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Turn logits into logarithms of probabilities.
+
+    Parameters
+    ----------
+    logits : float32, shape (T, V)
+        Any size of numbers.
+
+    Returns
+    -------
+    float32, shape (T, V)
+        Normalised with a float64 sum.
+    """
     shifted = logits - logits.max(axis=-1, keepdims=True)
     total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
     log_probs: NDArray[np.float32] = (shifted - np.log(total)).astype(np.float32)

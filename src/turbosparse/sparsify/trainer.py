@@ -75,7 +75,8 @@ class StageTrainer(Trainer):
         self._parts_steps = 0
         self._layer_errors: Tensor | None = None
         self._clock = (time.monotonic(), 0)
-        self._sequence_length = 0
+        before = getattr(self.model.config, "turbosparse_training", {})  # what stages before this one did
+        self._tokens_before = int(before.get("tokens", 0))
         loss = stage.loss
         if loss.activation_l1:
             self.probes.keep_l1()
@@ -99,7 +100,6 @@ class StageTrainer(Trainer):
         """Return this micro-batch's part of the step's loss; the parts add up to the mean over all tokens."""
         loss = self.stage.loss
         labels = inputs["labels"][:, 1:]
-        self._sequence_length = inputs["input_ids"].shape[1]
         model_inputs = {
             "input_ids": inputs["input_ids"],
             "position_ids": inputs["position_ids"],
@@ -167,7 +167,8 @@ class StageTrainer(Trainer):
         )
 
     def _tokens_done(self) -> int:
-        return int(self.state.global_step) * self.stage.batch_sequences * self._sequence_length
+        steps = int(self.state.global_step)
+        return steps * self.stage.batch_sequences * self.stream.mixture.sequence_length
 
     def _add_layer_errors(self, errors: Tensor) -> None:
         self._layer_errors = errors if self._layer_errors is None else self._layer_errors + errors
@@ -272,6 +273,9 @@ class StageTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write a Hugging Face directory; inside of checkpoints, a sharded run writes shards instead."""
+        config = self.accelerator.unwrap_model(self.model).config
+        tokens = self._tokens_before + self._tokens_done()
+        config.turbosparse_training = {"stage": self.stage.name, "tokens": tokens}
         if self.is_fsdp_enabled and not _internal_call:
             self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
         else:

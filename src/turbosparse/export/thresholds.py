@@ -1,0 +1,65 @@
+"""CETT thresholds that a calibration found, carried from its model file to another of the same model."""
+
+import numpy as np
+
+from turbosparse.errors import ConfigError
+from turbosparse.export.draft import Draft, weight_of_file
+from turbosparse.runtime.model_file import (
+    KEY_ACTIVATION,
+    KEY_CALIBRATION,
+    KEY_CETT_TARGET,
+    ModelFile,
+    plain_value,
+)
+
+__all__ = ["with_thresholds"]
+
+_LARGEST_DIFFERENCE = 0.3  # relative norm; 4-bit weights are off by 0.1, another model's by more than 1
+_NAMES = ("ffn_gate_threshold", "ffn_threshold")
+
+
+def with_thresholds(draft: Draft, calibrated: ModelFile) -> Draft:
+    """Take the thresholds of a calibrated file.
+
+    Parameters
+    ----------
+    draft : Draft
+        A model with neuron-major down projections.
+    calibrated : ModelFile
+        File of the same model, of any weight type.
+
+    Returns
+    -------
+    Draft
+        With its thresholds and the record of how they were found.
+
+    Raises
+    ------
+    ConfigError
+        When the file has no thresholds, or is not of the same model.
+    """
+    layers, path = draft.num_hidden_layers, calibrated.path
+    if "threshold" not in calibrated.modes:
+        raise ConfigError(f"[{path}] expected a calibrated file, got one without thresholds")
+    activation = plain_value(draft.metadata[KEY_ACTIVATION])
+    sizes = calibrated.tensor("blk.0.ffn_up.weight").shape
+    got = (calibrated.activation, calibrated.num_hidden_layers, sizes)
+    if got != (activation, layers, draft.sizes):
+        raise ConfigError(
+            f"[{path}] expected thresholds of this model, {(activation, layers, draft.sizes)}, got {got}"
+        )
+    own, theirs = draft.find("blk.0.ffn_up.weight").values(), calibrated.dequantised("blk.0.ffn_up.weight")
+    difference = float(np.linalg.norm(own - theirs) / np.linalg.norm(own))
+    if not difference <= _LARGEST_DIFFERENCE:
+        raise ConfigError(
+            f"[{path}] expected thresholds of this model, got those of one whose weights differ by "
+            f"{difference:.0%}"
+        )
+    names = [f"blk.{layer}.{name}" for layer in range(layers) for name in _NAMES]
+    weights = [weight_of_file(calibrated, name) for name in names if name in calibrated.tensors]
+    record = {
+        key: value
+        for key, value in calibrated.stored_metadata().items()
+        if key == KEY_CETT_TARGET or key.startswith(KEY_CALIBRATION)
+    }
+    return draft.adding(record, weights)
