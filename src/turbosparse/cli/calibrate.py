@@ -14,8 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turbosparse.cli.console import add_json_option, console, print_json, progress
-from turbosparse.errors import ConfigError
+from turbosparse.cli.console import add_json_option, console, print_json, progress, share_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = CalibrationConfig(
         cett=args.cett,
-        ppl_budget=_share(args.ppl_budget),
+        ppl_budget=None if args.ppl_budget is None else share_of("--ppl-budget", args.ppl_budget),
         tokens=args.tokens,
         stages=args.stages,
         down_type=args.down_type,
@@ -85,15 +84,6 @@ def run(args: argparse.Namespace) -> int:
 
 def _bar(label: str) -> "AbstractContextManager[Callable[[float], None]]":
     return progress(1.0, label)
-
-
-def _share(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
-    except ValueError:
-        raise ConfigError(f"[--ppl-budget] expected a share as in 1% or 0.01, got {text!r}") from None
 
 
 def _show(report: "CalibrationReport", output: Path) -> None:

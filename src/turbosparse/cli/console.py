@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from turbosparse.errors import ConfigError
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
@@ -23,6 +25,7 @@ __all__ = [
     "print_json",
     "progress",
     "set_up_logging",
+    "share_of",
 ]
 
 SHOW_AFTER_S = 2.0
@@ -160,6 +163,32 @@ def count_text(count: int) -> str:
     if count < 1_000_000:
         return f"{count:,}"
     return f"{count / 1e6:.1f} M" if count < 1_000_000_000 else f"{count / 1e9:.2f} B"
+
+
+def share_of(option: str, text: str) -> float:
+    """Read a share that people may write in percent.
+
+    Parameters
+    ----------
+    option : str
+        Name of the option, for the message.
+    text : str
+        Such as ``"1%"`` or ``"0.01"``.
+
+    Returns
+    -------
+    float
+        Such as 0.01.
+
+    Raises
+    ------
+    ConfigError
+        If it is no number.
+    """
+    try:
+        return float(text[:-1]) / 100 if text.endswith("%") else float(text)
+    except ValueError:
+        raise ConfigError(f"[{option}] expected a share as in 1% or 0.01, got {text!r}") from None
 
 
 def plain_text(text: str) -> "Text":

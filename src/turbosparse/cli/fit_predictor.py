@@ -1,15 +1,23 @@
-"""Fit predictors of active neurons for a Hugging Face model, and say what they cost and save.
+"""Fit predictors of active neurons, and say whether they are cheaper than skipping exactly.
 
-Captures what the FFNs see on some text, fits a low-rank predictor per layer at each of the ranks, keeps the
-one that reads the fewest bytes at the CETT target, and measures perplexity with all of them on.
+Captures what the feed-forward layers see on some text, fits low-rank predictors for every layer or expert,
+chooses rank and threshold of all layers together so that perplexity rises by no more than --ppl-budget, and
+compares the bytes that are then read with the exact mode, which computes every gate and needs no predictor.
+
+  turbosparse fit-predictor runs/mine/model --text mine.txt --output predictors
 """
 
 import argparse
 import dataclasses
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from turbosparse.cli.console import add_json_option, console, print_json
+from turbosparse.cli.console import add_json_option, console, print_json, share_of
+from turbosparse.errors import ConfigError
+
+if TYPE_CHECKING:
+    from turbosparse.predict.report import PredictorReport
 
 __all__ = ["add_arguments", "run"]
 
@@ -22,16 +30,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser : argparse.ArgumentParser
         The verb's parser.
     """
-    parser.add_argument("model", type=Path, help="Hugging Face directory")
-    parser.add_argument("--text", action="append", required=True, help="text to capture on; may be repeated")
-    parser.add_argument("--output", type=Path, required=True, help="directory for predictors and report")
-    parser.add_argument("--tokens", type=int, default=50_000, help="tokens to capture (default: 50000)")
-    parser.add_argument("--ranks", default="64,128", help="ranks to try per layer (default: 64,128)")
-    parser.add_argument("--cett", type=float, default=0.1, help="error a predictor may make (default: 0.1)")
-    parser.add_argument("--labels", default="nonzero", help="what is active: nonzero or cett")
-    parser.add_argument("--steps", type=int, default=600, help="steps per layer and rank (default: 600)")
-    parser.add_argument("--sequence-length", type=int, default=256, help="tokens per sequence (default: 256)")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
+    add = parser.add_argument
+    add("model", type=Path, help="Hugging Face directory")
+    add("--text", action="append", required=True, help="text to capture on; may be repeated")
+    add("--held-out", action="append", default=[], help="text to judge on (default: 2 %% of the documents)")
+    add("-o", "--output", type=Path, required=True, help="directory for predictors and report")
+    add("--tokens", type=int, default=50_000, help="tokens to capture (default: 50000)")
+    add("--ranks", default="64,128", help="ranks to try per layer (default: 64,128)")
+    add(
+        "--inputs",
+        default="ffn_norm",
+        help="what predictors read: ffn_norm, residual, previous; those after the first are only compared",
+    )
+    add("--ppl-budget", default="3%", metavar="P%", help="rise of perplexity allowed (default: 3%%)")
+    add("--labels", default="nonzero", help="what is active: nonzero, or cett for dense activations")
+    add("--cett", type=float, default=0.1, help="error that makes a neuron active for --labels cett")
+    add("--weight-type", default="Q8_0", help="gate, up and down in the model file (default: Q8_0)")
+    add("--predictor-type", default="Q8_0", help="predictors there (default: Q8_0)")
+    add("--steps", type=int, default=600, help="steps per layer (default: 600)")
+    add("--batch-tokens", type=int, default=512, help="tokens per step (default: 512)")
+    add("--sequence-length", type=int, default=256, help="tokens per sequence (default: 256)")
+    add("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     add_json_option(parser)
 
 
@@ -51,31 +70,73 @@ def run(args: argparse.Namespace) -> int:
     from transformers.utils.logging import disable_progress_bar
 
     from turbosparse.data.config import DataConfig, SourceConfig
-    from turbosparse.errors import ConfigError
     from turbosparse.predict.config import PredictorConfig
     from turbosparse.predict.run import fit_predictors
+    from turbosparse.predict.source import HuggingFaceSource
 
     try:
         ranks = tuple(int(rank) for rank in args.ranks.split(","))
     except ValueError:
         raise ConfigError(f"[--ranks] expected numbers with commas between, got {args.ranks!r}") from None
     config = PredictorConfig(
-        ranks=ranks, labels=args.labels, target_cett=args.cett, steps=args.steps, seed=args.seed
+        ranks=ranks,
+        inputs=tuple(args.inputs.split(",")),
+        labels=args.labels,
+        label_cett=args.cett,
+        ppl_budget=share_of("--ppl-budget", args.ppl_budget),
+        weight_type=args.weight_type,
+        predictor_type=args.predictor_type,
+        steps=args.steps,
+        batch_tokens=args.batch_tokens,
+        seed=args.seed,
     )
-    sources = tuple(SourceConfig(path=text) for text in args.text)
-    data = DataConfig(sources=sources, sequence_length=args.sequence_length)
+    data = DataConfig(
+        sources=tuple(SourceConfig(path=text) for text in args.text),
+        held_out=tuple(SourceConfig(path=text) for text in args.held_out),
+        sequence_length=args.sequence_length,
+    )
     logging.getLogger("turbosparse").setLevel(logging.INFO)
     disable_progress_bar()
-    report = fit_predictors(args.model, args.output, data=data, tokens=args.tokens, config=config)
-    rise = report.predicted_perplexity / report.perplexity - 1
-    out = console()
-    out.print(
-        f"perplexity {report.perplexity:.3f}, with predictors {report.predicted_perplexity:.3f} "
-        f"({rise:+.1%}, KL {report.kl_divergence:.4f}, same top-1 {report.same_top1:.1%})"
+    source = HuggingFaceSource(
+        args.model, data, tokens=args.tokens, weight_type=config.weight_type, seed=config.seed
     )
-    out.print(f"predictors and candidates read {report.bytes_ratio:.1%} of the FFN's bytes")
+    report = fit_predictors(source, args.output, config)
+    _show(report)
     if args.json:
         record = dataclasses.asdict(report)
         del record["layers"]  # they are in the report
         print_json(record)
     return 0
+
+
+def _show(report: "PredictorReport") -> None:
+    from rich.table import Table
+
+    layers = Table(
+        "layer", "predictor", "recall", "norm kept", "CETT", "candidates", "bytes", "exact", box=None
+    )
+    for name, layer in report.layers.items():
+        score = layer.score
+        shares = (score.recall, score.norm_kept, score.cett, score.candidate_ratio, score.bytes_ratio)
+        layers.add_row(
+            name, layer.kind, *(f"{share:.1%}" for share in shares), f"{layer.exact_bytes_ratio:.1%}"
+        )
+    points = Table("", "bytes of the FFN", "perplexity", "KL", "same top-1", box=None)
+    rows = [*(("", point) for point in report.curve), ("chosen", report.chosen), *report.rivals.items()]
+    for name, point in rows:
+        found = point.evaluation
+        points.add_row(
+            name,
+            f"{point.bytes_ratio:.1%}",
+            f"{found.perplexity:.3f}",
+            f"{found.kl_divergence:.4f}",
+            f"{found.same_top1:.1%}",
+        )
+    out = console()
+    out.print(layers)
+    out.print(points)
+    out.print(
+        f"perplexity {report.perplexity:.3f}, with predictors {report.chosen.evaluation.perplexity:.3f} "
+        f"({report.ppl_rise:+.1%}); bytes of the FFN: predicted {report.chosen.bytes_ratio:.1%}, "
+        f"exact {report.exact_bytes_ratio:.1%}; cheaper: {report.cheaper}"
+    )

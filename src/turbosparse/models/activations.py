@@ -71,19 +71,35 @@ class Activation:
 
     def __call__(self, gate: Tensor, up: Tensor) -> Tensor:
         """Return the intermediate state of the FFN, the input of its down projection."""
+        activated_gate, activated_up = self.factors(gate, up)
+        return activated_gate * activated_up
+
+    def factors(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the two factors of the intermediate state.
+
+        Parameters
+        ----------
+        gate, up : Tensor of shape [..., F]
+            The projections.
+
+        Returns
+        -------
+        Tensor, Tensor
+            f(gate) and g(up), each [..., F].
+        """
         match self.name:
             case "silu":
-                return functional.silu(gate) * up
+                return functional.silu(gate), up
             case "gelu":
-                return functional.gelu(gate, approximate="tanh") * up
+                return functional.gelu(gate, approximate="tanh"), up
             case "relu2":
-                return torch.relu(gate).square() * up
+                return torch.relu(gate).square(), up
             case "shifted_relu":
-                return torch.relu(gate - self.threshold) * up
+                return torch.relu(gate - self.threshold), up
             case "drelu":
-                return _fatrelu(gate, self.threshold) * _fatrelu(up, self.threshold)
+                return _fatrelu(gate, self.threshold), _fatrelu(up, self.threshold)
             case _:  # relu, fatrelu
-                return _fatrelu(gate, self.threshold) * up
+                return _fatrelu(gate, self.threshold), up
 
     def __str__(self) -> str:
         return f"{self.name}:{self.threshold:g}" if self.threshold else self.name

@@ -5,6 +5,7 @@ same before and after. A *probe* may look at the input, the intermediate state a
 training losses and sparsity counts are probes, the FFN itself knows nothing of them.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -203,13 +204,61 @@ class GatedExperts(_ActivatedFFN):
         Tensor of shape [N, D]
             What is added to the residual.
         """
+
+        def run_expert(expert: int, token: Tensor) -> Tensor:
+            intermediate = self._activate(*self.project(x[token], expert))
+            return functional.linear(intermediate, self.down_proj[expert])
+
+        return self.mix(x, top_k_index, top_k_weights, run_expert)
+
+    def project(self, x: Tensor, expert: int) -> tuple[Tensor, Tensor]:
+        """Return the gate and the up projection of one expert.
+
+        Parameters
+        ----------
+        x : Tensor of shape [n, D]
+            Post-norm hidden states.
+        expert : int
+            Which expert.
+
+        Returns
+        -------
+        gate, up : Tensor of shape [n, F]
+            The projections, before any activation.
+        """
+        gate, up = functional.linear(x, self.gate_up_proj[expert]).chunk(2, dim=-1)
+        return gate, up
+
+    def mix(
+        self,
+        x: Tensor,
+        top_k_index: Tensor,
+        top_k_weights: Tensor,
+        run_expert: Callable[[int, Tensor], Tensor],
+    ) -> Tensor:
+        """Add up what the experts make of their tokens.
+
+        Parameters
+        ----------
+        x : Tensor of shape [N, D]
+            Post-norm hidden states.
+        top_k_index : Tensor of shape [N, k]
+            Experts chosen by the router.
+        top_k_weights : Tensor of shape [N, k]
+            Their weights.
+        run_expert : callable
+            Given an expert and the indices [n] of its tokens, its outputs [n, D].
+
+        Returns
+        -------
+        Tensor of shape [N, D]
+            What is added to the residual.
+        """
         output = torch.zeros_like(x)
         for expert in range(self.num_experts):
             token, slot = torch.where(top_k_index == expert)
             # An expert without tokens still takes part, so that every process has the same graph.
-            gate, up = functional.linear(x[token], self.gate_up_proj[expert]).chunk(2, dim=-1)  # [n, F] each
-            y = functional.linear(self._activate(gate, up), self.down_proj[expert])  # [n, D]
-            y = y * top_k_weights[token, slot, None]
+            y = run_expert(expert, token) * top_k_weights[token, slot, None]
             output = output.index_add(0, token, y.to(output.dtype))
         return output
 

@@ -1,10 +1,12 @@
-"""Stream the inputs of all FFNs of a model to disk, one file per layer.
+"""Stream what FFNs and their predictors read to disk: one file per FFN or expert, and kind of input.
 
-Only the post-norm hidden states are stored (2 bytes per value); gate, up and activations are computed again
-from the layer's weights when its predictor is fitted: F / D times less space than storing them.
+Only states are stored (2 bytes per value); gate, up and activations are computed again from the layer's
+weights when its predictor is fitted: F / D times less space than storing them.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,71 +16,97 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from turbosparse.errors import ConfigError
-from turbosparse.models.gated_ffn import GatedFFN, gated_ffns
+from turbosparse.models.gated_ffn import GatedExperts, gated_ffns
+from turbosparse.predict.inputs import InputTap
 
-__all__ = ["capture_inputs", "open_inputs"]
+__all__ = ["CapturedInputs", "capture_inputs"]
+
+FFN_INPUT = "ffn_norm"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedInputs:
+    """Rows of one FFN or expert on disk, the same tokens in every file."""
+
+    files: Mapping[str, Path]
+    """By the kind of input; ``ffn_norm`` is always there."""
+    hidden_size: int
+    tokens_seen: int
+    """Tokens that the model was run on; an expert meets a part of them."""
+
+    def open(self, kind: str) -> NDArray[np.float16]:
+        """Map a file into memory.
+
+        Parameters
+        ----------
+        kind : str
+            One of `turbosparse.predict.inputs.INPUTS`.
+
+        Returns
+        -------
+        ndarray of float16, shape [N, D]
+            Read-only; rows are read when they are used.
+        """
+        path = self.files[kind]
+        if not path.stat().st_size:  # mmap refuses empty files
+            return np.empty((0, self.hidden_size), np.float16)
+        flat: NDArray[np.float16] = np.memmap(path, dtype=np.float16, mode="r")
+        return flat.reshape(-1, self.hidden_size)
 
 
 @torch.no_grad()
-def capture_inputs(model: Any, batches: Iterable[dict[str, Tensor]], directory: Path) -> dict[str, Path]:
-    """Run a model over text and write what its FFNs see.
+def capture_inputs(
+    model: Any, batches: Iterable[dict[str, Tensor]], directory: Path, inputs: Sequence[str] = (FFN_INPUT,)
+) -> dict[str, CapturedInputs]:
+    """Run a model over text and write what its FFNs and their predictors read.
 
     Parameters
     ----------
     model : PreTrainedModel
-        A model with `GatedFFN` modules.
+        A model with `GatedFFN` or `GatedExperts` modules.
     batches : iterable of dict of Tensor
         Model inputs.
     directory : Path
-        Where the files go, 2 * D bytes per token and layer.
+        Where the files go; 2 * D bytes per token, FFN (or expert that the token meets) and kind of input.
+    inputs : sequence of str
+        Kinds of input; ``ffn_norm`` is added if it is not among them.
 
     Returns
     -------
-    dict of str to Path
-        One file of float16 rows per layer, by the FFN's name.
-
-    Raises
-    ------
-    ConfigError
-        If the model has no `GatedFFN`.
+    dict of str to CapturedInputs
+        By the name of the FFN, with the expert's number behind it.
     """
-    ffns = {name: ffn for name, ffn in gated_ffns(model).items() if isinstance(ffn, GatedFFN)}
-    if not ffns:
-        raise ConfigError("[fit-predictor] expected a model with dense gated FFNs, got none")
+    kinds = tuple(dict.fromkeys((FFN_INPUT, *inputs)))
     directory.mkdir(parents=True, exist_ok=True)
-    paths = {name: directory / f"{name}.f16" for name in ffns}
-    files = {name: path.open("wb") for name, path in paths.items()}
+    paths: dict[str, dict[str, Path]] = {}
+    for name, ffn in gated_ffns(model).items():
+        experts = [f"{name}.{i}" for i in range(ffn.num_experts)] if isinstance(ffn, GatedExperts) else [name]
+        paths |= {unit: {kind: directory / f"{unit}.{kind}.f16" for kind in kinds} for unit in experts}
+    tokens = 0
+    with ExitStack() as stack:
+        tap = stack.enter_context(InputTap(model))
+        files = {
+            path: stack.enter_context(path.open("wb")) for unit in paths.values() for path in unit.values()
+        }
 
-    def _write(name: str, ffn: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        inputs[0].flatten(0, -2).to(torch.float16).cpu().numpy().tofile(files[name])
+        def write(name: str, ffn: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x, *routing = args
+            for kind in kinds:
+                rows = tap.read(kind, name, x).to(torch.float16).cpu()
+                if not routing:
+                    rows.numpy().tofile(files[paths[name][kind]])
+                    continue
+                for expert in range(ffn.num_experts):
+                    met = (routing[0] == expert).any(-1).cpu()
+                    rows[met].numpy().tofile(files[paths[f"{name}.{expert}"][kind]])
 
-    hooks = [ffn.register_forward_pre_hook(partial(_write, name)) for name, ffn in ffns.items()]
-    try:
+        for name, ffn in gated_ffns(model).items():
+            stack.callback(ffn.register_forward_pre_hook(partial(write, name)).remove)
         for batch in batches:
             model(**batch, use_cache=False, logits_to_keep=1)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for file in files.values():
-            file.close()
-    return paths
-
-
-def open_inputs(path: Path, hidden_size: int) -> NDArray[np.float16]:
-    """Map a captured file into memory.
-
-    Parameters
-    ----------
-    path : Path
-        What `capture_inputs` wrote.
-    hidden_size : int
-        Values per row.
-
-    Returns
-    -------
-    ndarray of float16, shape [N, D]
-        Read-only; rows are read when they are used.
-    """
-    flat: NDArray[np.float16] = np.memmap(path, dtype=np.float16, mode="r")
-    return flat.reshape(-1, hidden_size)
+            tokens += batch["input_ids"].numel()
+    size = model.config.hidden_size
+    return {
+        unit: CapturedInputs(files=files, hidden_size=size, tokens_seen=tokens)
+        for unit, files in paths.items()
+    }

@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 from turbosparse.errors import ConfigError
+from turbosparse.predict.inputs import INPUTS
+from turbosparse.predict.layers import BYTES_PER_WEIGHT
+from turbosparse.predict.predictors import RIVALS
 
 __all__ = ["LABELS", "PredictorConfig"]
 
@@ -14,38 +17,63 @@ class PredictorConfig:
     """How the predictors of a model are fitted and their thresholds chosen."""
 
     ranks: tuple[int, ...] = (64, 128)
-    """Ranks to try per layer, each at least 1; the cheapest in bytes that meets the target is kept."""
+    """Ranks to fit, each at least 1 (a multiple of 32 for a quantised predictor); every FFN gets the one that
+    is cheapest there."""
+    inputs: tuple[str, ...] = ("ffn_norm",)
+    """What predictors read, of `turbosparse.predict.inputs.INPUTS`: the first is used, the others are fitted
+    and reported beside it."""
+    rivals: tuple[str, ...] = ("sign_bits", "low_bit_1", "low_bit_2", "oracle")
+    """Other kinds to report, of `turbosparse.predict.predictors.RIVALS`."""
     labels: str = "nonzero"
-    """What counts as active: nonzero (dReLU, ReLU, ReLU^2), or cett: the smallest set of neurons that meets
-    ``label_cett`` (any activation)."""
+    """What counts as active: nonzero (dReLU, ReLU, ReLU^2, thresholds in the model file), or cett: the
+    smallest set of neurons that meets ``label_cett`` (any activation)."""
     label_cett: float = 0.1
     """CETT of the active set for ``labels = "cett"``, 0 to 1."""
-    target_cett: float = 0.1
-    """What a predictor may lose: norm of the missed output over norm of the output, mean; 0 to 1."""
+    ppl_budget: float = 0.03
+    """How much higher perplexity may be with the predictors on, as a share, at least 0."""
+    weight_type: str = "Q8_0"
+    """What gate, up and down will be in the model file."""
+    predictor_type: str = "Q8_0"
+    """What the predictors will be there."""
     steps: int = 600
-    """Optimizer steps per layer and rank, at least 1."""
+    """Optimizer steps per FFN, at least 1."""
     batch_tokens: int = 512
     """Tokens per step, at least 1."""
-    learning_rate: float = 2e-3
-    """Peak of AdamW's learning rate, above 0; linear decay to 0."""
+    learning_rate: float = 5e-3
+    """Peak of AdamW's learning rate, above 0; rises over the first steps, then falls linearly to 0."""
     norm_weight: float = 1.0
     """How much more an active neuron with a large output counts: its loss is weighted by
     1 + norm_weight * ||n_i|| / mean ||n||; at least 0."""
     held_out_share: float = 0.2
-    """Share of the captured tokens on which thresholds are chosen and reports made, above 0, below 1."""
+    """Share of the captured tokens on which predictors are scored, above 0, below 1."""
     seed: int = 0
     """Of weights and batches."""
 
     def __post_init__(self) -> None:
-        if not self.ranks or min(self.ranks) < 1:
-            raise ConfigError(f"[predictor.ranks] expected ranks of at least 1, got {self.ranks}")
-        if self.labels not in LABELS:
-            raise ConfigError(f"[predictor.labels] expected one of {', '.join(LABELS)}, got {self.labels!r}")
-        for name in ("label_cett", "target_cett", "held_out_share"):
+        unit = 32 if self.predictor_type.startswith("Q") else 1
+        if not self.ranks or any(rank < 1 or rank % unit for rank in self.ranks):
+            raise ConfigError(
+                f"[predictor.ranks] expected multiples of {unit} for {self.predictor_type}, got {self.ranks}"
+            )
+        for name, allowed, values in (
+            ("inputs", INPUTS, self.inputs or ("",)),
+            ("rivals", RIVALS, self.rivals),
+            ("labels", LABELS, (self.labels,)),
+            ("weight_type", BYTES_PER_WEIGHT, (self.weight_type,)),
+            ("predictor_type", BYTES_PER_WEIGHT, (self.predictor_type,)),
+        ):
+            for value in values:
+                if value not in allowed:
+                    known = ", ".join(allowed)
+                    raise ConfigError(f"[predictor.{name}] expected one of {known}, got {value!r}")
+        for name in ("label_cett", "held_out_share"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"[predictor.{name}] expected between 0 and 1, got {getattr(self, name)}")
         for name in ("steps", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"[predictor.{name}] expected at least 1, got {getattr(self, name)}")
-        if self.learning_rate <= 0 or self.norm_weight < 0:
-            raise ConfigError("[predictor] expected learning_rate above 0 and norm_weight of at least 0")
+        for name in ("norm_weight", "ppl_budget"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"[predictor.{name}] expected at least 0, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ConfigError(f"[predictor.learning_rate] expected above 0, got {self.learning_rate}")

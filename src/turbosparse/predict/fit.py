@@ -1,13 +1,13 @@
-"""Fit the predictors of a model, layer by layer, from captured inputs.
+"""Fit low-rank predictors of one FFN or expert from captured inputs.
 
 Labels come from the layer's own weights. The loss is binary cross entropy, weighted so that a neuron counts
-by the norm of what it adds to the output: what matters is found first. The threshold of each predictor is the
-highest that keeps the CETT target on held-out tokens; of several ranks the one that then reads the fewest
-bytes is kept.
+by the norm of what it adds to the output: what matters is found first. All ranks and inputs are fitted in one
+pass, since computing the labels costs more than a step of a predictor. States are scaled to unit size per
+dimension while training: on SmolLM2-135M with dReLU, 300 steps then reach what took 600.
 """
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -15,124 +15,124 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from turbosparse.models.gated_ffn import GatedFFN
 from turbosparse.predict.config import PredictorConfig
-from turbosparse.predict.predictors import LowRankPredictor, OraclePredictor, Predictor, SignBitPredictor
-from turbosparse.predict.score import PredictorScore, choose_threshold, score_candidates
+from turbosparse.predict.layers import FFNLayer
+from turbosparse.predict.predictors import LowRankPredictor
+from turbosparse.sparsity.cett import find_cett_threshold
 
-__all__ = ["FittedLayer", "fit_layer"]
+__all__ = ["activity_bound", "fit_low_rank", "rows_of"]
 
 _LOG = logging.getLogger(__name__)
-_SCORED_TOKENS = 2048
+_WARMUP_STEPS = 20
+_SCALED_ROWS = 2048
 
 
-@dataclass(frozen=True, kw_only=True)
-class FittedLayer:
-    """The predictor of one FFN, and how it and the alternatives score."""
-
-    predictor: LowRankPredictor
-    threshold: float
-    """Neurons with a logit of at least this are candidates."""
-    scores: dict[str, PredictorScore]
-    """By kind: low_rank_RANK, sign_bits, oracle; each at its own threshold for the CETT target."""
-    chosen: str
-    """Key of `predictor` in `scores`."""
-
-
-def fit_layer(ffn: GatedFFN, inputs: NDArray[np.float16], config: PredictorConfig) -> FittedLayer:
-    """Fit one layer's predictor.
+def rows_of(inputs: NDArray[np.float16], rows: NDArray[np.int64] | slice) -> Tensor:
+    """Read rows of captured inputs.
 
     Parameters
     ----------
-    ffn : GatedFFN
-        The layer; not changed.
     inputs : ndarray of float16, shape [N, D]
-        Its captured inputs; the last part is held out.
-    config : PredictorConfig
-        Ranks, labels, loss.
+        As `CapturedInputs.open` maps them.
+    rows : ndarray of int64, shape [n], or slice
+        Which.
 
     Returns
     -------
-    FittedLayer
-        The cheapest predictor that meets the target, with the scores of all.
+    Tensor of float32, shape [n, D]
+        A copy.
     """
-    training = int(len(inputs) * (1 - config.held_out_share))
-    held_out = torch.from_numpy(np.array(inputs[training:][:_SCORED_TOKENS], dtype=np.float32))
-    down = ffn.down_proj.weight.detach().float()  # [D, F]
-    activations = _intermediate(ffn, held_out)
-    active = active_neurons(activations, down, config)
-    norms = down.norm(dim=0)
-    fitted = {
-        f"low_rank_{rank}": _fit_low_rank(ffn, inputs[:training], rank, config) for rank in config.ranks
-    }
-    rivals: dict[str, Predictor] = {
-        **fitted,
-        "sign_bits": SignBitPredictor(
-            [ffn.project(torch.eye(down.shape[0]))[i].T.detach() for i in range(2)]
-        ),
-        "oracle": OraclePredictor(lambda x: _intermediate(ffn, x).abs() * norms),
-    }
-    scores, thresholds = {}, {}
-    for name, predictor in rivals.items():
-        values = predictor.scores(held_out)
-        thresholds[name] = choose_threshold(values, activations, down, config.target_cett)
-        candidates = values >= thresholds[name]
-        scores[name] = score_candidates(candidates, activations, active, down, predictor.weights())
-    chosen = min(fitted, key=lambda name: scores[name].bytes_ratio)
-    return FittedLayer(predictor=fitted[chosen], threshold=thresholds[chosen], scores=scores, chosen=chosen)
+    return torch.from_numpy(np.asarray(inputs[rows], dtype=np.float32))
 
 
-def active_neurons(activations: Tensor, down: Tensor, config: PredictorConfig) -> Tensor:
-    """Return which neurons count as active.
+def activity_bound(layer: FFNLayer, x: Tensor, config: PredictorConfig) -> float:
+    """Return from which norm of its output on a neuron counts as active.
 
     Parameters
     ----------
-    activations : Tensor of shape [N, F]
-        Intermediate states.
-    down : Tensor of shape [D, F]
-        Down projection.
+    layer : FFNLayer
+        Whose neurons.
+    x : Tensor of shape [N, D]
+        Inputs of the FFN to judge by.
     config : PredictorConfig
         What active means.
 
     Returns
     -------
-    Tensor of bool, shape [N, F]
-        Per token and neuron.
+    float
+        Above 0.
     """
     if config.labels == "nonzero":
-        return activations != 0
-    norms = activations.abs() * down.norm(dim=0)
-    return norms >= choose_threshold(norms, activations, down, config.label_cett)
+        return float(torch.finfo(torch.float32).tiny)
+    return find_cett_threshold(
+        layer.neurons(x).activations.numpy(), layer.down.T.numpy(), config.label_cett
+    ).eps
 
 
-@torch.no_grad()
-def _intermediate(ffn: GatedFFN, x: Tensor) -> Tensor:
-    return ffn.activation(*ffn.project(x.to(next(ffn.parameters()).dtype))).float()
+def fit_low_rank(
+    layer: FFNLayer, inputs: Mapping[str, NDArray[np.float16]], bound: float, config: PredictorConfig
+) -> dict[tuple[str, int], LowRankPredictor]:
+    """Fit predictors of all ranks on all inputs.
 
+    Parameters
+    ----------
+    layer : FFNLayer
+        Whose neurons to predict.
+    inputs : mapping of str to ndarray of float16, shape [N, D]
+        Rows to fit on by the kind of input, ``ffn_norm`` among them; at least one row.
+    bound : float
+        Norm of its output from which on a neuron is active; see `activity_bound`.
+    config : PredictorConfig
+        Ranks, inputs, loss.
 
-def _fit_low_rank(
-    ffn: GatedFFN, inputs: NDArray[np.float16], rank: int, config: PredictorConfig
-) -> LowRankPredictor:
-    down = ffn.down_proj.weight.detach().float()
-    norms = down.norm(dim=0)
+    Returns
+    -------
+    dict of (str, int) to LowRankPredictor
+        By input and rank, without gradients.
+    """
+    size, neurons = layer.down.shape
+    norms = layer.down.norm(dim=0)
     generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        predictor = LowRankPredictor(down.shape[0], down.shape[1], rank)
-    optimizer = torch.optim.AdamW(predictor.parameters(), lr=config.learning_rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / config.steps)
+        fitted = {
+            (kind, rank): LowRankPredictor(size, neurons, rank)
+            for kind in config.inputs
+            for rank in config.ranks
+        }
+    parameters = [parameter for predictor in fitted.values() for parameter in predictor.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / _WARMUP_STEPS) * (1 - step / config.steps)
+    )
+    count = len(inputs["ffn_norm"])
+    scales = {kind: _scale(inputs[kind]) for kind in config.inputs}
+    loss = torch.zeros(())
     for _ in range(config.steps):
-        rows = torch.randint(len(inputs), (config.batch_tokens,), generator=generator).sort().values.numpy()
-        x = torch.from_numpy(inputs[rows].astype(np.float32))
-        activations = _intermediate(ffn, x)
-        active = active_neurons(activations, down, config)
-        importance = activations.abs() * norms
+        rows = torch.randint(count, (min(config.batch_tokens, count),), generator=generator).sort()[0].numpy()
+        importance = layer.neurons(rows_of(inputs["ffn_norm"], rows)).activations.abs() * norms
+        active = importance >= bound
         weight = 1 + config.norm_weight * importance / importance.mean().clamp(min=1e-30)
         weight = torch.where(active, weight, 1.0)
-        loss = functional.binary_cross_entropy_with_logits(predictor(x), active.float(), weight=weight)
+        states = {kind: rows_of(inputs[kind], rows) * scales[kind] for kind in config.inputs}
+        losses = [
+            functional.binary_cross_entropy_with_logits(
+                predictor(states[kind]), active.float(), weight=weight
+            )
+            for (kind, _), predictor in fitted.items()
+        ]
+        loss = torch.stack(losses).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    _LOG.debug("rank %d: loss %.4f", rank, float(loss.detach()))
-    return predictor.requires_grad_(False)
+    _LOG.debug("loss %.4f", float(loss.detach()) / len(fitted))
+    for (kind, _), predictor in fitted.items():
+        predictor.requires_grad_(False).a.weight.mul_(scales[kind])
+    return fitted
+
+
+def _scale(inputs: NDArray[np.float16]) -> Tensor:
+    """What brings each of the D numbers of a state to unit size; folded into the weights in the end."""
+    sample = rows_of(inputs, slice(None, None, max(len(inputs) // _SCALED_ROWS, 1)))
+    return sample.square().mean(0).sqrt().clamp(min=1e-6).reciprocal()

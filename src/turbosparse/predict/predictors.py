@@ -1,38 +1,51 @@
-"""Kinds of predictors: each scores the neurons for a hidden state; those above a threshold are candidates."""
+"""Kinds of predictors: each scores the neurons for a state; those at or above a threshold are candidates."""
 
+import math
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-__all__ = ["LowRankPredictor", "NeuronNorms", "OraclePredictor", "Predictor", "SignBitPredictor"]
+from turbosparse.predict.layers import BYTES_PER_WEIGHT, FFNLayer
+
+__all__ = [
+    "RIVALS",
+    "LowRankPredictor",
+    "Predictor",
+    "SignBitPredictor",
+    "WeightCopyPredictor",
+]
+
+_GROUP = 32  # weights that share a scale
+# Step of the best uniform quantiser of a Gaussian, in standard deviations (Max, 1960).
+_STEP = {1: 1.596, 2: 0.996, 3: 0.586, 4: 0.335}
 
 
 class Predictor(Protocol):
     """What scores neurons."""
 
-    kind: str
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return scores [N, F] of the neurons for states [N, D]; larger is more likely active."""
 
-    def scores(self, x: Tensor) -> Tensor:
-        """Score the neurons.
+    def read_bytes(self, weight_type: str) -> float:
+        """Return the bytes it reads per token.
 
         Parameters
         ----------
-        x : Tensor of shape [N, D]
-            Post-norm hidden states.
+        weight_type : str
+            Of weights that are its own, one of `turbosparse.predict.layers.BYTES_PER_WEIGHT`.
 
         Returns
         -------
-        Tensor of shape [N, F]
-            Larger is more likely active.
+        float
+            Bytes.
         """
-
-    def weights(self) -> int:
-        """Return how many weights of the model's own width it reads per token (a bit counts 1/16)."""
 
 
 class LowRankPredictor(nn.Module):
-    """``b(relu(a(x)))`` without biases: the form that the model file stores.
+    """``b(relu(a(x)))`` without biases: the form that the model file stores (Deja Vu, arXiv 2310.17157).
 
     Parameters
     ----------
@@ -44,122 +57,138 @@ class LowRankPredictor(nn.Module):
         Width in between.
     """
 
-    kind = "low_rank"
-
     def __init__(self, hidden_size: int, intermediate_size: int, rank: int) -> None:
         super().__init__()
         self.a = nn.Linear(hidden_size, rank, bias=False)  # [R, D]
         self.b = nn.Linear(rank, intermediate_size, bias=False)  # [F, R]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return logits.
+        """Return logits: positive where a neuron is more likely active than not.
 
         Parameters
         ----------
         x : Tensor of shape [N, D]
-            Post-norm hidden states.
+            States.
 
         Returns
         -------
         Tensor of shape [N, F]
-            Positive where a neuron is more likely active than not.
+            Logits.
         """
         return self.b(torch.relu(self.a(x)))
 
-    @torch.no_grad()
-    def scores(self, x: Tensor) -> Tensor:
-        """Return logits without a graph.
+    def read_bytes(self, weight_type: str) -> float:
+        """Return the bytes of both matrices.
 
         Parameters
         ----------
-        x : Tensor of shape [N, D]
-            Post-norm hidden states.
+        weight_type : str
+            What they are stored as.
 
         Returns
         -------
-        Tensor of shape [N, F]
-            As `forward`.
+        float
+            Bytes.
         """
-        return self(x)
-
-    def weights(self) -> int:
-        """Return the number of weights."""
-        return self.a.weight.numel() + self.b.weight.numel()
+        return (self.a.weight.numel() + self.b.weight.numel()) * BYTES_PER_WEIGHT[weight_type]
 
 
 class SignBitPredictor:
-    """Agreement of the signs of x with those of a neuron's gate (and up) row (SparseInfer, arXiv 2411.12692).
+    """Agreement of the signs of x with those of a neuron's gate row, and its up row where both have to be
+    positive (SparseInfer, arXiv 2411.12692).
 
     Parameters
     ----------
-    rows : list of Tensor of shape [F, D]
-        Weights of gate, or of gate and up where both have to be positive.
+    layer : FFNLayer
+        Whose weights to take the signs of.
     """
 
-    kind = "sign_bits"
+    def __init__(self, layer: FFNLayer) -> None:
+        matrices = [layer.gate, layer.up] if layer.activation.name == "drelu" else [layer.gate]
+        self._signs = [torch.where(matrix > 0, 1.0, -1.0) for matrix in matrices]
 
-    def __init__(self, rows: list[Tensor]) -> None:
-        self._signs = [torch.where(weight > 0, 1.0, -1.0) for weight in rows]
-
-    @torch.no_grad()
-    def scores(self, x: Tensor) -> Tensor:
-        """Return the smaller of the agreements.
-
-        Parameters
-        ----------
-        x : Tensor of shape [N, D]
-            Post-norm hidden states.
-
-        Returns
-        -------
-        Tensor of shape [N, F]
-            From -1 to 1.
-        """
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the smaller of the agreements, -1 to 1."""
         signs = torch.where(x > 0, 1.0, -1.0)
         return torch.stack([signs @ rows.T / rows.shape[1] for rows in self._signs]).amin(0)
 
-    def weights(self) -> int:
-        """Return the bits as sixteenths of weights."""
-        return sum(rows.numel() for rows in self._signs) // 16
-
-
-class NeuronNorms(Protocol):
-    """Norm of each neuron's output for hidden states."""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return ||n_i|| for x of shape [N, D], as [N, F]."""
-
-
-class OraclePredictor:
-    """Knows the norms of the neurons' outputs: the bound for every predictor.
-
-    Parameters
-    ----------
-    norms : NeuronNorms
-        Computes them from the layer's weights.
-    """
-
-    kind = "oracle"
-
-    def __init__(self, norms: NeuronNorms) -> None:
-        self._norms = norms
-
-    @torch.no_grad()
-    def scores(self, x: Tensor) -> Tensor:
-        """Return the norm of each neuron's output.
+    def read_bytes(self, weight_type: str) -> float:
+        """Return one bit per weight, whatever the type.
 
         Parameters
         ----------
-        x : Tensor of shape [N, D]
-            Post-norm hidden states.
+        weight_type : str
+            Not used: there are no weights of its own.
 
         Returns
         -------
-        Tensor of shape [N, F]
-            At least 0.
+        float
+            Bytes.
         """
-        return self._norms(x)
+        return sum(rows.numel() for rows in self._signs) / 8
 
-    def weights(self) -> int:
-        """Return 0: nobody can build it."""
-        return 0
+
+class WeightCopyPredictor:
+    """Gate and up computed from copies of few bits, one float16 scale per 32 weights.
+
+    Parameters
+    ----------
+    layer : FFNLayer
+        What to copy.
+    bits : int or None
+        1 to 4 per weight; None computes with the weights themselves and costs nothing: the oracle, which
+        bounds every predictor.
+    """
+
+    def __init__(self, layer: FFNLayer, bits: int | None) -> None:
+        self._bits = bits
+        self._activation = layer.activation
+        self._norms = layer.down.norm(dim=0)
+        self._gate, self._up = (
+            weight if bits is None else _quantised(weight, bits) for weight in (layer.gate, layer.up)
+        )
+        self._group = math.gcd(layer.gate.shape[1], _GROUP)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the norm of each neuron's output; below 0, how far a silent neuron is from firing."""
+        gate, up = functional.linear(x, self._gate), functional.linear(x, self._up)
+        f, g = self._activation.factors(gate, up)
+        size = (f * g).abs()
+        if self._activation.is_sparse:
+            least = torch.minimum(gate, up) if self._activation.name == "drelu" else gate
+            size = torch.where(size > 0, size, (least - self._activation.threshold).clamp(max=0))
+        return size * self._norms
+
+    def read_bytes(self, weight_type: str) -> float:
+        """Return the bytes of both copies, whatever the type; 0 for the oracle.
+
+        Parameters
+        ----------
+        weight_type : str
+            Not used: the bits decide.
+
+        Returns
+        -------
+        float
+            Bytes.
+        """
+        if self._bits is None:
+            return 0
+        return 2 * self._gate.numel() * (self._bits + 16 / self._group) / 8
+
+
+def _quantised(weight: Tensor, bits: int) -> Tensor:
+    """Round to 2^bits levels at odd multiples of half a step, one step per group."""
+    groups = weight.unflatten(1, (-1, math.gcd(weight.shape[1], _GROUP)))  # [F, D / group, group]
+    step = (_STEP[bits] * groups.square().mean(-1, keepdim=True).sqrt()).clamp(min=1e-30)
+    most = 2 ** (bits - 1)
+    return ((groups / step).floor().clamp(-most, most - 1).add(0.5) * step).flatten(1)
+
+
+RIVALS: Mapping[str, Callable[[FFNLayer], Predictor]] = {
+    "sign_bits": SignBitPredictor,
+    "low_bit_1": lambda layer: WeightCopyPredictor(layer, 1),
+    "low_bit_2": lambda layer: WeightCopyPredictor(layer, 2),
+    "oracle": lambda layer: WeightCopyPredictor(layer, None),
+}
+"""Kinds that need no fit, by the names that reports use."""

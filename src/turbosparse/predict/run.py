@@ -1,73 +1,53 @@
-"""Fit the predictors of a saved model and leave them, with a report, in a directory."""
+"""Fit the predictors of a model, choose their thresholds by what the engine pays, and store both.
 
-import dataclasses
-import json
+The choice: bytes and loss of every threshold are known per layer from held-out activations; a common price
+per byte makes the layers' choices one curve (`turbosparse.predict.allocation`); perplexity with all
+predictors on is measured at some points of it, and the cheapest within the budget is kept.
+"""
+
 import logging
-import math
+import re
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from safetensors.torch import save_file
-from transformers import AutoTokenizer
+import numpy as np
 
-from turbosparse.data.config import DataConfig
-from turbosparse.data.encoding import make_encoder
-from turbosparse.data.held_out import HeldOutSplit
-from turbosparse.data.mixture import Mixture, PackedSequence, held_out_sequences
-from turbosparse.errors import DataError
-from turbosparse.measure.held_out_loss import batch_of, mean_loss
-from turbosparse.models.gated_ffn import GatedFFN, gated_ffns, replace_ffns
-from turbosparse.models.registry import activation_of, load_model
-from turbosparse.predict.capture import capture_inputs, open_inputs
+from turbosparse.predict.allocation import (
+    EXACT,
+    Allocation,
+    Choice,
+    Menu,
+    allocate,
+    only,
+    within_bytes,
+    within_loss,
+)
 from turbosparse.predict.config import PredictorConfig
-from turbosparse.predict.end_to_end import predictors_on
-from turbosparse.predict.fit import FittedLayer, fit_layer
+from turbosparse.predict.end_to_end import PlacedPredictor
+from turbosparse.predict.layer_fit import LayerFit, family_of
+from turbosparse.predict.report import CurvePoint, LayerReport, PredictorReport, save_predictors, save_report
+from turbosparse.predict.score import PredictorScore
+from turbosparse.predict.source import PredictorSource, TextPart
 
-__all__ = ["PREDICTOR_FILE", "REPORT_FILE", "PredictorReport", "fit_predictors"]
+__all__ = ["fit_predictors"]
 
-PREDICTOR_FILE = "predictors.safetensors"
-REPORT_FILE = "report.json"
-_EVALUATION_SEQUENCES = 16
+_SHARES_OF_EXACT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+_REFINEMENTS = 3
+_PROBED_LOSS = 0.02  # share of a layer's output energy at which its weight is measured
 _LOG = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PredictorReport:
-    """What the predictors of a model cost and save."""
-
-    perplexity: float
-    """On held-out text, without predictors."""
-    predicted_perplexity: float
-    """On the same text, with them."""
-    kl_divergence: float
-    """Of the next-token distributions with predictors from those without, mean, in nats."""
-    same_top1: float
-    """Share of positions where the most likely token stays the same."""
-    bytes_ratio: float
-    """Weights read per token, predictors and candidates together, over all of the FFNs; mean over layers."""
-    layers: dict[str, dict[str, Any]]
-    """Per FFN: the chosen predictor, its threshold, and the scores of all kinds."""
-
-
-def fit_predictors(
-    model_path: Path, output: Path, *, data: DataConfig, tokens: int, config: PredictorConfig
-) -> PredictorReport:
-    """Capture activations, fit every layer, and judge the whole.
+def fit_predictors(source: PredictorSource, output: Path, config: PredictorConfig) -> PredictorReport:
+    """Capture, fit every layer, choose thresholds, and judge the whole.
 
     Parameters
     ----------
-    model_path : Path
-        A Hugging Face directory.
+    source : PredictorSource
+        The model.
     output : Path
-        Where predictors and report go; activations are stored there while it runs.
-    data : DataConfig
-        Text to capture on and, held out of it, to judge on.
-    tokens : int
-        Tokens to capture.
+        Directory for predictors and report; captured states are stored there while it runs.
     config : PredictorConfig
         How to fit.
 
@@ -75,107 +55,148 @@ def fit_predictors(
     -------
     PredictorReport
         As written to ``report.json``.
-
-    Raises
-    ------
-    DataError
-        If the text has too few tokens.
     """
-    model = load_model(model_path, dtype=torch.float32)
-    if not gated_ffns(model):
-        replace_ffns(model, activation_of(model), activation_of(model))
-    encode = make_encoder(AutoTokenizer.from_pretrained(model_path), data.document_end)
-    split = HeldOutSplit(data.held_out_percent)
-    mixture = Mixture(data, encode, split=split, seed=config.seed)
-    rows = [row for row, _ in zip(mixture, range(max(tokens // data.sequence_length, 1)), strict=False)]
-    evaluation: list[PackedSequence] = []
-    for source in data.sources:
-        evaluation += held_out_sequences(
-            source, encode, split=split, sequence_length=data.sequence_length, count=_EVALUATION_SEQUENCES
-        )
-    if not evaluation:
-        raise DataError("[fit-predictor] expected held-out text of at least one sequence, got less")
-    captured = output / ".captured"
+    output.mkdir(parents=True, exist_ok=True)
+    directory = output / ".captured"
     try:
-        layers = _fit(model, rows, captured, config)
+        captured = source.capture(directory, config.inputs)
+        fits: dict[str, LayerFit] = {}
+        for name, layer in source.layers.items():
+            fits[name] = LayerFit(layer, captured[name], config)
+            _LOG.info("fitted %s (%d of %d)", name, len(fits), len(source.layers))
+        report, chosen = _Selection(source, fits, config).report()
     finally:
-        shutil.rmtree(captured, ignore_errors=True)
-    report = _report(model, layers, evaluation)
-    _save(layers, report, output)
+        shutil.rmtree(directory, ignore_errors=True)
+    save_predictors(
+        {name: (fits[name].fitted.get(choice.kind), choice.threshold) for name, choice in chosen.items()},
+        {name: (layer.down.shape[0], layer.down.shape[1]) for name, layer in source.layers.items()},
+        output,
+        config,
+    )
+    save_report(report, output)
     return report
 
 
-def _fit(
-    model: Any, rows: Sequence[PackedSequence], directory: Path, config: PredictorConfig
-) -> dict[str, FittedLayer]:
-    paths = capture_inputs(model, (batch_of([row]) for row in rows), directory)
-    layers = {}
-    for name, ffn in gated_ffns(model).items():
-        if not isinstance(ffn, GatedFFN):
-            continue
-        layer = fit_layer(ffn, open_inputs(paths[name], ffn.down_proj.weight.shape[0]), config)
-        paths[name].unlink()
-        layers[name] = layer
-        score = layer.scores[layer.chosen]
-        _LOG.info(
-            "%s %s: recall %.3f, precision %.3f, CETT %.3f, candidates %.1f %%, bytes %.1f %%",
-            name,
-            layer.chosen,
-            score.recall,
-            score.precision,
-            score.cett,
-            100 * score.candidate_ratio,
-            100 * score.bytes_ratio,
+class _Selection:
+    """The choice of thresholds for all layers of a model."""
+
+    def __init__(
+        self, source: PredictorSource, fits: Mapping[str, LayerFit], config: PredictorConfig
+    ) -> None:
+        self._source = source
+        self._fits = fits
+        self._config = config
+        self._usable = [f"low_rank_{rank}" for rank in config.ranks]
+        self._dense_bytes = sum(fit.menu.share * fit.layer.dense_bytes for fit in fits.values())
+        weights = self._weights()
+        self._menus = {name: replace(fit.menu, weight=weights[name]) for name, fit in fits.items()}
+
+    def _place(self, choices: Mapping[str, Choice]) -> dict[str, PlacedPredictor]:
+        placed = {name: self._fits[name].place(choice) for name, choice in choices.items()}
+        return {name: predictor for name, predictor in placed.items() if predictor is not None}
+
+    def _weights(self) -> dict[str, float]:
+        """KL divergence that losing a little in one layer causes, per share lost; its experts share one."""
+        groups: dict[str, dict[str, Choice]] = {}
+        for name, fit in self._fits.items():
+            curve = fit.menu.curves.get(self._usable[0])
+            if curve is not None:
+                at = int(np.abs(curve.lost - _PROBED_LOSS).argmin())
+                groups.setdefault(_module(name), {})[name] = Choice(
+                    kind=self._usable[0],
+                    threshold=float(curve.thresholds[at]),
+                    read_bytes=float(curve.read_bytes[at]),
+                    lost=float(curve.lost[at]),
+                )
+        found = self._source.evaluate([self._place(choices) for choices in groups.values()], "choose")
+        weights = {}
+        for (module, choices), evaluation in zip(groups.items(), found, strict=True):
+            lost = sum(choice.lost * self._fits[name].menu.share for name, choice in choices.items())
+            weights[module] = evaluation.kl_divergence / max(lost, 1e-6)
+        mean = sum(weights.values()) / max(len(weights), 1) or 1.0
+        return {name: max(weights.get(_module(name), mean) / mean, 1e-3) for name in self._fits}
+
+    def _point(self, allocation: Allocation, part: TextPart) -> CurvePoint:
+        (evaluation,) = self._source.evaluate([self._place(allocation.choices)], part)
+        return CurvePoint(
+            bytes_ratio=allocation.read_bytes / self._dense_bytes, lost=allocation.lost, evaluation=evaluation
         )
-    return layers
+
+    def _curve(self, menus: Mapping[str, Menu]) -> tuple[Allocation, list[CurvePoint]]:
+        """Walk from the exact mode to fewer bytes until the budget is spent, then halve the last step."""
+        best = allocate(menus, 0.0)
+        points = [self._point(best, "choose")]
+        limit = points[0].evaluation.perplexity * (1 + self._config.ppl_budget)
+        exact, beyond = best.read_bytes, 0.0
+
+        def is_kept(read_bytes: float) -> bool:
+            nonlocal best
+            found = within_bytes(menus, read_bytes)
+            if found.choices == best.choices:
+                return True
+            points.append(self._point(found, "choose"))
+            kept = points[-1].evaluation.perplexity <= limit
+            if kept and found.read_bytes <= best.read_bytes:
+                best = found
+            _LOG.info(
+                "%.1f %% of the bytes: perplexity %.3f",
+                100 * points[-1].bytes_ratio,
+                points[-1].evaluation.perplexity,
+            )
+            return kept
+
+        for share in _SHARES_OF_EXACT:
+            if not is_kept(share * exact):
+                beyond = share * exact
+                break
+        for _ in range(_REFINEMENTS):
+            middle = (best.read_bytes + beyond) / 2
+            if beyond and not is_kept(middle):
+                beyond = middle
+        return best, sorted(points, key=lambda point: -point.bytes_ratio)
+
+    def report(self) -> tuple[PredictorReport, Mapping[str, Choice]]:
+        """Choose, and describe the choice."""
+        best, curve = self._curve(only(self._menus, self._usable))
+        exact = allocate(only(self._menus, ()), 0.0)
+        reference = self._point(exact, "report").evaluation.perplexity
+        chosen = self._point(best, "report")
+        rivals: dict[str, CurvePoint] = {}
+        scores: dict[str, dict[str, PredictorScore]] = {name: {} for name in self._fits}
+        families: dict[str, list[str]] = {}
+        for kind in dict.fromkeys(kind for menu in self._menus.values() for kind in menu.curves):
+            families.setdefault(family_of(kind), []).append(kind)
+        families.pop("low_rank", None)
+        for family, kinds in families.items():
+            rival = within_loss(only(self._menus, kinds), best.lost)
+            rivals[family] = self._point(rival, "report")
+            for name, choice in rival.choices.items():
+                scores[name][family] = self._fits[name].score(choice)
+        return PredictorReport(
+            perplexity=reference,
+            ppl_rise=chosen.evaluation.perplexity / reference - 1,
+            chosen=chosen,
+            exact_bytes_ratio=exact.read_bytes / self._dense_bytes,
+            cheaper="predicted" if best.read_bytes < exact.read_bytes else EXACT,
+            curve=tuple(curve),
+            rivals=rivals,
+            config=self._config,
+            layers={name: self._layer(name, choice, scores[name]) for name, choice in best.choices.items()},
+        ), best.choices
+
+    def _layer(self, name: str, choice: Choice, rivals: Mapping[str, PredictorScore]) -> LayerReport:
+        fit, menu = self._fits[name], self._menus[name]
+        return LayerReport(
+            kind=choice.kind,
+            threshold=choice.threshold,
+            tokens=fit.tokens,
+            weight=menu.weight,
+            exact_bytes_ratio=menu.exact_bytes / fit.layer.dense_bytes,
+            score=fit.score(choice),
+            rivals=rivals,
+        )
 
 
-def _report(
-    model: Any, layers: dict[str, FittedLayer], evaluation: Sequence[PackedSequence]
-) -> PredictorReport:
-    plain = math.exp(mean_loss(model, evaluation))
-    with predictors_on(model, layers):
-        predicted = math.exp(mean_loss(model, evaluation))
-    divergence, same_top1 = _distance(model, layers, evaluation)
-    chosen = [layer.scores[layer.chosen].bytes_ratio for layer in layers.values()]
-    return PredictorReport(
-        perplexity=plain,
-        predicted_perplexity=predicted,
-        kl_divergence=divergence,
-        same_top1=same_top1,
-        bytes_ratio=sum(chosen) / len(chosen),
-        layers={
-            name: {
-                "chosen": layer.chosen,
-                "threshold": layer.threshold,
-                "scores": {kind: dataclasses.asdict(score) for kind, score in layer.scores.items()},
-            }
-            for name, layer in layers.items()
-        },
-    )
-
-
-@torch.no_grad()
-def _distance(
-    model: Any, layers: dict[str, FittedLayer], evaluation: Sequence[PackedSequence]
-) -> tuple[float, float]:
-    divergence, same, count = 0.0, 0, 0
-    for row in evaluation:
-        batch = batch_of([row])
-        log_p = model(**batch, use_cache=False).logits.float().log_softmax(-1)
-        with predictors_on(model, layers):
-            log_q = model(**batch, use_cache=False).logits.float().log_softmax(-1)
-        divergence += float((log_p.exp() * (log_p - log_q)).sum())
-        same += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-        count += len(row.input_ids)
-    return divergence / count, same / count
-
-
-def _save(layers: dict[str, FittedLayer], report: PredictorReport, output: Path) -> None:
-    tensors = {}
-    for name, layer in layers.items():
-        tensors[f"{name}.pred_a.weight"] = layer.predictor.a.weight.contiguous()
-        tensors[f"{name}.pred_b.weight"] = layer.predictor.b.weight.contiguous()
-        tensors[f"{name}.pred_threshold"] = torch.tensor([layer.threshold])
-    save_file(tensors, output / PREDICTOR_FILE)
-    (output / REPORT_FILE).write_text(json.dumps(dataclasses.asdict(report), indent=1), encoding="utf-8")
+def _module(name: str) -> str:
+    """Drop an expert's number."""
+    return re.sub(r"\.\d+$", "", name)

@@ -1,17 +1,22 @@
-"""What a predictor costs and what it loses, on arrays: the same report for every kind."""
+"""What a predictor of one layer costs and loses, on arrays: at one threshold, and at all of them.
+
+Bytes are what the engine pays: the predictor, a row of gate for each candidate, and of those a row of up
+where the gate lets it through, a row of down where the product does.
+"""
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from turbosparse.errors import ConfigError
+from turbosparse.predict.allocation import Tradeoff
+from turbosparse.predict.layers import FFNLayer, Neurons
 
-__all__ = ["ALL_NEURONS", "PredictorScore", "choose_threshold", "score_candidates"]
+__all__ = ["PredictorScore", "exact_bytes", "score_candidates", "trade_off"]
 
-ALL_NEURONS = float(torch.finfo(torch.float32).min)
-"""A threshold that every score meets; finite, so that JSON can hold it."""
-_CANDIDATE_THRESHOLDS = 64
+_LEVELS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +36,11 @@ class PredictorScore:
     candidate_ratio: float
     """Share of neurons that are candidates."""
     bytes_ratio: float
-    """Weights read, predictor and candidates together, over those of the whole FFN."""
+    """Bytes read, predictor and candidates together, over those of all rows of the FFN."""
 
 
 def score_candidates(
-    candidates: Tensor, activations: Tensor, active: Tensor, down: Tensor, predictor_weights: int
+    candidates: Tensor, neurons: Neurons, layer: FFNLayer, *, bound: float, predictor_bytes: float
 ) -> PredictorScore:
     """Score a set of candidates.
 
@@ -43,14 +48,14 @@ def score_candidates(
     ----------
     candidates : Tensor of bool, shape [N, F]
         What the predictor names.
-    activations : Tensor of shape [N, F]
-        Intermediate states of the whole FFN.
-    active : Tensor of bool, shape [N, F]
-        What should be named.
-    down : Tensor of shape [D, F]
-        Down projection.
-    predictor_weights : int
-        Weights the predictor reads per token.
+    neurons : Neurons
+        What the layer does on the same tokens.
+    layer : FFNLayer
+        The layer.
+    bound : float
+        Norm of its output from which on a neuron is active.
+    predictor_bytes : float
+        What the predictor reads per token.
 
     Returns
     -------
@@ -61,61 +66,93 @@ def score_candidates(
     -----
     CETT is that of ReLU^2 Wins (arXiv 2402.03804) with the candidates in place of a threshold on ||n_i||.
     """
-    norms = activations.abs() * down.norm(dim=0)  # [N, F]
-    named = candidates.sum().item()
-    wanted = active.sum().item()
+    activations = neurons.activations
+    norms = activations.abs() * layer.down.norm(dim=0)  # [N, F]
+    active = norms >= bound
+    named, wanted = candidates.sum().item(), active.sum().item()
     both = (candidates & active).sum().item()
-    output = activations @ down.T  # [N, D]
-    missed = (activations * ~candidates) @ down.T
-    hidden_size, intermediate_size = down.shape
-    ratio = named / candidates.numel()
+    output = activations @ layer.down.T  # [N, D]
+    missed = (activations * ~candidates) @ layer.down.T
+    rows = torch.stack([candidates, candidates & neurons.passed, candidates & (activations != 0)])
+    per_token = rows.sum(dim=(1, 2)).double() / len(activations)
+    read = float(per_token @ torch.tensor(layer.row_bytes, dtype=torch.float64)) + predictor_bytes
     return PredictorScore(
         recall=both / max(wanted, 1),
         precision=both / max(named, 1),
         norm_kept=float((norms * candidates).sum() / norms.sum().clamp(min=1e-30)),
         cett=float((missed.norm(dim=1) / output.norm(dim=1).clamp(min=1e-30)).mean()),
         active_ratio=wanted / active.numel(),
-        candidate_ratio=ratio,
-        bytes_ratio=predictor_weights / (3 * hidden_size * intermediate_size) + ratio,
+        candidate_ratio=named / candidates.numel(),
+        bytes_ratio=read / layer.dense_bytes,
     )
 
 
-def choose_threshold(scores: Tensor, activations: Tensor, down: Tensor, target_cett: float) -> float:
-    """Find the highest threshold on the scores whose CETT meets a target.
+def exact_bytes(neurons: Neurons, layer: FFNLayer) -> float:
+    """Return what the layer costs without a predictor, gate first.
+
+    Parameters
+    ----------
+    neurons : Neurons
+        What it does on some tokens.
+    layer : FFNLayer
+        The layer.
+
+    Returns
+    -------
+    float
+        Bytes per token: all rows of gate, rows of up where the gate lets the neuron through, rows of down
+        where its activation is not zero.
+    """
+    tokens = max(len(neurons.activations), 1)
+    passed = int(neurons.passed.sum()) / tokens
+    active = int((neurons.activations != 0).sum()) / tokens
+    gate, up, down = layer.row_bytes
+    return len(layer.gate) * gate + passed * up + active * down
+
+
+def trade_off(scores: Tensor, neurons: Neurons, layer: FFNLayer, predictor_bytes: float) -> Tradeoff:
+    """Find what every threshold on the scores costs and loses.
 
     Parameters
     ----------
     scores : Tensor of shape [N, F]
         Of the predictor.
-    activations : Tensor of shape [N, F]
-        Intermediate states of the whole FFN.
-    down : Tensor of shape [D, F]
-        Down projection.
-    target_cett : float
-        Between 0 and 1.
+    neurons : Neurons
+        What the layer does on the same tokens.
+    layer : FFNLayer
+        The layer.
+    predictor_bytes : float
+        What the predictor reads per token.
 
     Returns
     -------
-    float
-        A neuron is a candidate where its score is at least this; `ALL_NEURONS` if no higher one meets the
-        target.
+    Tradeoff
+        At thresholds that are quantiles of the scores.
 
-    Raises
-    ------
-    ConfigError
-        If there are no tokens.
+    Notes
+    -----
+    What is lost is the sum of squared norms of the missed neurons' outputs over that of the FFN's output:
+    additive over neurons, so that all thresholds take one pass of N x F. Vectors that cancel or agree make
+    the true error smaller or larger; perplexity decides in the end.
     """
-    if not len(scores):
-        raise ConfigError("[fit-predictor] expected held-out tokens to choose a threshold on, got none")
-    norm = (activations @ down.T).norm(dim=1).clamp(min=1e-30)
+    tokens = len(scores)
     sample = scores.flatten()[:: max(scores.numel() // 1_000_000, 1)].float()
-    levels = torch.quantile(sample, torch.linspace(0, 1, _CANDIDATE_THRESHOLDS))
-    low, high = -1, len(levels)  # levels[low] meets the target, levels[high] does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        missed = (activations * (scores < levels[middle])) @ down.T
-        if float((missed.norm(dim=1) / norm).mean()) <= target_cett:
-            low = middle
-        else:
-            high = middle
-    return float(levels[low]) if low >= 0 else ALL_NEURONS
+    levels = torch.quantile(sample, torch.linspace(0, 1, _LEVELS + 1)[:-1]).unique()  # ascending
+    met = torch.bucketize(scores.float(), levels, right=True).flatten()  # how many levels a score is at least
+    energy = (neurons.activations * layer.down.norm(dim=0)).square()
+    output = (neurons.activations @ layer.down.T).square().sum()
+
+    def of_candidates(weights: Tensor) -> NDArray[np.float64]:
+        per_level = torch.bincount(met, weights.flatten().double(), len(levels) + 1)
+        return (per_level.flip(0).cumsum(0).flip(0)[1:] / tokens).numpy()
+
+    kept = of_candidates(energy)
+    counts = [
+        of_candidates(mask) for mask in (torch.ones_like(scores), neurons.passed, neurons.activations != 0)
+    ]
+    read = np.asarray(layer.row_bytes) @ np.stack(counts) + predictor_bytes
+    total = float(energy.sum()) / tokens
+    scale = float(output) / tokens or 1.0
+    return Tradeoff(
+        thresholds=levels.double().numpy(), read_bytes=read, lost=np.maximum(total - kept, 0.0) / scale
+    )

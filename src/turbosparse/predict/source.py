@@ -1,0 +1,126 @@
+"""Where the activations of a model come from, and its perplexity with predictors on: torch, or the engine."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from transformers import AutoTokenizer
+
+from turbosparse.data.config import DataConfig
+from turbosparse.data.encoding import make_encoder
+from turbosparse.data.held_out import HeldOutSplit
+from turbosparse.data.mixture import Mixture, PackedSequence, held_out_sequences
+from turbosparse.errors import DataError
+from turbosparse.measure.held_out_loss import batch_of
+from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
+from turbosparse.models.registry import activation_of, load_model
+from turbosparse.predict.capture import CapturedInputs, capture_inputs
+from turbosparse.predict.end_to_end import Evaluation, PlacedPredictor, evaluate
+from turbosparse.predict.layers import FFNLayer, layers_of
+
+__all__ = ["HuggingFaceSource", "PredictorSource", "TextPart"]
+
+TextPart = Literal["choose", "report"]
+"""Held-out text comes in two halves: one to choose thresholds by, one to report."""
+_EVALUATION_SEQUENCES = 32  # at most, per source of text
+
+
+class PredictorSource(Protocol):
+    """A model, seen by a predictor fit."""
+
+    @property
+    def layers(self) -> Mapping[str, FFNLayer]:
+        """Its FFNs by name, experts with their number behind it."""
+
+    def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
+        """Write what FFNs and their predictors read.
+
+        Parameters
+        ----------
+        directory : Path
+            Where the files go.
+        inputs : sequence of str
+            What predictors read, of `turbosparse.predict.inputs.INPUTS`.
+
+        Returns
+        -------
+        mapping of str to CapturedInputs
+            For each of `layers`.
+        """
+
+    def evaluate(
+        self, configurations: Sequence[Mapping[str, PlacedPredictor]], part: TextPart
+    ) -> list[Evaluation]:
+        """Measure the model with several sets of predictors.
+
+        Parameters
+        ----------
+        configurations : sequence of mapping of str to PlacedPredictor
+            Layers that are not in a mapping run without predictor.
+        part : {"choose", "report"}
+            Which half of the held-out text.
+
+        Returns
+        -------
+        list of Evaluation
+            One per configuration.
+        """
+
+
+class HuggingFaceSource:
+    """A Hugging Face directory, run by torch.
+
+    Parameters
+    ----------
+    path : Path
+        The directory.
+    data : DataConfig
+        Text to capture on and, held out of it or besides, to evaluate on.
+    tokens : int
+        Tokens to capture.
+    weight_type : str
+        What gate, up and down will be in the model file.
+    seed : int
+        Of the order of documents.
+
+    Raises
+    ------
+    DataError
+        If the text has too few tokens.
+    """
+
+    def __init__(self, path: Path, data: DataConfig, *, tokens: int, weight_type: str, seed: int = 0) -> None:
+        self.model = load_model(path, dtype=torch.float32)
+        if not gated_ffns(self.model):
+            replace_ffns(self.model, activation_of(self.model), activation_of(self.model))
+        self.layers = layers_of(self.model, weight_type)
+        encode = make_encoder(AutoTokenizer.from_pretrained(path), data.document_end)
+        split = HeldOutSplit(data.held_out_percent)
+        mixture = Mixture(data, encode, split=split, seed=seed)
+        count = max(tokens // data.sequence_length, 1)
+        self.rows = [row for row, _ in zip(mixture, range(count), strict=False)]
+        self._held_out: list[PackedSequence] = []
+        for source in data.held_out or data.sources:
+            self._held_out += held_out_sequences(
+                source,
+                encode,
+                split=None if data.held_out else split,
+                sequence_length=data.sequence_length,
+                count=_EVALUATION_SEQUENCES,
+            )
+        if len(self._held_out) < 2:
+            raise DataError(
+                f"[fit-predictor] expected held-out text of at least two sequences, got "
+                f"{len(self._held_out)}: give more text, or --held-out"
+            )
+
+    def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
+        """Write what FFNs and their predictors read; see `PredictorSource`."""
+        return capture_inputs(self.model, (batch_of([row]) for row in self.rows), directory, inputs)
+
+    def evaluate(
+        self, configurations: Sequence[Mapping[str, PlacedPredictor]], part: TextPart
+    ) -> list[Evaluation]:
+        """Measure the model with several sets of predictors; see `PredictorSource`."""
+        return evaluate(self.model, configurations, self._held_out[0 if part == "choose" else 1 :: 2])
