@@ -205,11 +205,11 @@ class GatedExperts(_ActivatedFFN):
             What is added to the residual.
         """
 
-        def run_expert(expert: int, token: Tensor) -> Tensor:
+        def _run_expert(expert: int, token: Tensor) -> Tensor:
             intermediate = self._activate(*self.project(x[token], expert))
             return functional.linear(intermediate, self.down_proj[expert])
 
-        return self.mix(x, top_k_index, top_k_weights, run_expert)
+        return self.mix(x, top_k_index, top_k_weights, _run_expert)
 
     def project(self, x: Tensor, expert: int) -> tuple[Tensor, Tensor]:
         """Return the gate and the up projection of one expert.

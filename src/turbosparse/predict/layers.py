@@ -73,7 +73,7 @@ class FFNLayer:
 
     @property
     def dense_bytes(self) -> float:
-        """Bytes of all rows."""
+        """All rows, in bytes."""
         return len(self.gate) * sum(self.row_bytes)
 
 

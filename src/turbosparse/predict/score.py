@@ -142,13 +142,13 @@ def trade_off(scores: Tensor, neurons: Neurons, layer: FFNLayer, predictor_bytes
     energy = (neurons.activations * layer.down.norm(dim=0)).square()
     output = (neurons.activations @ layer.down.T).square().sum()
 
-    def of_candidates(weights: Tensor) -> NDArray[np.float64]:
+    def _of_candidates(weights: Tensor) -> NDArray[np.float64]:
         per_level = torch.bincount(met, weights.flatten().double(), len(levels) + 1)
         return (per_level.flip(0).cumsum(0).flip(0)[1:] / tokens).numpy()
 
-    kept = of_candidates(energy)
+    kept = _of_candidates(energy)
     counts = [
-        of_candidates(mask) for mask in (torch.ones_like(scores), neurons.passed, neurons.activations != 0)
+        _of_candidates(mask) for mask in (torch.ones_like(scores), neurons.passed, neurons.activations != 0)
     ]
     read = np.asarray(layer.row_bytes) @ np.stack(counts) + predictor_bytes
     total = float(energy.sum()) / tokens

@@ -31,7 +31,7 @@ class PredictorSource(Protocol):
 
     @property
     def layers(self) -> Mapping[str, FFNLayer]:
-        """Its FFNs by name, experts with their number behind it."""
+        """The FFNs by name; experts have their number behind it."""
 
     def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
         """Write what FFNs and their predictors read.
