@@ -41,7 +41,7 @@ $(VENV)/.base: $(VENV)/.pip $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) install -q -c constraints.txt -e '.[test,train]'
+	$(PIP) install -q -c constraints.txt -e '.[test,train,eval]'
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.base

@@ -48,6 +48,7 @@ VERBS: dict[str, tuple[str, str]] = {
         "find the thresholds that meet an error target; write a sparse file",
     ),
     "perplexity": ("turbosparse.cli.perplexity", "measure how well a model predicts a text"),
+    "eval": ("turbosparse.cli.eval", "ask it the questions of lm-evaluation-harness"),
     "bench": ("turbosparse.cli.bench", "measure speed: tokens, bytes and bandwidth per mode"),
 }
 

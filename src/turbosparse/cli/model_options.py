@@ -24,19 +24,22 @@ MODES = ("dense", "exact", "threshold")
 TRANSCODE = ("Q8_0", "Q4_0", "F16", "BF16", "F32")
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
+def add_model_options(parser: argparse.ArgumentParser, *, several_modes: bool = False) -> None:
     """Add the model file and how to run it.
 
     Parameters
     ----------
     parser : argparse.ArgumentParser
         The verb's parser.
+    several_modes : bool, optional
+        Whether the mode may be given more than once; then ``args.mode`` is a list.
     """
     parser.add_argument("model", metavar="MODEL", type=Path, help="a GGUF file")
     group = parser.add_argument_group("how to run it")
     group.add_argument(
         "--mode",
         choices=MODES,
+        action="append" if several_modes else "store",
         help="how neurons are skipped; default: exact, threshold, dense, as the file can",
     )
     group.add_argument("-t", "--threads", type=int, metavar="N", help="default: physical cores, at most 8")

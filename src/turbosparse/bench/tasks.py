@@ -1,0 +1,128 @@
+"""Tasks of EleutherAI's lm-evaluation-harness on any of its models, ours among them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+from lm_eval.api.model import LM
+from lm_eval.tasks import TaskManager
+
+from turbosparse.errors import ConfigError
+
+__all__ = ["OPEN_LLM_TASKS", "TaskScore", "TaskSettings", "evaluate"]
+
+OPEN_LLM_TASKS: Mapping[str, int] = {
+    "arc_challenge": 25,
+    "hellaswag": 10,
+    "mmlu": 5,
+    "truthfulqa_mc2": 0,
+    "winogrande": 5,
+    "gsm8k": 5,
+}
+"""The Open LLM Leaderboard's first set, with the examples shown per question, as in arXiv 2406.05955."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSettings:
+    """What is asked, and how much of it."""
+
+    tasks: Sequence[str]
+    """Names of tasks, groups or tags."""
+    include_path: Path | None = None
+    """Folder with further tasks (YAML)."""
+    shots: int | None = None
+    """Examples shown before each question; the task's own number if not given."""
+    limit: int | None = None
+    """Only the first questions of each task, 1 or more."""
+    chat: bool = False
+    """Ask through the model's chat template."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks:
+            raise ConfigError("[tasks] expected at least one task, got none")
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"[limit] expected 1 or more, got {self.limit}")
+        if self.shots is not None and self.shots < 0:
+            raise ConfigError(f"[shots] expected 0 or more, got {self.shots}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskScore:
+    """One metric of one task."""
+
+    task: str
+    metric: str
+    value: float
+    standard_error: float | None = None
+    questions: int = 0
+    shots: int = 0
+    higher_is_better: bool = True
+
+
+def evaluate(model: LM, settings: TaskSettings) -> list[TaskScore]:
+    """Ask a model.
+
+    Parameters
+    ----------
+    model : lm_eval.api.model.LM
+        `EngineHarnessModel`, or any other model of the harness.
+    settings : TaskSettings
+        What to ask.
+
+    Returns
+    -------
+    list of TaskScore
+        In the order of the tasks.
+
+    Raises
+    ------
+    ConfigError
+        If the harness does not know a task.
+    """
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    include = str(settings.include_path) if settings.include_path else None
+    manager = TaskManager(include_path=include)
+    unknown = [name for name in settings.tasks if not manager.match_tasks([name])]
+    if unknown:
+        raise ConfigError(
+            f"[tasks] expected tasks that lm-evaluation-harness knows, got {', '.join(unknown)}; "
+            "`lm_eval ls tasks` lists them, --include adds a folder of your own"
+        )
+    answers = lm_eval.simple_evaluate(
+        model=model,
+        tasks=list(settings.tasks),
+        num_fewshot=settings.shots,
+        limit=settings.limit,
+        apply_chat_template=settings.chat,
+        fewshot_as_multiturn=settings.chat,
+        task_manager=manager,
+        log_samples=False,
+        bootstrap_iters=0 if settings.limit == 1 else 1000,
+    )
+    return _scores(answers)
+
+
+def _scores(answers: Mapping[str, Any]) -> list[TaskScore]:
+    scores = []
+    for task, results in answers["results"].items():
+        for key, value in results.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = results.get(f"{metric}_stderr,{filtered}")
+            name = metric if filtered == "none" else f"{metric} ({filtered})"
+            scores.append(
+                TaskScore(
+                    task=task,
+                    metric=name,
+                    value=float(value),
+                    standard_error=float(error) if isinstance(error, int | float) else None,
+                    questions=int(answers["n-samples"].get(task, {}).get("effective", 0)),
+                    shots=int(answers["n-shot"].get(task, 0) or 0),
+                    higher_is_better=bool(answers["higher_is_better"].get(task, {}).get(metric, True)),
+                )
+            )
+    return scores
