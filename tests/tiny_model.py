@@ -1,8 +1,8 @@
 """A tiny seeded model file with a tokenizer inside, written with the ``gguf`` package.
 
 Small enough that every test can have its own, and varied enough to meet each branch of the engine:
-architecture, weight type, activation, tied or untied embeddings, biases, neuron-major down projection,
-thresholds.
+architecture, weight type, activation, gate or none, tied or untied embeddings, biases, neuron-major down
+projection, thresholds, predictors.
 """
 
 from collections.abc import Iterator
@@ -41,9 +41,15 @@ class TinyModel:
     weight_type: str = "F32"  # name of a gguf.GGMLQuantizationType
     activation: str = "silu"
     activation_param: float | None = None
+    gated: bool = True
     down_t: bool = False
     threshold: float | None = None  # ffn_threshold of all neurons
     gate_threshold: float | None = None
+    predictor: str | None = None  # low_rank (random weights) or sign
+    predictor_input: str = "ffn_norm"
+    predictor_threshold: float = 0.0
+    ranks: tuple[int, ...] = (32, 64)  # of the layers in turn
+    hot: tuple[int, ...] = ()  # in layer 0
     tied: bool = True
     bias: bool | None = None  # None: as the architecture has it
     seed: int = 0
@@ -103,7 +109,8 @@ def _weights(model: TinyModel, vocab_size: int) -> Iterator[tuple[str, NDArray[n
         yield block + "attn_output.weight", matrix(hidden, hidden)
         yield block + "ffn_norm.weight", norm()
         order = slice(None) if model.neuron_order is None else model.neuron_order
-        yield block + "ffn_gate.weight", matrix(inter, hidden, 1.5)[order]
+        if model.gated:
+            yield block + "ffn_gate.weight", matrix(inter, hidden, 1.5)[order]
         yield block + "ffn_up.weight", matrix(inter, hidden, 1.5)[order]
         down = matrix(hidden, inter)[:, order]
         if model.down_t:
@@ -114,6 +121,10 @@ def _weights(model: TinyModel, vocab_size: int) -> Iterator[tuple[str, NDArray[n
             yield block + "ffn_threshold", np.full(inter, model.threshold, np.float32)
         if model.gate_threshold is not None:
             yield block + "ffn_gate_threshold", np.full(inter, model.gate_threshold, np.float32)
+        if model.predictor == "low_rank":
+            rank = model.ranks[n % len(model.ranks)]
+            yield block + "ffn_pred_a.weight", matrix(rank, hidden)
+            yield block + "ffn_pred_b.weight", matrix(inter, rank, 1.5)[order]
     yield "output_norm.weight", norm()
     if not model.tied:
         yield "output.weight", matrix(vocab_size, hidden, 4.0)
@@ -157,9 +168,14 @@ def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel, tokens: list[str]) 
     if model.activation != "silu" or model.down_t:
         writer.add_uint32("turbosparse.version", 1)
         writer.add_string("turbosparse.activation", model.activation)
-        writer.add_bool("turbosparse.gated", True)
+        writer.add_bool("turbosparse.gated", model.gated)
         if model.activation_param is not None:
             writer.add_float32("turbosparse.activation_param", model.activation_param)
+    if model.predictor is not None:
+        writer.add_string("turbosparse.predictor.kind", model.predictor)
+        writer.add_string("turbosparse.predictor.input", model.predictor_input)
+        thresholds = [model.predictor_threshold] * model.num_hidden_layers
+        writer.add_array("turbosparse.predictor.threshold", thresholds)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -191,6 +207,8 @@ def make_tiny_model(path: Path, model: TinyModel | None = None) -> dict[str, NDA
         data = _encode(array, kind, seed)
         stored[name] = dequantize(data, kind)
         writer.add_tensor(name, data, raw_dtype=kind)
+    if model.hot:
+        writer.add_tensor("blk.0.ffn_pred_hot", np.array(model.hot, np.int32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

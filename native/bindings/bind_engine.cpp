@@ -3,12 +3,14 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/filesystem.h>
 #include <nanobind/stl/map.h>
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <utility>
 
 #include "bindings/bindings.h"
@@ -24,6 +26,7 @@ namespace {
 
 using ModelPtr = std::shared_ptr<const Model>;
 using Ids = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using Mask = nb::ndarray<const bool, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
 
 /// What Python holds of a model, and its info. Sessions share the model as well.
@@ -80,11 +83,26 @@ ModelPtr load(const std::filesystem::path& path, int threads, const std::string&
   return std::make_shared<const Model>(path.string(), threads, isa, type);
 }
 
+const bool* checked_mask(const std::optional<Mask>& mask, const ModelConfig& config, std::size_t tokens) {
+  if (!mask) return nullptr;
+  const auto layers = static_cast<std::size_t>(config.num_hidden_layers);
+  const auto neurons = static_cast<std::size_t>(config.intermediate_size);
+  if (mask->shape(0) != layers || mask->shape(1) != tokens || mask->shape(2) != neurons) {
+    const auto text = [](std::size_t a, std::size_t b, std::size_t c) {
+      return "(" + std::to_string(a) + ", " + std::to_string(b) + ", " + std::to_string(c) + ")";
+    };
+    throw ConfigError("[candidates] expected shape " + text(layers, tokens, neurons) + ", got " +
+                      text(mask->shape(0), mask->shape(1), mask->shape(2)));
+  }
+  return mask->data();
+}
+
 Floats forward(Session& self, const Ids& ids, const std::string& mode, const std::string& logits,
-               const nb::object& should_stop) {
+               const nb::object& should_stop, const std::optional<Mask>& candidates) {
   const WantedLogits wanted = parse_wanted_logits(logits);
   const ForwardOptions options{.mode = parse_mode(mode),
                                .logits = wanted,
+                               .candidates = checked_mask(candidates, self.model().config, ids.shape(0)),
                                .between_layers = signal_check(),
                                .between_chunks = stop_check(should_stop)};
   const std::int64_t rows = Session::logit_rows(wanted, static_cast<std::int64_t>(ids.shape(0)));
@@ -117,16 +135,18 @@ nb::list capture(Session& self, const Ids& ids, const std::vector<std::int64_t>&
 
 nb::dict counters(const Session& self) {
   const Counters& counters = self.counters();
-  nb::list active;
-  nb::list gate_passed;
-  for (const LayerCounts& layer : counters.layers) {
-    active.append(layer.active);
-    gate_passed.append(layer.gate_passed);
-  }
+  const auto per_layer = [&](std::int64_t LayerCounts::* count) {
+    nb::list values;
+    for (const LayerCounts& layer : counters.layers) values.append(layer.*count);
+    return values;
+  };
   nb::dict out;
   out["tokens"] = counters.tokens;
-  out["active"] = active;
-  out["gate_passed"] = gate_passed;
+  out["candidates"] = per_layer(&LayerCounts::candidates);
+  out["gate_passed"] = per_layer(&LayerCounts::gate_passed);
+  out["active"] = per_layer(&LayerCounts::active);
+  out["wanted"] = per_layer(&LayerCounts::wanted);
+  out["found"] = per_layer(&LayerCounts::found);
   out["bytes_read"] = counters.bytes_read;
   out["decode_tokens"] = counters.decode_tokens;
   return out;
@@ -171,7 +191,8 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("position", &Session::position)
       .def("truncate", &Session::truncate, nb::arg("position"))
       .def("forward", &forward, nb::arg("ids"), nb::kw_only(), nb::arg("mode") = "dense",
-           nb::arg("logits") = "last", nb::arg("should_stop") = nb::none())
+           nb::arg("logits") = "last", nb::arg("should_stop") = nb::none(),
+           nb::arg("candidates") = nb::none())
       .def("capture", &capture, nb::arg("ids"), nb::arg("layers"))
       .def_prop_ro("counters", &counters)
       .def("reset_counters", &Session::reset_counters);

@@ -1,19 +1,21 @@
-// T tokens through one layer: products of two matrices, cut by output rows; thresholds are masks, so that a
-// mode computes the same function as token by token.
+// T tokens through one layer: products of two matrices, cut by output rows; candidates and thresholds are
+// masks, so that a mode computes the same function as token by token.
 #include <algorithm>
 
+#include "engine/predictor.h"
 #include "engine/step.h"
 
 namespace turbosparse {
 namespace {
 
-void normalize_all(const Step& step, const std::vector<float>& weight, bool quantized, std::int64_t stage,
-                   int index) {
+/// Normalises this thread's tokens.
+Range normalize_all(const Step& step, const std::vector<float>& weight, bool quantized, std::int64_t stage,
+                    int index) {
   const Range tokens = split(step.T, 1, index, step.thread_count());
   for (std::int64_t t = tokens.begin; t < tokens.end; ++t) {
     normalize(step, weight, quantized, stage, t, step.scratch.input, t, index);
   }
-  step.barrier();
+  return tokens;
 }
 
 /// This thread's rows of y = w x, all tokens.
@@ -73,12 +75,12 @@ void attend_all(const Step& step, std::int64_t layer, int index) {
 void attention(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
   Scratch& s = step.scratch;
   const bool quantized = is_quantized(w.q.type) || is_quantized(w.k.type) || is_quantized(w.v.type);
-  normalize_all(step, w.attn_norm, quantized, attention_stage(layer), index);
+  const Range tokens = normalize_all(step, w.attn_norm, quantized, attention_stage(layer), index);
+  step.barrier();
   project(step, w.q, s.input.view(), s.q.data(), index);
   project(step, w.k, s.input.view(), s.k.data(), index);
   project(step, w.v, s.input.view(), s.v.data(), index);
   step.barrier();
-  const Range tokens = split(step.T, 1, index, step.thread_count());
   for (std::int64_t t = tokens.begin; t < tokens.end; ++t) place_token(step, w, layer, t);
   step.barrier();
   attend_all(step, layer, index);
@@ -91,6 +93,50 @@ void attention(Step& step, const LayerWeights& w, std::int64_t layer, int index)
   }
   add_to_residual(step, project(step, w.o, s.input.view(), s.out.data(), index));
   step.barrier();
+}
+
+/// Marks the candidates among this thread's neurons in the FFN input, all tokens.
+void predict_all(const Step& step, const LayerWeights& w, std::int64_t layer, int index) {
+  Scratch& s = step.scratch;
+  const std::int64_t F = step.config().intermediate_size;
+  const Range rows = share(step, F, index);
+  const bool runs = runs_predictor(step, w);
+  if (runs && has_hidden_layer(w)) {
+    const LayerPredictor& predictor = w.predictor;
+    const Range hidden =
+        project(step, predictor.a, predictor_input(step, s.input, s.predictor), s.hidden.row(0, 0), index);
+    for (std::int64_t t = 0; t < step.T; ++t) finish_hidden(step, w, t, hidden);
+    step.barrier();
+    project(step, predictor.b, s.hidden.view(), s.ffn_input.row(0, 0), index);
+  }
+  for (std::int64_t t = 0; t < step.T; ++t) {
+    float* scores = s.ffn_input.row(t, F);
+    if (runs && !has_hidden_layer(w)) score_signs(step, w, s.predictor, t, rows, scores);
+    mark_candidates(step, w, layer, t, rows, scores, index);
+  }
+}
+
+/// The rule of the mode: products of neurons that it drops become 0.
+LayerCounts drop_neurons(const Step& step, const LayerWeights& w, Range rows, const float* gate,
+                         const float* up, float* product) {
+  const bool predicted = step.predicted();
+  const bool gated = step.config().gated;
+  const Thresholds limits = thresholds(step, w);
+  LayerCounts counts;
+  for (std::int64_t i = 0; i < rows.size(); ++i) {
+    const bool candidate = !predicted || product[i] != 0.0F;
+    const float value = gated ? gate[i] * up[i] : gate[i];
+    const bool passed = !below(gate[i], limits.gate[rows.begin + i]);
+    const bool kept = passed && !below(value, limits.neuron[rows.begin + i]);
+    const bool active = candidate && kept;
+    counts.candidates += candidate;
+    counts.gate_passed += candidate && passed;
+    counts.active += active;
+    counts.wanted += predicted && kept;
+    counts.found += predicted && active;
+    product[i] = active ? value : 0.0F;
+  }
+  return counts;
 }
 
 /// gate and up of this thread's neurons become activations, and their product, masked, lands in the FFN
@@ -108,39 +154,38 @@ LayerCounts combine(const Step& step, const LayerWeights& w, Range rows, const C
   if (config.activation == Activation::kDRelu) kernels.activate(Activation::kRelu, 0.0F, up, rows.size(), up);
   if (capture.gate != nullptr) {
     std::copy_n(gate, rows.size(), capture.gate + at);
-    std::copy_n(up, rows.size(), capture.up + at);
+    if (config.gated) std::copy_n(up, rows.size(), capture.up + at);
+    if (!config.gated) std::fill_n(capture.up + at, rows.size(), 1.0F);
   }
-  for (std::int64_t i = 0; i < rows.size(); ++i) product[i] = gate[i] * up[i];
-  if (step.mode == Mode::kDense) return {rows.size(), rows.size()};
-  const Thresholds limits = thresholds(step, w);
-  LayerCounts counts;
-  for (std::int64_t i = 0; i < rows.size(); ++i) {
-    const bool passed = !below(gate[i], limits.gate[rows.begin + i]);
-    const bool active = passed && !below(product[i], limits.neuron[rows.begin + i]);
-    counts.gate_passed += passed;
-    counts.active += active;
-    product[i] = active ? product[i] : 0.0F;
+  if (step.mode != Mode::kDense) return drop_neurons(step, w, rows, gate, up, product);
+  if (config.gated) {
+    for (std::int64_t i = 0; i < rows.size(); ++i) product[i] = gate[i] * up[i];
+  } else {
+    std::copy_n(gate, rows.size(), product);
   }
-  return counts;
+  return {.candidates = rows.size(), .gate_passed = rows.size(), .active = rows.size()};
 }
 
 void ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
   const std::int64_t D = step.config().hidden_size;
   const std::int64_t F = step.config().intermediate_size;
+  const bool gated = step.config().gated;
   Scratch& s = step.scratch;
   ThreadScratch& thread = step.thread(index);
   const Capture capture = step.captures.empty() ? Capture{} : step.captures[static_cast<std::size_t>(layer)];
   const bool neuron_major = step.model.weights->neuron_major;
 
-  normalize_all(step, w.ffn_norm, is_quantized(w.gate.type) || is_quantized(w.up.type), ffn_stage(layer),
-                index);
-  project(step, w.gate, s.input.view(), s.gate.data(), index);
-  const Range rows = project(step, w.up, s.input.view(), s.up.data(), index);
+  const Range tokens = normalize_all(step, w.ffn_norm, w.quantized_ffn_input(), ffn_stage(layer), index);
+  for (std::int64_t t = tokens.begin; runs_predictor(step, w) && t < tokens.end; ++t) {
+    prepare_prediction(step, w, layer, t, s.input.row(t, D), s.predictor, t, index);
+  }
+  step.barrier();
+  if (step.predicted()) predict_all(step, w, layer, index);
+  const Range rows = project(step, w.first(gated), s.input.view(), s.gate.data(), index);
+  if (gated) project(step, w.up, s.input.view(), s.up.data(), index);
   thread.counts = {};
   for (std::int64_t t = 0; t < step.T; ++t) {
-    const LayerCounts counts = combine(step, w, rows, capture, t);
-    thread.counts.gate_passed += counts.gate_passed;
-    thread.counts.active += counts.active;
+    thread.counts += combine(step, w, rows, capture, t);
     if (!neuron_major && is_quantized(w.down.type)) {
       s.ffn_input.quantize(step.kernels(), t, F, rows.begin, rows.end);
     }
@@ -164,10 +209,8 @@ void ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
   }
   add_to_residual(step, columns);
   if (index == 0) {
-    LayerCounts& total = step.counts[static_cast<std::size_t>(layer)];
     for (const ThreadScratch& other : s.threads) {
-      total.gate_passed += other.counts.gate_passed;
-      total.active += other.counts.active;
+      step.counts[static_cast<std::size_t>(layer)] += other.counts;
     }
   }
   step.barrier();

@@ -73,8 +73,7 @@ void decode_layer(Step& step, std::int64_t layer, int index) noexcept {
   project_to_residual(step, w.o, input.view(), index);
   step.barrier();
 
-  const bool quantized_ffn = is_quantized(w.gate.type) || is_quantized(w.up.type);
-  normalize(step, w.ffn_norm, quantized_ffn, ffn_stage(layer), 0, input, 0, index);
+  normalize(step, w.ffn_norm, w.quantized_ffn_input(), ffn_stage(layer), 0, input, 0, index);
   decode_ffn(step, layer, index);
 }
 

@@ -1,6 +1,8 @@
-// The feed-forward network of one token: dense, or with neurons skipped in two stages.
+// The feed-forward network of one token: dense, or with neurons skipped. Barriers: 2; in predicted mode with
+// a hidden layer 3.
 #include <algorithm>
 
+#include "engine/predictor.h"
 #include "engine/step.h"
 
 namespace turbosparse {
@@ -11,6 +13,7 @@ namespace {
 void combine(const Step& step, Range rows) {
   float* gate = step.scratch.gate.data();
   const float* up = step.scratch.up.data();
+  if (!step.config().gated) return;
   if (step.config().activation == Activation::kDRelu) {
     for (std::int64_t r = rows.begin; r < rows.end; ++r) gate[r] *= std::max(up[r], 0.0F);
   } else {
@@ -33,8 +36,8 @@ void dense_ffn(const Step& step, const LayerWeights& w, int index) {
   Scratch& s = step.scratch;
   const Input input = step.thread(index).input.view();
   const Range rows = share(step, config.intermediate_size, index);
-  kernels.gemv(w.gate, input, rows.begin, rows.end, s.gate.data());
-  kernels.gemv(w.up, input, rows.begin, rows.end, s.up.data());
+  kernels.gemv(w.first(config.gated), input, rows.begin, rows.end, s.gate.data());
+  if (config.gated) kernels.gemv(w.up, input, rows.begin, rows.end, s.up.data());
   float* gate = s.gate.data() + rows.begin;
   kernels.activate(config.activation, config.activation_parameter, gate, rows.size(), gate);
   combine(step, rows);
@@ -52,56 +55,122 @@ void dense_ffn(const Step& step, const LayerWeights& w, int index) {
   kernels.add(s.out.data() + outputs.begin, outputs.size(), s.x.data() + outputs.begin);
 }
 
-/// Meets the other threads and lists what all of them kept in a stage, in order, in this thread's `active`.
-/// The two stages have lists of their own, so that a slower thread may still read the first.
-std::int64_t gather(const Step& step, KeptNeurons ThreadScratch::* stage, int index) {
+/// What the predictor computes before it scores neurons.
+void predict_hidden(const Step& step, const LayerWeights& w, std::int64_t layer, int index) {
+  if (!runs_predictor(step, w)) return;
+  Scratch& s = step.scratch;
+  ThreadScratch& thread = step.thread(index);
+  prepare_prediction(step, w, layer, 0, thread.input.row(0, 0), thread.predictor, 0, index);
+  if (!has_hidden_layer(w)) return;
+  const Matrix& a = w.predictor.a;
+  const Range rows = share(step, a.rows, index);
+  step.kernels().gemv(a, predictor_input(step, thread.input, thread.predictor), rows.begin, rows.end,
+                      s.hidden.row(0, 0));
+  finish_hidden(step, w, 0, rows);
   step.barrier();
-  std::int32_t* active = step.thread(index).active.data();
-  std::int64_t total = 0;
-  for (const ThreadScratch& other : step.scratch.threads) {
-    const KeptNeurons& kept = other.*stage;
-    std::copy_n(kept.rows.data(), kept.count, active + total);
-    total += kept.count;
+}
+
+/// Lists the candidates among `rows`.
+const KeptNeurons& list_candidates(const Step& step, const LayerWeights& w, std::int64_t layer, Range rows,
+                                   int index) {
+  ThreadScratch& thread = step.thread(index);
+  float* scores = step.scratch.scores.data();
+  if (runs_predictor(step, w)) {
+    if (has_hidden_layer(w)) {
+      step.kernels().gemv(w.predictor.b, step.scratch.hidden.view(), rows.begin, rows.end, scores);
+    } else {
+      score_signs(step, w, thread.predictor, 0, rows, scores);
+    }
   }
-  return total;
+  mark_candidates(step, w, layer, 0, rows, scores, index);
+  thread.candidates.count = 0;
+  for (std::int64_t r = rows.begin; r < rows.end; ++r) {
+    thread.candidates.add_if(static_cast<std::int32_t>(r), scores[r] != 0.0F);
+  }
+  return thread.candidates;
+}
+
+/// Lists in `passed` which of n neurons have a large enough f(gate), and leaves that in `gate`.
+void pass_gate(const Step& step, const LayerWeights& w, Range rows, const std::int32_t* list, std::int64_t n,
+               int index) {
+  const KernelTable& kernels = step.kernels();
+  const ModelConfig& config = step.config();
+  ThreadScratch& thread = step.thread(index);
+  float* gate = step.scratch.gate.data();
+  float* values = thread.values.data();
+  if (n == rows.size()) {
+    kernels.gemv(w.first(config.gated), thread.input.view(), rows.begin, rows.end, gate);
+    kernels.activate(config.activation, config.activation_parameter, gate + rows.begin, n, values);
+  } else {
+    kernels.gemv_rows(w.first(config.gated), thread.input.view(), list, n, gate);
+    for (std::int64_t i = 0; i < n; ++i) values[i] = gate[list[i]];
+    kernels.activate(config.activation, config.activation_parameter, values, n, values);
+  }
+  const float* limit = thresholds(step, w).gate;
+  thread.passed.count = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    gate[list[i]] = values[i];
+    thread.passed.add_if(list[i], !below(values[i], limit[list[i]]));
+  }
+}
+
+/// From the neurons `rows` to their coefficients, in `gate`, and a list of the active ones, in `kept`;
+/// returns how many these are.
+std::int64_t compute_piece(const Step& step, const LayerWeights& w, std::int64_t layer, Range rows,
+                           int index) {
+  const ModelConfig& config = step.config();
+  Scratch& s = step.scratch;
+  ThreadScratch& thread = step.thread(index);
+  const std::int32_t* list = s.all.data() + rows.begin;
+  std::int64_t n = rows.size();
+  if (step.predicted()) {
+    const KeptNeurons& candidates = list_candidates(step, w, layer, rows, index);
+    list = candidates.rows.data();
+    n = candidates.count;
+  }
+  pass_gate(step, w, rows, list, n, index);
+  const std::int32_t* passed = thread.passed.rows.data();
+  if (config.gated)
+    step.kernels().gemv_rows(w.up, thread.input.view(), passed, thread.passed.count, s.up.data());
+  const float* limit = thresholds(step, w).neuron;
+  const bool relu_up = config.activation == Activation::kDRelu;
+  std::int32_t* kept = s.kept.data() + rows.begin;
+  std::int64_t active = 0;
+  for (std::int64_t i = 0; i < thread.passed.count; ++i) {
+    const std::int32_t r = passed[i];
+    float& coefficient = s.gate[static_cast<std::size_t>(r)];
+    const float up = s.up[static_cast<std::size_t>(r)];
+    if (config.gated) coefficient *= relu_up ? std::max(up, 0.0F) : up;
+    kept[active] = r;
+    active += !below(coefficient, limit[r]);
+  }
+  thread.counts += {.candidates = n, .gate_passed = thread.passed.count, .active = active};
+  return active;
 }
 
 void sparse_ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
-  const KernelTable& kernels = step.kernels();
-  const ModelConfig& config = step.config();
-  const Thresholds limits = thresholds(step, w);
   Scratch& s = step.scratch;
   ThreadScratch& thread = step.thread(index);
-  float* gate = s.gate.data();
-
-  const Range rows = share(step, config.intermediate_size, index);
-  kernels.gemv(w.gate, thread.input.view(), rows.begin, rows.end, gate);
-  kernels.activate(config.activation, config.activation_parameter, gate + rows.begin, rows.size(),
-                   gate + rows.begin);
-  thread.by_gate.count = 0;
-  for (std::int64_t r = rows.begin; r < rows.end; ++r) {
-    thread.by_gate.add_if(static_cast<std::int32_t>(r), !below(gate[r], limits.gate[r]));
+  const auto pieces = static_cast<std::int64_t>(s.kept_counts.size());
+  const auto range_of = [&](std::int64_t piece) {
+    return split(step.config().intermediate_size, kBlock, static_cast<int>(piece), static_cast<int>(pieces));
+  };
+  thread.counts = {};
+  for (std::int64_t piece; (piece = s.next_piece.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
+    s.kept_counts[static_cast<std::size_t>(piece)] = compute_piece(step, w, layer, range_of(piece), index);
   }
-  const std::int64_t passed = gather(step, &ThreadScratch::by_gate, index);
-
-  // The list, and not the range of neurons, is split: all threads have the same to do.
-  const Range part = split(passed, 1, index, step.thread_count());
-  const std::int32_t* mine = thread.active.data() + part.begin;
-  kernels.gemv_rows(w.up, thread.input.view(), mine, part.size(), s.up.data());
-  const bool relu_up = config.activation == Activation::kDRelu;
-  thread.by_product.count = 0;
-  for (std::int64_t i = 0; i < part.size(); ++i) {
-    const std::int32_t r = mine[i];
-    gate[r] *=
-        relu_up ? std::max(s.up[static_cast<std::size_t>(r)], 0.0F) : s.up[static_cast<std::size_t>(r)];
-    thread.by_product.add_if(r, !below(gate[r], limits.neuron[r]));
+  step.barrier();
+  std::int64_t active = 0;
+  for (std::int64_t piece = 0; piece < pieces; ++piece) {
+    const std::int64_t n = s.kept_counts[static_cast<std::size_t>(piece)];
+    std::copy_n(s.kept.data() + range_of(piece).begin, n, thread.active.data() + active);
+    active += n;
   }
-  const std::int64_t active = gather(step, &ThreadScratch::by_product, index);
   add_neurons(step, w.down, thread.active.data(), active, index);
-  if (index == 0) {
-    LayerCounts& counts = step.counts[static_cast<std::size_t>(layer)];
-    counts.gate_passed += passed;
-    counts.active += active;
+  if (index != 0) return;
+  s.next_piece.store(0, std::memory_order_relaxed);  // nobody takes a piece before the next barrier
+  for (const ThreadScratch& other : s.threads) {
+    step.counts[static_cast<std::size_t>(layer)] += other.counts;
   }
 }
 
@@ -110,13 +179,12 @@ void sparse_ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index
 void decode_ffn(Step& step, std::int64_t layer, int index) noexcept {
   const LayerWeights& w = step.model.weights->layers[static_cast<std::size_t>(layer)];
   if (step.mode == Mode::kDense) {
+    const std::int64_t F = step.config().intermediate_size;
     dense_ffn(step, w, index);
-    if (index == 0) {
-      LayerCounts& counts = step.counts[static_cast<std::size_t>(layer)];
-      counts.gate_passed += step.config().intermediate_size;
-      counts.active += step.config().intermediate_size;
-    }
+    if (index == 0)
+      step.counts[static_cast<std::size_t>(layer)] += {.candidates = F, .gate_passed = F, .active = F};
   } else {
+    predict_hidden(step, w, layer, index);
     sparse_ffn(step, w, layer, index);
   }
   step.barrier();

@@ -12,8 +12,8 @@
 
 namespace turbosparse {
 
-/// How the FFN is computed; see ARCHITECTURE.md. Exact and threshold skip neurons.
-enum class Mode : std::uint8_t { kDense = 0, kExact, kThreshold };
+/// How the FFN is computed; see ARCHITECTURE.md. All but dense skip neurons.
+enum class Mode : std::uint8_t { kDense = 0, kExact, kThreshold, kPredicted };
 
 /// Throws ConfigError for an unknown name.
 Mode parse_mode(const std::string& name);

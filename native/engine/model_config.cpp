@@ -2,9 +2,11 @@
 
 #include <array>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <string_view>
 #include <utility>
+#include <variant>
 
 #include "util/error.h"
 
@@ -114,7 +116,7 @@ void read_activation(const GgufFile& file, bool prefixed, ModelConfig& config) {
     fail("turbosparse.version", std::to_string(kVersion), std::to_string(*version));
   const std::optional<std::string_view> name = file.get_string("turbosparse.activation");
   if (!name && prefixed) fail("turbosparse.activation", "the name of an activation", "no such key");
-  if (!file.get_bool("turbosparse.gated").value_or(true)) fail("turbosparse.gated", "true", "false");
+  config.gated = file.get_bool("turbosparse.gated").value_or(true);
   if (!name) return;  // llama and qwen2 of other people: SiLU
   bool known = false;
   for (const auto& [candidate, activation] : kActivations) {
@@ -123,6 +125,8 @@ void read_activation(const GgufFile& file, bool prefixed, ModelConfig& config) {
     known = true;
   }
   if (!known) fail("turbosparse.activation", "silu, gelu, relu, relu2, fatrelu or drelu", std::string(*name));
+  if (config.activation == Activation::kDRelu && !config.gated)
+    fail("turbosparse.gated", "true with drelu", "false");
   if (config.activation != Activation::kFatRelu) return;
   const std::optional<double> parameter = file.get_float("turbosparse.activation_param");
   if (!parameter || !(*parameter >= 0 && *parameter <= 1e6)) {
@@ -130,6 +134,56 @@ void read_activation(const GgufFile& file, bool prefixed, ModelConfig& config) {
          parameter ? std::to_string(*parameter) : "no such key");
   }
   config.activation_parameter = static_cast<float>(*parameter);
+}
+
+std::vector<float> read_predictor_thresholds(const GgufFile& file, std::int64_t layers) {
+  constexpr const char* kKey = "turbosparse.predictor.threshold";
+  const std::string expected = "an array of " + std::to_string(layers) + " finite float32, one per layer";
+  const GgufValue* value = file.find(kKey);
+  if (value == nullptr) fail(kKey, expected, "no such key");
+  const auto* array = std::get_if<std::shared_ptr<const GgufArray>>(value);
+  if (array == nullptr || (*array)->kind != GgufKind::kFloat32) fail(kKey, expected, "another kind of value");
+  if ((*array)->size != static_cast<std::size_t>(layers))
+    fail(kKey, expected, std::to_string((*array)->size));
+  std::vector<float> thresholds;
+  for (std::size_t n = 0; n < (*array)->size; ++n) {
+    thresholds.push_back(static_cast<float>(std::get<double>((*array)->at(n))));
+    if (!std::isfinite(thresholds.back())) fail(kKey, expected, "NaN or Inf for layer " + std::to_string(n));
+  }
+  return thresholds;
+}
+
+/// A tensor whose name has that part, or nothing.
+std::string tensor_with(const GgufFile& file, const char* part) {
+  for (const GgufTensor& tensor : file.tensors()) {
+    if (tensor.name.find(part) != std::string::npos) return tensor.name;
+  }
+  return "";
+}
+
+void read_predictor(const GgufFile& file, ModelConfig& config) {
+  constexpr std::string_view kKeys = "turbosparse.predictor.";
+  constexpr const char* kKind = "turbosparse.predictor.kind";
+  constexpr const char* kInput = "turbosparse.predictor.input";
+  const std::optional<std::string_view> kind = file.get_string(kKind);
+  if (!kind) {
+    std::string stray = tensor_with(file, ".ffn_pred_");
+    for (const auto& [key, value] : file.metadata()) {
+      if (key.starts_with(kKeys)) stray = key;
+    }
+    if (!stray.empty()) fail(kKind, "low_rank or sign where there is " + stray, "no such key");
+    return;
+  }
+  if (*kind != "low_rank" && *kind != "sign") fail(kKind, "low_rank or sign", std::string(*kind));
+  for (const char* part : {".ffn_pred_a.", ".ffn_pred_b."}) {
+    const std::string low_rank = tensor_with(file, part);
+    if (*kind == "sign" && !low_rank.empty()) fail(kKind, "low_rank where there is " + low_rank, "sign");
+  }
+  const std::string_view input = file.get_string(kInput).value_or("no such key");
+  if (input != "ffn_norm" && input != "residual") fail(kInput, "ffn_norm or residual", std::string(input));
+  config.predictor = {.kind = *kind == "sign" ? PredictorKind::kSign : PredictorKind::kLowRank,
+                      .reads_residual = input == "residual",
+                      .thresholds = read_predictor_thresholds(file, config.num_hidden_layers)};
 }
 
 }  // namespace
@@ -158,6 +212,7 @@ ModelConfig read_model_config(const GgufFile& file) {
   read_sizes(file, read, config);
   read_rope(file, read, config);
   read_activation(file, prefixed, config);
+  read_predictor(file, config);
   // Attention over a sliding window equals full attention as long as the window holds everything.
   const std::int64_t window = read.integer("attention.sliding_window", 0, 1 << 26, 0);
   if (window > 0 && window < config.context_length) config.context_length = window;

@@ -3,11 +3,21 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "io/gguf_file.h"
 #include "kernels/kernels.h"
 
 namespace turbosparse {
+
+enum class PredictorKind : std::uint8_t { kNone = 0, kLowRank, kSign };
+
+/// What the keys say of the predictors; docs/format.md has the definitions.
+struct PredictorConfig {
+  PredictorKind kind = PredictorKind::kNone;
+  bool reads_residual = false;    // else the FFN's input, after its norm
+  std::vector<float> thresholds;  // per layer
+};
 
 struct ModelConfig {
   std::string architecture;  // as the file has it: llama, qwen2, or turbosparse- before it
@@ -26,6 +36,8 @@ struct ModelConfig {
   bool rope_neox = false;
   Activation activation = Activation::kSilu;
   float activation_parameter = 0;
+  bool gated = true;
+  PredictorConfig predictor;
 };
 
 /// Throws ModelFileError for an architecture or a feature that the engine does not compute, and for a value

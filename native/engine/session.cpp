@@ -4,6 +4,7 @@
 #include <array>
 #include <utility>
 
+#include "engine/predictor.h"
 #include "util/error.h"
 
 namespace turbosparse {
@@ -24,8 +25,9 @@ std::int64_t checked_context(const Model& model, std::int64_t context) {
 std::string stage_name(const ModelConfig& config, std::int64_t stage) {
   if (stage == 0) return "token embedding";
   if (stage > attention_stage(config.num_hidden_layers)) return "output projection";
-  const std::int64_t before = stage - 1;  // the stage that wrote this one's input
-  return (before % 2 == 0 ? "attention of layer " : "FFN of layer ") + std::to_string(before / 2);
+  const std::int64_t layer = stage / kStagesPerLayer;
+  if (stage == attention_stage(layer)) return "FFN of layer " + std::to_string(layer - 1);
+  return (stage == ffn_stage(layer) ? "attention of layer " : "predictor of layer ") + std::to_string(layer);
 }
 
 }  // namespace
@@ -89,7 +91,7 @@ std::int64_t Session::logit_rows(WantedLogits wanted, std::int64_t tokens) {
   return wanted == WantedLogits::kLast ? 1 : 0;
 }
 
-void Session::check(std::span<const std::int32_t> ids, Mode mode) const {
+void Session::check(std::span<const std::int32_t> ids, Mode mode, bool given_candidates) const {
   const auto tokens = static_cast<std::int64_t>(ids.size());
   if (ids.empty()) throw ConfigError("[ids] expected at least one token, got none");
   if (tokens > context() - position_) {
@@ -103,12 +105,19 @@ void Session::check(std::span<const std::int32_t> ids, Mode mode) const {
                         std::to_string(id));
     }
   }
+  if (given_candidates) {
+    if (mode != Mode::kPredicted)
+      throw ConfigError(std::string("[candidates] expected mode predicted, got ") + mode_name(mode));
+    if (model_->weights->neuron_major) return;  // no predictor is needed
+  }
   const std::vector<Mode> modes = model_->modes();
   if (std::ranges::find(modes, mode) == modes.end()) {
-    const char* needs =
-        mode == Mode::kExact ? "ffn_down_t and an activation with zeros" : "ffn_down_t and thresholds";
-    throw ModelFileError(std::string("[mode ") + mode_name(mode) + "] expected a file with " + needs +
-                         ", got one without");
+    constexpr std::array<const char*, 4> kNeeds{
+        "", "ffn_down_t and an activation with zeros",
+        "ffn_down_t and thresholds (turbosparse calibrate writes one)",
+        "ffn_down_t and predictors (turbosparse export writes one)"};
+    throw ModelFileError(std::string("[mode ") + mode_name(mode) + "] expected a file with " +
+                         kNeeds[static_cast<std::size_t>(mode)] + ", got one without");
   }
 }
 
@@ -122,7 +131,7 @@ Scratch& Session::scratch(std::int64_t tokens) {
 
 void Session::forward(std::span<const std::int32_t> ids, const ForwardOptions& options, float* logits) {
   Guard guard(*this);
-  check(ids, options.mode);
+  check(ids, options.mode, options.candidates != nullptr);
   const auto tokens = static_cast<std::int64_t>(ids.size());
   for (std::int64_t begin = 0; begin < tokens; begin += kChunk) {
     if (options.between_chunks) options.between_chunks();
@@ -134,7 +143,8 @@ void Session::forward(std::span<const std::int32_t> ids, const ForwardOptions& o
               .counts = counters_.layers,
               .mode = options.mode,
               .position = position_,
-              .T = T};
+              .T = T,
+              .given = {.mask = options.candidates, .tokens = tokens, .first = begin}};
     begin_step(step, ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(T)));
     std::int64_t first_logit = T;
     if (options.logits == WantedLogits::kAll) first_logit = 0;
@@ -153,7 +163,7 @@ void Session::forward(std::span<const std::int32_t> ids, const ForwardOptions& o
 void Session::capture(std::span<const std::int32_t> ids, std::span<const CapturedLayer> layers,
                       const std::function<void()>& between_layers) {
   Guard guard(*this);
-  check(ids, Mode::kDense);
+  check(ids, Mode::kDense, false);
   const ModelConfig& config = model_->config;
   const auto tokens = static_cast<std::int64_t>(ids.size());
   std::vector<Capture> captures(static_cast<std::size_t>(config.num_hidden_layers));
@@ -226,15 +236,20 @@ void Session::finish(const Step& step, const float* logits, std::int64_t rows) {
 std::int64_t Session::token_bytes(const Step& step, const std::vector<LayerCounts>& before) const {
   const ModelConfig& config = model_->config;
   const auto row_bytes = [](const Matrix& w) { return static_cast<std::int64_t>(w.row_bytes); };
+  constexpr auto kThresholdBytes = static_cast<std::int64_t>(sizeof(float));
   std::int64_t bytes = 0;
   for (std::size_t n = 0; n < before.size(); ++n) {
     const LayerWeights& w = model_->weights->layers[n];
-    for (const Matrix* matrix : {&w.q, &w.k, &w.v, &w.o, &w.gate}) bytes += matrix->rows * row_bytes(*matrix);
-    bytes += (counters_.layers[n].gate_passed - before[n].gate_passed) * row_bytes(w.up);
+    const std::int64_t candidates = counters_.layers[n].candidates - before[n].candidates;
+    const std::int64_t passed = counters_.layers[n].gate_passed - before[n].gate_passed;
     const std::int64_t active = counters_.layers[n].active - before[n].active;
+    for (const Matrix* matrix : {&w.q, &w.k, &w.v, &w.o}) bytes += matrix->rows * row_bytes(*matrix);
+    bytes += predictor_bytes(step, w);
+    bytes += candidates * row_bytes(w.first(config.gated));
+    if (config.gated) bytes += passed * row_bytes(w.up);
     bytes += (model_->weights->neuron_major ? active : config.hidden_size) * row_bytes(w.down);
-    if (step.mode == Mode::kThreshold)
-      bytes += 2 * config.intermediate_size * static_cast<std::int64_t>(sizeof(float));
+    if (step.mode == Mode::kThreshold || (step.predicted() && model_->weights->has_thresholds))
+      bytes += (candidates + passed) * kThresholdBytes;
   }
   return bytes + config.num_hidden_layers * (step.position + 1) * cache_.position_bytes();
 }

@@ -22,6 +22,8 @@ WantedLogits parse_wanted_logits(const std::string& name);
 struct ForwardOptions {
   Mode mode = Mode::kDense;
   WantedLogits logits = WantedLogits::kLast;
+  /// Candidates of predicted mode that replace the predictor's: [layers, tokens, F], or null.
+  const bool* candidates = nullptr;
   /// Called on the caller's thread, between layers of many tokens and between chunks of tokens. What they
   /// throw leaves forward, with the cache rolled back.
   std::function<void()> between_layers = {};
@@ -70,7 +72,7 @@ class Session {
 
  private:
   class Guard;
-  void check(std::span<const std::int32_t> ids, Mode mode) const;
+  void check(std::span<const std::int32_t> ids, Mode mode, bool given_candidates) const;
   void run_decode(Step& step, float* logits);
   void run_batch(Step& step, std::int64_t first_logit, float* logits,
                  const std::function<void()>& between_layers);

@@ -14,6 +14,18 @@ std::int64_t widest(const ModelConfig& config) {
   return std::max(config.hidden_size, config.num_attention_heads * config.head_dim);
 }
 
+std::int64_t largest_rank(const Weights& weights) {
+  std::int64_t rank = 0;
+  for (const LayerWeights& layer : weights.layers) rank = std::max(rank, layer.predictor.a.rows);
+  return rank;
+}
+
+/// Pieces of the neurons that each thread takes on average: threads finish within an eighth of each other,
+/// however the active ones lie and whatever else runs on their cores. A thread alone has one, since lists
+/// are fetched ahead within a piece.
+constexpr int kPiecesPerThread = 8;
+std::int64_t pieces(int threads) { return threads == 1 ? 1 : kPiecesPerThread * threads; }
+
 std::int64_t blocks(std::int64_t cols) { return (cols + kBlock - 1) / kBlock; }
 
 }  // namespace
@@ -31,13 +43,28 @@ void InputBuffer::quantize(const KernelTable& kernels, std::int64_t t, std::int6
                       q_sum_.data() + at / kBlock);
 }
 
+PredictorInput::PredictorInput(const ModelConfig& config, std::int64_t T)
+    : residual(config.predictor.reads_residual ? T : 0, config.hidden_size),
+      signs(config.predictor.kind == PredictorKind::kSign ? count(T, sign_words(config.hidden_size)) : 0) {}
+
+LayerCounts& LayerCounts::operator+=(const LayerCounts& other) {
+  candidates += other.candidates;
+  gate_passed += other.gate_passed;
+  active += other.active;
+  wanted += other.wanted;
+  found += other.found;
+  return *this;
+}
+
 ThreadScratch::ThreadScratch(const ModelConfig& config, std::int64_t context)
     : input(1, widest(config)),
       scores(count(context)),
       out(count(widest(config))),
-      by_gate{std::vector<std::int32_t>(count(config.intermediate_size))},
-      by_product{std::vector<std::int32_t>(count(config.intermediate_size))},
+      candidates{std::vector<std::int32_t>(count(config.intermediate_size))},
+      passed{std::vector<std::int32_t>(count(config.intermediate_size))},
+      values(count(config.intermediate_size)),
       active(count(config.intermediate_size)),
+      predictor(config, 1),
       gemm(gemm_scratch_bytes(std::max(widest(config), config.intermediate_size))) {}
 
 Scratch::Scratch(const Model& model, std::int64_t context, std::int64_t tokens)
@@ -53,6 +80,12 @@ Scratch::Scratch(const Model& model, std::int64_t context, std::int64_t tokens)
       sin(cos.size()),
       input(tokens, widest(model.config)),
       ffn_input(tokens, model.config.intermediate_size),
+      predictor(model.config, tokens),
+      hidden(tokens, largest_rank(*model.weights)),
+      scores(count(model.config.intermediate_size)),
+      differences(count(model.config.intermediate_size, model.weights->sign_rows)),
+      kept(count(model.config.intermediate_size)),
+      kept_counts(count(pieces(model.pool.size()))),
       all(count(model.config.intermediate_size)),
       zeros(all.size()) {
   for (int index = 0; index < model.pool.size(); ++index) threads.emplace_back(model.config, context);
@@ -92,13 +125,14 @@ void normalize(const Step& step, const std::vector<float>& weight, bool quantize
   const std::int64_t D = step.config().hidden_size;
   const float* x = step.scratch.x.data() + t * D;
   ThreadScratch& thread = step.thread(index);
-  if (!all_finite(x, D)) thread.broken_at = std::min(thread.broken_at, stage);
+  if (!all_finite(x, D)) note_broken(thread, stage);
   step.kernels().rms_norm(x, weight.data(), D, step.config().rms_norm_eps, input.row(to, D));
   if (quantized) input.quantize(step.kernels(), to, D, 0, D);
 }
 
 Thresholds thresholds(const Step& step, const LayerWeights& w) {
-  if (step.mode == Mode::kThreshold) return {w.gate_threshold.data(), w.threshold.data()};
+  const bool stored = step.mode == Mode::kThreshold || (step.predicted() && !w.threshold.empty());
+  if (stored) return {w.gate_threshold.data(), w.threshold.data()};
   return {step.scratch.zeros.data(), step.scratch.zeros.data()};
 }
 

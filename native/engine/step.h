@@ -5,6 +5,8 @@
 // of threads.
 #pragma once
 
+#include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <span>
@@ -34,7 +36,14 @@ class InputBuffer {
   AlignedVector<std::int32_t> q_sum_;
 };
 
-/// Neurons of one thread that passed a test, ascending.
+/// What the predictors read of T tokens, as far as it is not the FFN's input. Empty without predictors.
+struct PredictorInput {
+  PredictorInput(const ModelConfig& config, std::int64_t T);
+  InputBuffer residual;                // [T, D]
+  AlignedVector<std::uint64_t> signs;  // [T, words of D]
+};
+
+/// Neurons that passed a test, ascending.
 struct KeptNeurons {
   std::vector<std::int32_t> rows;  // [F]
   std::int64_t count = 0;
@@ -45,10 +54,15 @@ struct KeptNeurons {
   }
 };
 
-/// What happened in a step.
+/// What happened to the neurons of a layer, summed over tokens.
 struct LayerCounts {
-  std::int64_t gate_passed = 0;  // neurons whose row of up was needed, summed over tokens
-  std::int64_t active = 0;       // neurons whose row of down was needed
+  std::int64_t candidates = 0;   // whose row of gate (without a gate: of up) was needed
+  std::int64_t gate_passed = 0;  // whose row of up was needed
+  std::int64_t active = 0;       // whose row of down was needed
+  // In predicted mode, tokens that came together: there every neuron is computed, so that one can tell.
+  std::int64_t wanted = 0;  // that the mode's thresholds keep, candidates or not
+  std::int64_t found = 0;   // those of them that were candidates
+  LayerCounts& operator+=(const LayerCounts& other);
 };
 
 /// Memory of one thread.
@@ -57,9 +71,11 @@ struct ThreadScratch {
   InputBuffer input;                   // one vector
   AlignedVector<float> scores;         // [context]
   AlignedVector<float> out;            // [max(D, H * C)]
-  KeptNeurons by_gate;                 // by |f(gate)|
-  KeptNeurons by_product;              // by |f(gate) g(up)|
+  KeptNeurons candidates;              // of the piece of neurons at hand
+  KeptNeurons passed;                  // those whose |f(gate)| was enough
+  AlignedVector<float> values;         // [F] f(gate) of a list of neurons
   std::vector<std::int32_t> active;    // [F] what all threads kept
+  PredictorInput predictor;            // one token
   AlignedVector<std::byte> gemm;       // scratch of the kernels
   LayerCounts counts;                  // of this thread's neurons in the layer at hand
   std::int64_t broken_at = INT64_MAX;  // first stage with NaN or Inf in its input that this thread saw
@@ -69,17 +85,25 @@ struct ThreadScratch {
 struct Scratch {
   Scratch(const Model& model, std::int64_t context, std::int64_t capacity);
   std::int64_t capacity;
-  AlignedVector<float> x;         // [T, D] residual stream
-  AlignedVector<float> q;         // [T, H * C]
-  AlignedVector<float> k, v;      // [T, K * C]
-  AlignedVector<float> gate, up;  // [T, F]
-  AlignedVector<float> out;       // [T, D]
-  AlignedVector<float> cos, sin;  // [T, rotary / 2]
-  InputBuffer input;              // [T, max(D, H * C)]
-  InputBuffer ffn_input;          // [T, F]
+  AlignedVector<float> x;                   // [T, D] residual stream
+  AlignedVector<float> q;                   // [T, H * C]
+  AlignedVector<float> k, v;                // [T, K * C]
+  AlignedVector<float> gate, up;            // [T, F]
+  AlignedVector<float> out;                 // [T, D]
+  AlignedVector<float> cos, sin;            // [T, rotary / 2]
+  InputBuffer input;                        // [T, max(D, H * C)]
+  InputBuffer ffn_input;                    // [T, F]; before that, T > 1: scores of the predictor
+  PredictorInput predictor;                 // T tokens
+  InputBuffer hidden;                       // [T, R]
+  AlignedVector<float> scores;              // [F]
+  AlignedVector<std::int32_t> differences;  // [F, sign rows]
   std::vector<ThreadScratch> threads;
-  std::vector<std::int32_t> all;  // [F] 0, 1, 2 ...
-  std::vector<float> zeros;       // [F] thresholds of the exact mode
+  // Decoding, the neurons are cut into pieces that threads take in turn.
+  std::atomic<std::int64_t> next_piece = 0;
+  std::vector<std::int32_t> kept;         // [F] active neurons of a piece, from where the piece begins
+  std::vector<std::int64_t> kept_counts;  // [pieces]
+  std::vector<std::int32_t> all;          // [F] 0, 1, 2 ...
+  std::vector<float> zeros;               // [F] thresholds of the exact mode
 };
 
 /// Where `capture` wants the FFN of one layer; row t of the step is row `first + t`.
@@ -87,6 +111,13 @@ struct Capture {
   float* gate = nullptr;  // [*, F], null: not asked for
   float* up = nullptr;    // [*, F]
   float* out = nullptr;   // [*, D]
+};
+
+/// Candidates from outside instead of a predictor's, of all tokens of a call.
+struct GivenCandidates {
+  const bool* mask = nullptr;  // [layers, tokens, F], or null
+  std::int64_t tokens = 0;
+  std::int64_t first = 0;  // token of the call that is token 0 of the step
 };
 
 struct Step {
@@ -98,7 +129,9 @@ struct Step {
   std::int64_t position = 0;  // of the first token
   std::int64_t T = 1;
   std::span<Capture> captures = {};  // per layer, or empty
+  GivenCandidates given = {};
 
+  bool predicted() const { return mode == Mode::kPredicted; }
   const ModelConfig& config() const { return model.config; }
   const KernelTable& kernels() const { return model.kernels; }
   int thread_count() const { return model.pool.size(); }
@@ -124,9 +157,15 @@ void output_logits(Step& step, std::int64_t first, float* logits, int index) noe
 inline Range share(const Step& step, std::int64_t total, int index) {
   return split(total, kBlock, index, step.thread_count());
 }
-/// Stages at which the residual is looked at: the attention of layer n is stage 2 n, its FFN 2 n + 1.
-constexpr std::int64_t attention_stage(std::int64_t layer) { return 2 * layer; }
-constexpr std::int64_t ffn_stage(std::int64_t layer) { return 2 * layer + 1; }
+/// Stages at which numbers are looked at, in order: what the attention reads, what the FFN reads, and what
+/// the predictor computed.
+constexpr std::int64_t kStagesPerLayer = 3;
+constexpr std::int64_t attention_stage(std::int64_t layer) { return kStagesPerLayer * layer; }
+constexpr std::int64_t ffn_stage(std::int64_t layer) { return kStagesPerLayer * layer + 1; }
+constexpr std::int64_t predictor_stage(std::int64_t layer) { return kStagesPerLayer * layer + 2; }
+inline void note_broken(ThreadScratch& thread, std::int64_t stage) {
+  thread.broken_at = std::min(thread.broken_at, stage);
+}
 /// Normalises token t into row `to` of `input`, with its 8-bit form where `quantized`; notes NaN and Inf.
 void normalize(const Step& step, const std::vector<float>& weight, bool quantized, std::int64_t stage,
                std::int64_t t, InputBuffer& input, std::int64_t to, int index);
@@ -136,7 +175,7 @@ bool all_finite(const float* x, std::int64_t n);
 inline bool below(float value, float threshold) {
   return static_cast<bool>(static_cast<int>(std::fabs(value) < threshold) | static_cast<int>(value == 0.0F));
 }
-/// The thresholds of a layer in the mode of the step.
+/// The thresholds of a layer in the mode of the step: predicted mode has those of the file, if any.
 struct Thresholds {
   const float* gate;
   const float* neuron;

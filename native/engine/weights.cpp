@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <set>
 #include <string_view>
 #include <unordered_set>
@@ -12,7 +13,7 @@
 namespace turbosparse {
 namespace {
 
-constexpr std::uint32_t kGgmlF32 = 0;
+constexpr std::uint32_t kGgmlI32 = 26;
 
 [[noreturn]] void fail(const std::string& place, const std::string& expected, const std::string& got) {
   throw ModelFileError("[" + place + "] expected " + expected + ", got " + got);
@@ -83,6 +84,24 @@ class Binder {
     return find(name) == nullptr ? std::vector<float>{} : vector(name, size);
   }
 
+  /// Indices below `bound`, strictly ascending; empty where there is no such tensor.
+  std::vector<std::int32_t> optional_indices(const std::string& name, std::int64_t bound) {
+    const GgufTensor* found = find(name);
+    if (found == nullptr) return {};
+    const std::string expected = "ascending I32 indices from 0 to " + std::to_string(bound - 1);
+    if (found->type != kGgmlI32 || found->shape.size() != 1)
+      fail(name, expected, "another type or " + shape_text(found->shape));
+    std::vector<std::int32_t> indices(found->data.size() / sizeof(std::int32_t));
+    std::memcpy(indices.data(), found->data.data(), found->data.size());
+    std::int64_t previous = -1;
+    for (const std::int32_t index : indices) {
+      if (index <= previous || index >= bound)
+        fail(name, expected, std::to_string(index) + " after " + std::to_string(previous));
+      previous = index;
+    }
+    return indices;
+  }
+
   /// Tensors nobody asked for belong to another function than the one computed here.
   void refuse_unknown() const {
     for (const GgufTensor& tensor : file_.tensors()) {
@@ -124,7 +143,7 @@ void bind_ffn(Binder& binder, const std::string& block, const ModelConfig& confi
   const std::int64_t D = config.hidden_size;
   const std::int64_t F = config.intermediate_size;
   layer.ffn_norm = binder.vector(block + "ffn_norm.weight", D);
-  binder.matrix(block + "ffn_gate.weight", F, D, &layer.gate);
+  if (config.gated) binder.matrix(block + "ffn_gate.weight", F, D, &layer.gate);
   binder.matrix(block + "ffn_up.weight", F, D, &layer.up);
   if (neuron_major) {
     binder.matrix(block + "ffn_down_t.weight", F, D, &layer.down);
@@ -132,12 +151,28 @@ void bind_ffn(Binder& binder, const std::string& block, const ModelConfig& confi
     binder.matrix(block + "ffn_down.weight", D, F, &layer.down);
   }
   layer.threshold = binder.optional_vector(block + "ffn_threshold", F);
-  layer.gate_threshold = binder.optional_vector(block + "ffn_gate_threshold", F);
+  if (config.gated) layer.gate_threshold = binder.optional_vector(block + "ffn_gate_threshold", F);
   const auto usable = [](float value) { return value >= 0 && std::isfinite(value); };
   if (!std::ranges::all_of(layer.threshold, usable) || !std::ranges::all_of(layer.gate_threshold, usable)) {
     fail(block + "ffn_threshold", "finite thresholds of at least 0", "a negative one, NaN or Inf");
   }
   if (!layer.threshold.empty()) layer.gate_threshold.resize(static_cast<std::size_t>(F), 0.0F);
+}
+
+void bind_predictor(Binder& binder, const std::string& block, const ModelConfig& config, float threshold,
+                    LayerPredictor& predictor) {
+  predictor.threshold = threshold;
+  predictor.hot = binder.optional_indices(block + "ffn_pred_hot", config.intermediate_size);
+  if (config.predictor.kind == PredictorKind::kSign) return;
+  const std::string a = block + "ffn_pred_a.weight";
+  const GgufTensor* found = binder.find(a);
+  if (found == nullptr || found->shape.size() != 2) {
+    fail(a, "a matrix of shape [R, " + std::to_string(config.hidden_size) + "]",
+         found == nullptr ? "no such tensor" : shape_text(found->shape));
+  }
+  const std::int64_t rank = found->shape[0];
+  binder.matrix(a, rank, config.hidden_size, &predictor.a);
+  binder.matrix(block + "ffn_pred_b.weight", config.intermediate_size, rank, &predictor.b);
 }
 
 /// Packs the rows of one tensor on all threads.
@@ -167,8 +202,8 @@ void pack(const Packing& packing, std::byte* out, ThreadPool& pool) {
 
 }  // namespace
 
-Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config, ThreadPool& pool,
-                 WeightType transcode)
+Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config, const KernelTable& kernels,
+                 ThreadPool& pool, WeightType transcode)
     : file_(std::move(file)) {
   Binder binder(*file_, transcode);
   const std::int64_t D = config.hidden_size;
@@ -182,6 +217,8 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
     if (n > 0 && thresholds != has_thresholds)
       fail(block + "ffn_threshold", "thresholds in all layers or none", "some");
     has_thresholds = thresholds;
+    if (config.predictor.kind != PredictorKind::kNone)
+      bind_predictor(binder, block, config, config.predictor.thresholds[n], layers[n].predictor);
   }
   embedding_ = &binder.tensor("token_embd.weight", {config.vocab_size, D});
   const bool tied = file_->tensor("output.weight") == nullptr;
@@ -190,6 +227,7 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
   rope_freqs = binder.optional_vector("rope_freqs.weight", config.rotary_dim / 2);
   binder.refuse_unknown();
 
+  if (config.predictor.kind == PredictorKind::kSign) take_signs(config, kernels, pool);
   std::size_t total = 0;
   for (const Packing& packing : binder.packings()) {
     total += aligned_bytes(packing.target->row_bytes * static_cast<std::size_t>(packing.target->rows));
@@ -201,14 +239,45 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
     packing.target->data = out;
     file_->release(packing.tensor->data);
   }
-  bytes = binder.bytes();
+  bytes = binder.bytes() + signs_.size();
   transcoded = binder.transcoded();
   std::set<std::string> types;
   for (const LayerWeights& layer : layers) {
-    for (const Matrix* matrix : {&layer.gate, &layer.up, &layer.down})
+    for (const Matrix* matrix : {&layer.first(config.gated), &layer.up, &layer.down})
       types.insert(weight_type_name(matrix->type));
   }
   ffn_types.assign(types.begin(), types.end());
+}
+
+/// The signs of gate, and with dReLU of up, as they stand in the file.
+void Weights::take_signs(const ModelConfig& config, const KernelTable& kernels, ThreadPool& pool) {
+  std::vector<std::string> names{config.gated ? "ffn_gate.weight" : "ffn_up.weight"};
+  if (config.activation == Activation::kDRelu) names.emplace_back("ffn_up.weight");
+  sign_rows = static_cast<std::int64_t>(names.size());
+  const std::int64_t D = config.hidden_size;
+  const std::int64_t words = sign_words(D);
+  const std::size_t layer_bytes =
+      static_cast<std::size_t>(config.intermediate_size * sign_rows * words) * sizeof(std::uint64_t);
+  signs_ = Arena(layers.size() * aligned_bytes(layer_bytes));
+  std::vector<std::vector<float>> rows(static_cast<std::size_t>(pool.size()));
+  for (auto& row : rows) row.resize(static_cast<std::size_t>(D));
+  for (std::size_t n = 0; n < layers.size(); ++n) {
+    auto* signs = reinterpret_cast<std::uint64_t*>(signs_.take(layer_bytes));
+    layers[n].predictor.signs = signs;
+    for (std::size_t which = 0; which < names.size(); ++which) {
+      const GgufTensor& tensor = *file_->tensor("blk." + std::to_string(n) + "." + names[which]);
+      const std::size_t row_bytes = ggml_row_bytes(tensor.type, D);
+      pool.run([&](int index) noexcept {
+        float* values = rows[static_cast<std::size_t>(index)].data();
+        const Range range = split(config.intermediate_size, 1, index, pool.size());
+        for (std::int64_t r = range.begin; r < range.end; ++r) {
+          ggml_dequantize_row(tensor.type, tensor.data.data() + static_cast<std::size_t>(r) * row_bytes, D,
+                              values);
+          kernels.sign_bits(values, D, signs + (r * sign_rows + static_cast<std::int64_t>(which)) * words);
+        }
+      });
+    }
+  }
 }
 
 void Weights::embed(std::int32_t id, float* out) const noexcept {

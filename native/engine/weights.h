@@ -18,6 +18,15 @@
 
 namespace turbosparse {
 
+/// What names the candidates of a layer.
+struct LayerPredictor {
+  Matrix a;                              // [R, D], low rank
+  Matrix b;                              // [F, R]
+  const std::uint64_t* signs = nullptr;  // [F, sign_rows, words of D], signs of the neuron's rows
+  std::vector<std::int32_t> hot;         // ascending
+  float threshold = 0;
+};
+
 struct LayerWeights {
   std::vector<float> attn_norm;               // [D]
   std::vector<float> ffn_norm;                // [D]
@@ -25,18 +34,26 @@ struct LayerWeights {
   Matrix k, v;                                // [K * C, D]
   std::vector<float> q_bias, k_bias, v_bias;  // as many as rows, or empty
   Matrix o;                                   // [D, H * C]
-  Matrix gate, up;                            // [F, D]
+  Matrix gate, up;                            // [F, D]; gate is empty in a model without
   Matrix down;                                // [D, F], or [F, D] where Weights::neuron_major
   std::vector<float> threshold;               // [F], or empty
   std::vector<float> gate_threshold;          // [F] where there are thresholds, else empty
+  LayerPredictor predictor;
+
+  /// The projection that f is applied to.
+  const Matrix& first(bool gated) const { return gated ? gate : up; }
+  /// Whether a product reads the 8-bit form of the FFN's input.
+  bool quantized_ffn_input() const {
+    return is_quantized(gate.type) || is_quantized(up.type) || is_quantized(predictor.a.type);
+  }
 };
 
 class Weights {
  public:
   /// Reads what `config` needs, on the threads of `pool`; types without a kernel become `transcode`. Throws
   /// ModelFileError for tensors that are missing, unknown, or of another shape or type than expected.
-  Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config, ThreadPool& pool,
-          WeightType transcode);
+  Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config, const KernelTable& kernels,
+          ThreadPool& pool, WeightType transcode);
 
   /// The embedding of a token as floats; 0 <= id < vocab_size.
   void embed(std::int32_t id, float* out) const noexcept;
@@ -47,14 +64,18 @@ class Weights {
   std::vector<float> rope_freqs;   // [rotary / 2], frequencies are divided by it; or empty
   bool neuron_major = false;       // whether `down` has one row per neuron
   bool has_thresholds = false;
+  std::int64_t sign_rows = 0;                     // per neuron in a sign predictor: one, with dReLU two
   std::size_t bytes = 0;                          // of all matrices, as packed
   std::map<std::string, std::string> transcoded;  // type in the file -> type in memory
   std::vector<std::string> ffn_types;             // types of gate, up and down after loading, sorted
 
  private:
+  void take_signs(const ModelConfig& config, const KernelTable& kernels, ThreadPool& pool);
+
   std::shared_ptr<const GgufFile> file_;
   const GgufTensor* embedding_ = nullptr;
   Arena arena_;
+  Arena signs_;
 };
 
 }  // namespace turbosparse

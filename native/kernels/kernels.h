@@ -92,6 +92,16 @@ struct KernelTable {
                  std::int64_t col_begin, std::int64_t col_end, float* y, std::int64_t y_stride,
                  std::byte* scratch) noexcept;
 
+  // ---- signs
+  // ----------------------------------------------------------------------------------------------
+  /// Bit i % 64 of bits[i / 64] = x[i] > 0 for i < n; the last of sign_words(n) words is filled up with
+  /// zeros.
+  void (*sign_bits)(const float* x, std::int64_t n, std::uint64_t* bits) noexcept;
+  /// out[r] = number of bits in which row r and x differ, for row_begin <= r < row_end; each row has `words`
+  /// words.
+  void (*sign_differences)(const std::uint64_t* rows, std::int64_t words, const std::uint64_t* x,
+                           std::int64_t row_begin, std::int64_t row_end, std::int32_t* out) noexcept;
+
   // ---- vectors
   // ----------------------------------------------------------------------------------------------
   /// out[i] = x[i] / sqrt(mean(x^2) + eps) * weight[i]. out may be x.
@@ -114,6 +124,9 @@ struct KernelTable {
   void (*attend_f32)(const float* q, const float* k, const float* v, std::int64_t n, std::int64_t C,
                      std::int64_t kv_stride, float scale, float* scores, float* out) noexcept;
 };
+
+/// 64-bit words that hold the signs of n values.
+constexpr std::int64_t sign_words(std::int64_t n) { return (n + 63) / 64; }
 
 /// Scratch that gemm and gemm_t need per thread for an inner dimension of `cols`.
 std::size_t gemm_scratch_bytes(std::int64_t cols);

@@ -7,6 +7,7 @@
 #include "kernels/gemm.inl"
 #include "kernels/gemm_t.inl"
 #include "kernels/gemv.inl"
+#include "kernels/sign.inl"
 #include "kernels/vector_ops.inl"
 
 namespace turbosparse {
@@ -72,13 +73,10 @@ void gemm_t(const Matrix& w, const float* a, std::int64_t a_stride, std::int64_t
 
 template <class Isa>
 constexpr KernelTable make_table() {
-  return {Isa::kName,          quantize_q8<Isa>,
-          dequantize_row<Isa>, gemv<Isa>,
-          gemv_rows<Isa>,      axpy_rows<Isa>,
-          gemm<Isa>,           gemm_t<Isa>,
-          rms_norm<Isa>,       add<Isa>,
-          rope<Isa>,           activate<Isa>,
-          to_half<Isa>,        attend<Isa, std::uint16_t>,
+  return {Isa::kName,        quantize_q8<Isa>,      dequantize_row<Isa>, gemv<Isa>,
+          gemv_rows<Isa>,    axpy_rows<Isa>,        gemm<Isa>,           gemm_t<Isa>,
+          sign_bits<Isa>,    sign_differences<Isa>, rms_norm<Isa>,       add<Isa>,
+          rope<Isa>,         activate<Isa>,         to_half<Isa>,        attend<Isa, std::uint16_t>,
           attend<Isa, float>};
 }
 

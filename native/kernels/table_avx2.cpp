@@ -22,6 +22,7 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 
+#include "kernels/isa/bits_avx2.h"
 #include "kernels/isa/dot_avx2.h"
 #include "kernels/isa/float8.h"
 //
@@ -37,6 +38,7 @@ struct Avx2 {
   using Float = Float8;
   using Wide = Float8;
   using Dot = DotAvx2;
+  using Bits = BitsAvx2;
 };
 
 constexpr KernelTable kAvx2Table = make_table<Avx2>();

@@ -29,6 +29,7 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 #endif
 
+#include "kernels/isa/bits_avx512.h"
 #include "kernels/isa/dot_vnni.h"
 #include "kernels/isa/float16.h"
 //
@@ -43,6 +44,7 @@ struct Avx512 {
   using Float = Float8;
   using Wide = Float16;
   using Dot = DotVnni;
+  using Bits = BitsAvx512;
 };
 
 constexpr KernelTable kAvx512Table = make_table<Avx512>();

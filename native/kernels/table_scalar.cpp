@@ -1,6 +1,7 @@
 // The scalar twin: every kernel as a plain loop. It is what the others are tested against and what runs on a
 // CPU without a table of its own. It shares no code with the *.inl files.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -112,6 +113,19 @@ void gemm_t(const Matrix& w, const float* a, std::int64_t a_stride, std::int64_t
   }
 }
 
+void sign_bits(const float* x, std::int64_t n, std::uint64_t* bits) noexcept {
+  std::fill_n(bits, sign_words(n), std::uint64_t{0});
+  for (std::int64_t i = 0; i < n; ++i) bits[i / 64] |= static_cast<std::uint64_t>(x[i] > 0.0f) << (i % 64);
+}
+
+void sign_differences(const std::uint64_t* rows, std::int64_t words, const std::uint64_t* x,
+                      std::int64_t row_begin, std::int64_t row_end, std::int32_t* out) noexcept {
+  for (std::int64_t r = row_begin; r < row_end; ++r) {
+    out[r] = 0;
+    for (std::int64_t i = 0; i < words; ++i) out[r] += std::popcount(rows[r * words + i] ^ x[i]);
+  }
+}
+
 void rms_norm(const float* x, const float* weight, std::int64_t n, float eps, float* out) noexcept {
   double squares = 0.0;
   for (std::int64_t i = 0; i < n; ++i) squares += static_cast<double>(x[i]) * static_cast<double>(x[i]);
@@ -189,14 +203,12 @@ void attend(const float* q, const Cached* k, const Cached* v, std::int64_t n, st
 }  // namespace
 
 const KernelTable* scalar_table() noexcept {
-  static constexpr KernelTable kTable = {"scalar",       quantize_q8,
-                                         dequantize_row, gemv,
-                                         gemv_rows,      axpy_rows,
-                                         gemm,           gemm_t,
-                                         rms_norm,       add,
-                                         rope,           activate,
-                                         to_half,        attend<std::uint16_t>,
-                                         attend<float>};
+  static constexpr KernelTable kTable = {
+      "scalar",     quantize_q8,      dequantize_row, gemv,
+      gemv_rows,    axpy_rows,        gemm,           gemm_t,
+      sign_bits,    sign_differences, rms_norm,       add,
+      rope,         activate,         to_half,        attend<std::uint16_t>,
+      attend<float>};
   return &kTable;
 }
 

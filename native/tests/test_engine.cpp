@@ -86,19 +86,29 @@ void test_refusals() {
   expect("turbosparse.activation_param",
          [](TinyGguf& g) { g.keys["turbosparse.activation"] = std::string("fatrelu"); });
   expect("turbosparse.version", [](TinyGguf& g) { g.keys["turbosparse.version"] = std::uint32_t{2}; });
-  expect("turbosparse.gated", [](TinyGguf& g) { g.keys["turbosparse.gated"] = false; });
+  expect("turbosparse.gated", [](TinyGguf& g) { g.keys["turbosparse.gated"] = false; });  // with dReLU
   expect("blk.1.ffn_up.weight", [](TinyGguf& g) { g.shapes.erase("blk.1.ffn_up.weight"); });
   expect("blk.1.attn_k.weight", [](TinyGguf& g) { g.shapes["blk.1.attn_k.weight"] = {64, 32}; });
   expect("blk.1.ffn_threshold", [](TinyGguf& g) { g.shapes.erase("blk.1.ffn_threshold"); });
+  expect("predictor.kind", [](TinyGguf& g) { g.keys["turbosparse.predictor.kind"] = std::string("sign"); });
+  expect("predictor.kind", [](TinyGguf& g) { g.keys.erase("turbosparse.predictor.kind"); });
+  expect("predictor.input", [](TinyGguf& g) { g.keys.erase("turbosparse.predictor.input"); });
+  expect("predictor.threshold",
+         [](TinyGguf& g) { g.keys["turbosparse.predictor.threshold"] = std::vector<float>{0.0F}; });
+  expect("predictor.threshold", [](TinyGguf& g) { g.keys["turbosparse.predictor.threshold"] = 0.0F; });
+  expect("blk.1.ffn_pred_a.weight", [](TinyGguf& g) { g.shapes.erase("blk.1.ffn_pred_a.weight"); });
+  expect("blk.1.ffn_pred_b.weight", [](TinyGguf& g) { g.shapes["blk.1.ffn_pred_b.weight"] = {96, 9}; });
+  expect("blk.1.ffn_pred_a.weight", [](TinyGguf& g) { g.shapes["blk.1.ffn_pred_a.weight"] = {8}; });
+  expect("blk.1.ffn_pred_hot", [](TinyGguf& g) { g.shapes["blk.1.ffn_pred_hot"] = {97}; });
   expect("blk.0.attn_q_norm.weight", [](TinyGguf& g) { g.shapes["blk.0.attn_q_norm.weight"] = {16}; });
 }
 
-void test_schedules_agree() {
-  for (const Mode mode : {Mode::kDense, Mode::kExact, Mode::kThreshold}) {
+void test_schedules_agree(const TinyGguf& gguf, const std::vector<Mode>& modes) {
+  for (const Mode mode : modes) {
     std::vector<float> first[2];
     for (const int threads : {1, 2, 3}) {
-      Session batch(load(TinyGguf::model(), threads), 64);
-      Session single(load(TinyGguf::model(), threads), 64);
+      Session batch(load(gguf, threads), 64);
+      Session single(load(gguf, threads), 64);
       const std::vector<float> results[2] = {logits(batch, mode, false), logits(single, mode, true)};
       for (int i = 0; i < 2; ++i) {
         if (first[i].empty()) first[i] = results[i];
@@ -116,8 +126,12 @@ void test_schedules_agree() {
       for (std::size_t n = 0; n < 2; ++n) {
         const LayerCounts a = batch.counters().layers[n];
         const LayerCounts b = single.counters().layers[n];
-        CHECK(a.active == b.active && a.gate_passed == b.gate_passed, "mode %s layer %zu: %ld and %ld",
-              mode_name(mode), n, static_cast<long>(a.active), static_cast<long>(b.active));
+        CHECK(a.active == b.active && a.gate_passed == b.gate_passed && a.candidates == b.candidates,
+              "mode %s layer %zu: %ld and %ld", mode_name(mode), n, static_cast<long>(a.active),
+              static_cast<long>(b.active));
+        const auto neurons = static_cast<std::int64_t>(kIds.size()) * 96;
+        CHECK((a.candidates < neurons) == (mode == Mode::kPredicted) && a.found <= a.wanted,
+              "mode %s layer %zu: %ld candidates", mode_name(mode), n, static_cast<long>(a.candidates));
       }
     }
   }
@@ -160,7 +174,11 @@ void test_rollback() {
 
 int main() {
   turbosparse::test_refusals();
-  turbosparse::test_schedules_agree();
+  using turbosparse::Mode;
+  using turbosparse::test::TinyGguf;
+  turbosparse::test_schedules_agree(TinyGguf::model(),
+                                    {Mode::kDense, Mode::kExact, Mode::kThreshold, Mode::kPredicted});
+  turbosparse::test_schedules_agree(TinyGguf::sign_model(), {Mode::kPredicted});
   turbosparse::test_rollback();
   return turbosparse::test::report();
 }

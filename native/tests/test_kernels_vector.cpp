@@ -122,6 +122,30 @@ void check_attend(const KernelTable& k, std::int64_t n, std::int64_t C) {
         static_cast<long long>(n), static_cast<long long>(C), relative_error(out, expected));
 }
 
+void check_signs(const KernelTable& k, std::int64_t n) {
+  std::vector<float> x = normal_floats(n, 11);
+  const float odd[] = {0.0f, -0.0f, kNan, kInf, -kInf, 1e-45f, -1e-45f};
+  for (std::size_t i = 0; i < x.size(); i += 5) x[i] = odd[i / 5 % std::size(odd)];
+  const std::int64_t words = sign_words(n);
+  std::vector<std::uint64_t> expected(static_cast<std::size_t>(words)), bits(expected.size(), ~0ULL);
+  scalar().sign_bits(x.data(), n, expected.data());
+  k.sign_bits(x.data(), n, bits.data());
+  CHECK(bits == expected, "%s sign_bits %lld", k.isa, static_cast<long long>(n));
+
+  constexpr std::int64_t kRows = 37;
+  std::mt19937_64 generator(12);
+  std::vector<std::uint64_t> rows(static_cast<std::size_t>(kRows * words));
+  for (std::uint64_t& word : rows) word = generator();
+  std::copy(bits.begin(), bits.end(), rows.begin());  // no difference in row 0, all of them in row 1
+  std::transform(bits.begin(), bits.end(), rows.begin() + words, [](std::uint64_t word) { return ~word; });
+  std::vector<std::int32_t> differences(kRows, -1), wanted(kRows, -1);
+  scalar().sign_differences(rows.data(), words, bits.data(), 0, kRows - 1, wanted.data());
+  k.sign_differences(rows.data(), words, bits.data(), 0, kRows - 1, differences.data());
+  CHECK(differences == wanted, "%s sign_differences %lld", k.isa, static_cast<long long>(n));
+  CHECK(differences[0] == 0 && differences[1] == 64 * words && differences.back() == -1, "%s: %d %d %d",
+        k.isa, differences[0], differences[1], differences.back());
+}
+
 /// With equal keys the output is the mean of the values; large scores must not overflow.
 void check_attend_properties(const KernelTable& k) {
   constexpr std::int64_t kPositions = 11, kWidth = 16;
@@ -146,6 +170,7 @@ void check_table(const KernelTable& k) {
     check_elementwise(k, n);
     check_activations(k, n);
   }
+  for (const std::int64_t n : {1, 7, 63, 64, 65, 200, 511, 512, 576, 1536, 4096}) check_signs(k, n);
   for (const bool neox : {false, true}) {
     for (const std::int64_t C : {2, 6, 16, 64, 80, 128}) {
       check_rope(k, C, C, neox);

@@ -16,10 +16,11 @@ namespace turbosparse::test {
 
 class TinyGguf {
  public:
-  using Value = std::variant<std::uint32_t, float, bool, std::string>;
+  using Value = std::variant<std::uint32_t, float, bool, std::string, std::vector<float>>;
   using Shape = std::vector<std::uint64_t>;  // slowest first
 
-  /// A complete model: 2 layers, D 64, F 96, 4 heads of 16, 2 kv heads, 50 tokens, neuron-major, dReLU.
+  /// A complete model: 2 layers, D 64, F 96, 4 heads of 16, 2 kv heads, 50 tokens, neuron-major, dReLU, with
+  /// thresholds and predictors of rank 8.
   static TinyGguf model() {
     TinyGguf file;
     const std::string arch = "turbosparse-llama";
@@ -31,15 +32,29 @@ class TinyGguf {
     file.keys[arch + ".attention.layer_norm_rms_epsilon"] = 1e-5F;
     file.keys["turbosparse.version"] = std::uint32_t{1};
     file.keys["turbosparse.activation"] = std::string("drelu");
+    file.keys["turbosparse.predictor.kind"] = std::string("low_rank");
+    file.keys["turbosparse.predictor.input"] = std::string("ffn_norm");
+    file.keys["turbosparse.predictor.threshold"] = std::vector<float>{0.0F, -0.1F};
+    file.shapes["blk.1.ffn_pred_hot"] = {3};
     file.shapes["token_embd.weight"] = {50, 64};
     file.shapes["output_norm.weight"] = {64};
     for (const std::string block : {"blk.0.", "blk.1."}) {
       const std::pair<const char*, Shape> tensors[] = {
-          {"attn_norm.weight", {64}},    {"ffn_norm.weight", {64}},   {"attn_q.weight", {64, 64}},
-          {"attn_k.weight", {32, 64}},   {"attn_v.weight", {32, 64}}, {"attn_output.weight", {64, 64}},
-          {"ffn_gate.weight", {96, 64}}, {"ffn_up.weight", {96, 64}}, {"ffn_down_t.weight", {96, 64}},
-          {"ffn_threshold", {96}}};
+          {"attn_norm.weight", {64}},    {"ffn_norm.weight", {64}},      {"attn_q.weight", {64, 64}},
+          {"attn_k.weight", {32, 64}},   {"attn_v.weight", {32, 64}},    {"attn_output.weight", {64, 64}},
+          {"ffn_gate.weight", {96, 64}}, {"ffn_up.weight", {96, 64}},    {"ffn_down_t.weight", {96, 64}},
+          {"ffn_threshold", {96}},       {"ffn_pred_a.weight", {8, 64}}, {"ffn_pred_b.weight", {96, 8}}};
       for (const auto& [name, shape] : tensors) file.shapes[block + name] = shape;
+    }
+    return file;
+  }
+  /// The same with a predictor of signs.
+  static TinyGguf sign_model() {
+    TinyGguf file = model();
+    file.keys["turbosparse.predictor.kind"] = std::string("sign");
+    for (const std::string block : {"blk.0.", "blk.1."}) {
+      file.shapes.erase(block + "ffn_pred_a.weight");
+      file.shapes.erase(block + "ffn_pred_b.weight");
     }
     return file;
   }
@@ -47,7 +62,7 @@ class TinyGguf {
   std::map<std::string, Value> keys;
   std::map<std::string, Shape> shapes;
 
-  /// The file. Weights come from a fixed seed; thresholds are 0.05.
+  /// The file. Weights come from a fixed seed; thresholds are 0.05, hot neurons 0, 1, 2 ...
   std::vector<std::byte> bytes() const {
     std::vector<std::byte> out;
     put(out, std::uint32_t{0x46554747});  // "GGUF"
@@ -60,7 +75,7 @@ class TinyGguf {
       put_text(out, name);
       put(out, static_cast<std::uint32_t>(shape.size()));
       for (auto size = shape.rbegin(); size != shape.rend(); ++size) put(out, *size);
-      put(out, std::uint32_t{0});  // F32
+      put(out, std::uint32_t{is_list(name) ? 26U : 0U});  // I32 or F32
       put(out, offset);
       offset += padded(count(shape) * sizeof(float));
     }
@@ -71,6 +86,7 @@ class TinyGguf {
   }
 
  private:
+  static bool is_list(const std::string& name) { return name.find("ffn_pred_hot") != std::string::npos; }
   static std::size_t padded(std::size_t n) { return (n + 31) / 32 * 32; }
   static std::size_t count(const Shape& shape) {
     std::size_t n = 1;
@@ -87,18 +103,27 @@ class TinyGguf {
     for (const char c : text) out.push_back(static_cast<std::byte>(c));
   }
   static void put_key(std::vector<std::byte>& out, const std::string& key, const Value& value) {
-    constexpr std::uint32_t kKinds[] = {4, 6, 7, 8};  // uint32, float32, bool, string
+    constexpr std::uint32_t kKinds[] = {4, 6, 7, 8, 9};  // uint32, float32, bool, string, array
     put_text(out, key);
     put(out, kKinds[value.index()]);
     if (const auto* number = std::get_if<std::uint32_t>(&value)) put(out, *number);
     if (const auto* real = std::get_if<float>(&value)) put(out, *real);
     if (const auto* flag = std::get_if<bool>(&value)) put(out, static_cast<std::uint8_t>(*flag));
     if (const auto* text = std::get_if<std::string>(&value)) put_text(out, *text);
+    if (const auto* list = std::get_if<std::vector<float>>(&value)) {
+      put(out, kKinds[1]);
+      put(out, std::uint64_t{list->size()});
+      for (const float number : *list) put(out, number);
+    }
   }
   static void put_tensor(std::vector<std::byte>& out, const std::string& name, const Shape& shape,
                          std::mt19937& generator) {
     std::normal_distribution<float> normal(0.0F, 1.0F / std::sqrt(static_cast<float>(shape.back())));
     for (std::size_t i = 0; i < count(shape); ++i) {
+      if (is_list(name)) {
+        put(out, static_cast<std::int32_t>(i));
+        continue;
+      }
       const bool constant = shape.size() == 1;
       put(out, constant ? (name.find("threshold") == std::string::npos ? 1.0F : 0.05F) : normal(generator));
     }

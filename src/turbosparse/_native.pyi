@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-Mode = Literal["dense", "exact", "threshold"]
+Mode = Literal["dense", "exact", "threshold", "predicted"]
 
 class GgufTensor:
     """One tensor of a model file: where it lies and what it is."""
@@ -131,12 +131,15 @@ class Session:
         mode: Mode = "dense",
         logits: Literal["none", "last", "all"] = "last",
         should_stop: Callable[[], bool] | None = None,
+        candidates: NDArray[np.bool_] | None = None,
     ) -> NDArray[np.float32]:
         """Appends tokens and returns logits, shape (0 | 1 | len(ids), vocab_size).
 
         Releases the GIL. Python signals are checked between layers (so Ctrl-C raises KeyboardInterrupt, with
         the cache rolled back), and `should_stop` between chunks. A mode defines the function that is
-        computed, one token or many at a time: thresholds apply in prefill too.
+        computed, one token or many at a time: thresholds and predictors apply in prefill too. In mode
+        predicted, `candidates`, shape (layers, len(ids), F), takes the predictor's place, which the file
+        need not have then.
         Raises ContextLengthError, ConfigError (unknown mode, id out of range), ModelFileError (mode that the
         file cannot run), EngineError (NaN or Inf in the logits, named by layer where it began).
         """
@@ -146,12 +149,15 @@ class Session:
         """Runs ids densely from the current position and returns, per asked layer, FFN arrays.
 
         Each entry is (gate, up, out): f(gate) after the activation [T, F], g(up) [T, F], FFN output [T, D].
+        Without a gate: f(up), ones, and the output.
         """
     @property
     def counters(self) -> dict[str, Any]:
-        """Since the last reset: tokens, active (list[int], neurons used by down, per layer), gate_passed
-        (list[int], neurons whose up row was needed), bytes_read (weights and KV cache, decode steps only),
-        decode_tokens."""
+        """Since the last reset: tokens, decode_tokens (those that came alone), bytes_read (weights and KV
+        cache of those), and per layer, list[int], neurons summed over tokens: candidates (whose gate row was
+        needed), gate_passed (whose up row was needed), active (used by down). In mode predicted, for tokens
+        that came together, also wanted (kept by the mode's thresholds, candidates or not) and found (those
+        of them that were candidates)."""
     def reset_counters(self) -> None: ...
 
 def available_isas() -> list[str]:

@@ -25,6 +25,9 @@ MODEL = TinyModel(
     down_t=True,
     threshold=0.1,
     gate_threshold=0.05,
+    predictor="low_rank",
+    ranks=(32,),
+    hot=(3, 9),
     hidden_size=32,
     intermediate_size=64,
     num_attention_heads=2,
@@ -32,6 +35,7 @@ MODEL = TinyModel(
     rope_scaling_factor=2.0,
     rope_freqs=True,
 )
+MODES = ["dense", "exact", "threshold", "predicted"]
 ODD_VALUES = [
     StoredValue("uint32", 0),
     StoredValue("uint32", 1),
@@ -49,6 +53,8 @@ ODD_VALUES = [
     StoredValue("string", ""),
     StoredValue("string", "gpt5"),
     StoredValue("uint32[]", [1, 2]),
+    StoredValue("float32[]", [1.0, math.nan]),
+    StoredValue("float32[]", [1.0]),
     StoredValue("string[]", ["a"]),
     None,
 ]
@@ -93,17 +99,17 @@ def keys_of_the_engine() -> list[str]:
         "rope.dimension_count",
     )
     others = ("rope.scaling.type", "rope.scaling.factor", "attention.key_length", "attention.sliding_window")
-    ours = ("version", "activation", "activation_param", "gated")
+    ours = ("version", "activation", "activation_param", "gated", "predictor.kind", "predictor.input")
     return [
         "general.architecture",
         *(f"turbosparse-llama.{name}" for name in (*sizes, *more, *others, "expert_count")),
-        *(f"turbosparse.{name}" for name in ours),
+        *(f"turbosparse.{name}" for name in (*ours, "predictor.threshold")),
     ]
 
 
 def test_the_model_itself_runs(source: ModelFile) -> None:
     assert run(Path(source.path)) == ""
-    assert _native.Model(source.path, threads=1).info.modes == ["dense", "exact", "threshold"] == source.modes
+    assert _native.Model(source.path, threads=1).info.modes == MODES == source.modes
 
 
 @pytest.mark.parametrize("key", keys_of_the_engine())
@@ -135,6 +141,13 @@ VALUES: dict[str, Callable[[Array], Array]] = {
 }
 
 
+HOT = "blk.0.ffn_pred_hot"
+
+
+def weights(source: ModelFile) -> list[str]:
+    return [name for name in source.tensors if name != HOT]
+
+
 def damaged(source: ModelFile, path: Path, tensor: TensorSource) -> str:
     copy_with(source, path, tensors=[tensor])
     return run(path)
@@ -142,19 +155,21 @@ def damaged(source: ModelFile, path: Path, tensor: TensorSource) -> str:
 
 @pytest.mark.parametrize("damage", SHAPES)
 def test_tensors_of_another_shape_are_refused(source: ModelFile, damage: str, tmp_path: Path) -> None:
-    for number, name in enumerate(source.tensors):
+    for number, name in enumerate(weights(source)):
         values = source.dequantised(name)
         changed = SHAPES[damage](values)
         if changed.shape == values.shape:
             continue
         error = damaged(source, tmp_path / f"{number}.gguf", TensorSource.of_array(name, changed))
-        if (damage, name) != ("one row less", "token_embd.weight"):  # just a smaller vocabulary
-            assert name in error
+        if damage == "one row less" and name == "token_embd.weight":
+            continue  # just a smaller vocabulary
+        # A predictor's rank is that of its first layer; then the second has the wrong one.
+        assert (name.replace("pred_a", "pred_b") if damage == "one row less" else name) in error
 
 
 @pytest.mark.parametrize("damage", VALUES)
 def test_tensors_of_odd_values_crash_nothing(source: ModelFile, damage: str, tmp_path: Path) -> None:
-    for number, name in enumerate(source.tensors):
+    for number, name in enumerate(weights(source)):
         changed = VALUES[damage](source.dequantised(name))
         error = damaged(source, tmp_path / f"{number}.gguf", TensorSource.of_array(name, changed))
         if "threshold" in name:
@@ -164,16 +179,16 @@ def test_tensors_of_odd_values_crash_nothing(source: ModelFile, damage: str, tmp
 
 
 def test_integers_instead_of_weights_are_refused(source: ModelFile, tmp_path: Path) -> None:
-    for number, (name, info) in enumerate(source.tensors.items()):
-        zeros = np.zeros(info.shape, np.int32)
-        tensor = TensorSource(name=name, type_name="I32", shape=info.shape, read=zeros.copy)
+    for number, name in enumerate(weights(source)):
+        zeros = np.zeros(source.tensor(name).shape, np.int32)
+        tensor = TensorSource(name=name, type_name="I32", shape=zeros.shape, read=zeros.copy)
         assert f"[{name}] expected a type that can be read" in damaged(
             source, tmp_path / f"{number}.gguf", tensor
         )
 
 
 def test_missing_tensors_are_named(source: ModelFile, tmp_path: Path) -> None:
-    optional = {"rope_freqs.weight"} | {name for name in source.tensors if name.endswith("gate_threshold")}
+    optional = {"rope_freqs.weight", HOT, "blk.0.ffn_gate_threshold", "blk.1.ffn_gate_threshold"}
     for number, name in enumerate(source.tensors):
         path = tmp_path / f"{number}.gguf"
         copy_with(source, path, drop=[name])
@@ -182,6 +197,60 @@ def test_missing_tensors_are_named(source: ModelFile, tmp_path: Path) -> None:
         # Without down_t the first layer is asked for down; without one threshold the others are too many.
         part = name.removeprefix("blk.0.").removeprefix("blk.1.").removesuffix("_t.weight")
         assert name in optional or part in error
+
+
+@pytest.mark.parametrize(
+    "indices", [[3, 3], [9, 3], [-1, 3], [3, 64], [2**31 - 1], [[3, 9]]], ids=str
+)
+def test_hot_neurons_that_are_none(source: ModelFile, indices: list[int], tmp_path: Path) -> None:
+    values = np.array(indices, np.int32)
+    tensor = TensorSource(name=HOT, type_name="I32", shape=values.shape, read=values.copy)
+    error = damaged(source, tmp_path / "m.gguf", tensor)
+    assert f"[{HOT}] expected ascending I32 indices from 0 to 63, got " in error
+
+
+def test_hot_neurons_as_floats_are_refused(source: ModelFile, tmp_path: Path) -> None:
+    assert HOT in damaged(source, tmp_path / "m.gguf", TensorSource.of_array(HOT, np.array([3.0])))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "text"),
+    [
+        ("threshold", StoredValue("float32[]", [0.0]), "array of 2 finite float32, one per layer, got 1"),
+        ("threshold", StoredValue("float32[]", [0.0, math.inf]), "got NaN or Inf for layer 1"),
+        ("threshold", StoredValue("float32", 0.0), "got another kind of value"),
+        ("threshold", None, "got no such key"),
+        ("kind", StoredValue("string", "magic"), "expected low_rank or sign, got magic"),
+        ("kind", StoredValue("string", "sign"), "low_rank where there is blk.0.ffn_pred_a.weight, got sign"),
+        ("kind", None, "low_rank or sign where there is turbosparse.predictor."),
+        ("input", StoredValue("string", "logits"), "expected ffn_norm or residual, got logits"),
+        ("input", None, "expected ffn_norm or residual, got no such key"),
+    ],
+)
+def test_keys_of_predictors_are_checked(
+    source: ModelFile, key: str, value: StoredValue | None, text: str, tmp_path: Path
+) -> None:
+    keys = source.stored_metadata()
+    del keys[f"turbosparse.predictor.{key}"]
+    copy_with(
+        source,
+        tmp_path / "m.gguf",
+        metadata=keys | ({f"turbosparse.predictor.{key}": value} if value is not None else {}),
+    )
+    error = run(tmp_path / "m.gguf")
+    assert f"[turbosparse.predictor.{key}]" in error
+    assert text in error
+
+
+def test_predictors_of_another_shape_are_named(source: ModelFile, tmp_path: Path) -> None:
+    for name, shape, expected in [
+        ("blk.1.ffn_pred_a.weight", (32, 31), "shape [32, 32], got [32, 31]"),
+        ("blk.1.ffn_pred_a.weight", (31, 32), "shape [64, 31], got [64, 32]"),  # b has another rank
+        ("blk.0.ffn_pred_b.weight", (64, 33), "shape [64, 32], got [64, 33]"),
+        ("blk.0.ffn_pred_b.weight", (65, 32), "shape [64, 32], got [65, 32]"),
+    ]:
+        tensor = TensorSource.of_array(name, np.zeros(shape, np.float32))
+        assert f"expected {expected}" in damaged(source, tmp_path / f"{shape}.gguf", tensor)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1.0])

@@ -18,12 +18,18 @@ if TYPE_CHECKING:
     from turbosparse._native import Mode, Session
 
 IDS = np.random.default_rng(6).integers(0, 260, 20).astype(np.int32)
-MODES: list[Mode] = ["dense", "exact", "threshold"]
+MODES: list[Mode] = ["dense", "exact", "threshold", "predicted"]
 
 
-def sparse_model(path: Path, weight_type: str = "F32") -> str:
+def sparse_model(path: Path, weight_type: str = "F32", predictor: str | None = "low_rank") -> str:
     spec = TinyModel(
-        activation="drelu", down_t=True, threshold=0.1, gate_threshold=0.05, weight_type=weight_type
+        activation="drelu",
+        down_t=True,
+        threshold=0.1,
+        gate_threshold=0.05,
+        weight_type=weight_type,
+        predictor=predictor,
+        predictor_threshold=-0.1,
     )
     make_tiny_model(path, spec)
     return str(path)
@@ -50,12 +56,14 @@ def test_threads_and_repetition_change_no_bit(tmp_path: Path, weight_type: str, 
 
 
 @pytest.mark.parametrize("isa", available_isas())
-def test_instruction_sets_agree(tmp_path: Path, isa: str) -> None:
-    path = sparse_model(tmp_path / "model.gguf")
-    expected = step_by_step(Model(path, isa="scalar").session(32), "threshold")
+@pytest.mark.parametrize("mode", ["threshold", "predicted"])
+@pytest.mark.parametrize("predictor", ["low_rank", "sign"])
+def test_instruction_sets_agree(tmp_path: Path, predictor: str, mode: Mode, isa: str) -> None:
+    path = sparse_model(tmp_path / "model.gguf", predictor=predictor)
+    expected = step_by_step(Model(path, isa="scalar").session(32), mode)
     model = Model(path, isa=isa)
     assert model.isa == isa
-    logits = step_by_step(model.session(32), "threshold")
+    logits = step_by_step(model.session(32), mode)
     assert np.linalg.norm(logits - expected) < 1e-5 * np.linalg.norm(expected)
 
 
@@ -106,12 +114,12 @@ def test_an_error_in_should_stop_reaches_the_caller(tmp_path: Path) -> None:
 
 
 def test_counters(tmp_path: Path) -> None:
-    model = Model(sparse_model(tmp_path / "model.gguf"))
+    model = Model(sparse_model(tmp_path / "model.gguf", predictor=None))
     session = model.session(32)
     step_by_step(session, "dense")
     dense = session.counters
     assert dense["tokens"] == dense["decode_tokens"] == len(IDS)
-    assert dense["active"] == dense["gate_passed"] == [160 * len(IDS)] * 2
+    assert dense["candidates"] == dense["active"] == dense["gate_passed"] == [160 * len(IDS)] * 2
     cache = 2 * 2 * 32 * 4 * sum(range(1, len(IDS) + 1))  # layers, key and value, kv width, float, positions
     assert dense["bytes_read"] == model.info.weight_bytes * len(IDS) + cache
     session.reset_counters()

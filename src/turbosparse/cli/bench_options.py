@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbosparse.cli.console import add_json_option
+from turbosparse.cli.model_options import MODES
 from turbosparse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_options", "bench_config", "command_line", "synthetic_model"]
 
-MODES = ("dense", "exact", "threshold")
 # Options of synthetic models and the field of SyntheticModel that each of them sets.
 _SYNTHETIC = {
     "quant": "weight_type",

@@ -37,7 +37,7 @@ class Conversation:
         How it chooses tokens.
     max_tokens : int
         Tokens per answer at most.
-    mode : {"dense", "exact", "threshold"} or None
+    mode : {"dense", "exact", "threshold", "predicted"} or None
         How neurons are skipped; None leaves it to the model.
     system : str
         System message; empty for the model's own.

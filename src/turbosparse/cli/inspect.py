@@ -91,6 +91,9 @@ def _facts(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "feed-forward", f"{bytes_text(record['ffn_bytes'])}, {record['ffn_share']:.0%} of all weights"
     down = "ffn_down_t: one row per neuron" if record["neuron_major_down"] else "ffn_down: runs dense only"
     yield "modes", f"{', '.join(record['modes'])}  ({down})"
+    if predictor := record["predictor"]:
+        cost = f"{bytes_text(predictor['bytes'])}, {predictor['ffn_share']:.1%} of the feed-forward bytes"
+        yield "predictor", f"{predictor['kind']} on {predictor['input']}, {cost}"
     for key, value in (record["calibration"] or {}).items():
         if not isinstance(value, list):
             yield key.replace("_", " "), f"{value:g}" if isinstance(value, float) else str(value)

@@ -20,7 +20,7 @@ __all__ = [
     "sampling_config",
 ]
 
-MODES = ("dense", "exact", "threshold")
+MODES = ("dense", "exact", "threshold", "predicted")
 TRANSCODE = ("Q8_0", "Q4_0", "F16", "BF16", "F32")
 
 
@@ -40,7 +40,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_modes: bool = 
         "--mode",
         choices=MODES,
         action="append" if several_modes else "store",
-        help="how neurons are skipped; default: exact, threshold, dense, as the file can",
+        help="how neurons are skipped; default: the first of predicted, exact, threshold, dense that it can",
     )
     group.add_argument("-t", "--threads", type=int, metavar="N", help="default: physical cores, at most 8")
     group.add_argument("--isa", metavar="NAME", help="instruction set: scalar, avx2 ...; default: the best")

@@ -24,12 +24,14 @@ def model_tables(record: dict[str, Any]) -> Iterator["Table"]:
     Yields
     ------
     rich.table.Table
-        Weights by type, thresholds per layer, tensors: those that the record has.
+        Weights by type, thresholds and predictors per layer, tensors: those that the record has.
     """
     if record["types"]:
         yield _type_table(record["types"], record["weight_bytes"])
     if record["thresholds"]:
         yield _threshold_table(record["thresholds"])
+    if record["predictor"]:
+        yield _predictor_table(record["predictor"]["layers"])
     if "tensors" in record:
         yield _tensor_table(record["tensors"])
 
@@ -65,6 +67,21 @@ def _threshold_table(layers: list[dict[str, Any]]) -> "Table":
         cells = ["-" if number is None else f"{number:.3g}" for number in numbers]
         shares = ["-" if share is None else f"{share:.1%}" for share in (entry["gate_passed"], ratio)]
         table.add_row(str(entry["layer"]), *cells, *shares, "█" * round((ratio or 0) * BAR))
+    return table
+
+
+def _predictor_table(layers: list[dict[str, Any]]) -> "Table":
+    right = ["layer", "rank", "type", "bytes", "of the FFN", "threshold", "hot"]
+    ratios = ("recall", "precision", "candidate_ratio", "active_ratio")
+    table = _table("predictors per layer", [], [*right, "recall", "precision", "candidates", "active"])
+    for entry in layers:
+        rank = "-" if entry["rank"] is None else str(entry["rank"])
+        table.add_row(
+            *(str(entry["layer"]), rank, plain_text("/".join(entry["types"]) or "bits")),
+            *(bytes_text(entry["bytes"]), f"{entry['ffn_share']:.1%}", f"{entry['threshold']:.3g}"),
+            str(entry["hot"]),
+            *("-" if entry[ratio] is None else f"{entry[ratio]:.1%}" for ratio in ratios),
+        )
     return table
 
 

@@ -69,9 +69,16 @@ def _measure(args: argparse.Namespace, model: Any, ids: list[int]) -> tuple[dict
     from turbosparse.runtime.perplexity import PerplexityResult, compare_modes, perplexity
 
     def line(result: PerplexityResult) -> str:
-        return (
+        text = (
             f"{result.mode:<9} perplexity {result.perplexity:.4f} +/- {result.standard_error:.4f}, "
             f"{result.tokens} tokens, {100 * result.active_ratio:.1f} % of neurons active"
+        )
+        if result.candidates is None:
+            return text
+        return (
+            f"{text}, {100 * result.candidates.candidate_ratio:.1f} % candidates "
+            f"(recall {100 * result.candidates.recall:.1f} %, "
+            f"precision {100 * result.candidates.precision:.1f} %)"
         )
 
     mode = args.mode or model.default_mode

@@ -33,7 +33,7 @@ DEFAULT_CONTEXT = 4096  # tokens, where the model was trained for as many
 Prompt = str | Sequence[int] | Sequence[Message]
 Transcode = Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"]
 
-_MODES_BY_PREFERENCE: tuple["Mode", ...] = ("exact", "threshold", "dense")
+_MODES_BY_PREFERENCE: tuple["Mode", ...] = ("predicted", "exact", "threshold", "dense")
 
 
 def load(
@@ -127,9 +127,9 @@ class Model:
 
         Returns
         -------
-        {"dense", "exact", "threshold"}
-            exact where the file can, since it loses nothing; else threshold where the file was calibrated;
-            else dense.
+        {"dense", "exact", "threshold", "predicted"}
+            predicted where the file has predictors, since it was made for that; else exact where the file
+            can, which loses nothing; else threshold where the file was calibrated; else dense.
         """
         return next(mode for mode in _MODES_BY_PREFERENCE if mode in self.info.modes)
 
@@ -190,7 +190,7 @@ class Model:
             message with a role and a content.
         max_tokens : int
             At most so many tokens are written, 1 or more.
-        mode : {"dense", "exact", "threshold"}, optional
+        mode : {"dense", "exact", "threshold", "predicted"}, optional
             How the feed-forward layers are computed; by default `default_mode`.
         sampling : SamplingConfig, optional
             How tokens are chosen; by default greedily.
@@ -267,7 +267,7 @@ class Model:
         ----------
         ids : sequence of int
             At least one token, at most the context.
-        mode : {"dense", "exact", "threshold"}, optional
+        mode : {"dense", "exact", "threshold", "predicted"}, optional
             How the feed-forward layers are computed; by default `default_mode`.
 
         Returns
@@ -325,7 +325,7 @@ class Model:
         ----------
         text : str
             A text that the model should not have been calibrated on.
-        mode : {"dense", "exact", "threshold"}, optional
+        mode : {"dense", "exact", "threshold", "predicted"}, optional
             How the feed-forward layers are computed; by default `default_mode`.
         context : int
             Tokens per window; see `turbosparse.runtime.perplexity`.

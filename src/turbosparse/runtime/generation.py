@@ -127,7 +127,7 @@ class Generation:
         For the text and the tokens that end an answer.
     sampler : Sampler
         Chooses the tokens.
-    mode : {"dense", "exact", "threshold"}
+    mode : {"dense", "exact", "threshold", "predicted"}
         How the feed-forward layers are computed.
     max_tokens : int
         At most so many tokens are written.

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from turbosparse.runtime.model_file import KEY_ACTIVATION_PARAM, ModelFile
+from turbosparse.runtime.model_file import KEY_ACTIVATION_PARAM, KEY_PREDICTOR, ModelFile
+from turbosparse.runtime.predictors import read_predictors
 
 __all__ = ["describe"]
 
@@ -45,6 +46,7 @@ def describe(file: ModelFile, *, tensors: bool) -> dict[str, Any]:
         "chat_template": "tokenizer.chat_template" in file.metadata,
         **_weights(file),
         "thresholds": list(_thresholds(file)),
+        "predictor": _predictor(file),
         "calibration": file.calibration() or None,
     }
     if tensors:
@@ -117,6 +119,43 @@ def _thresholds(file: ModelFile) -> Iterator[dict[str, Any]]:
             "gate_passed": _entry(achieved.get("gate_passed"), layer),
             "active_ratio": _entry(achieved.get("active_ratio"), layer),
         }
+
+
+def _predictor(file: ModelFile) -> dict[str, Any] | None:
+    """What the file says of its predictors; their bytes relative to those of gate, up and down."""
+    stored = read_predictors(file)
+    if not stored:
+        return None
+    keys = {
+        key.removeprefix(KEY_PREDICTOR): value
+        for key, value in file.metadata.items()
+        if key.startswith(KEY_PREDICTOR)
+    }
+    ffn_bytes = [0] * len(stored)
+    for tensor in file.tensors.values():
+        if FFN_TENSOR.fullmatch(tensor.name):
+            ffn_bytes[int(tensor.name.split(".")[1])] += tensor.nbytes
+    ratios = ("recall", "precision", "candidate_ratio", "active_ratio")
+    layers = [
+        {
+            "layer": layer,
+            "rank": predictor.rank,
+            "types": list(predictor.types),
+            "bytes": predictor.nbytes,
+            "ffn_share": predictor.nbytes / max(ffn_bytes[layer], 1),
+            "threshold": predictor.threshold,
+            "hot": predictor.hot,
+            **{name: _entry(keys.get(name), layer) for name in ratios},
+        }
+        for layer, predictor in enumerate(stored)
+    ]
+    total = sum(predictor.nbytes for predictor in stored)
+    return {
+        **{key: value for key, value in keys.items() if not isinstance(value, list)},
+        "bytes": total,
+        "ffn_share": total / max(sum(ffn_bytes), 1),
+        "layers": layers,
+    }
 
 
 def _entry(values: Any, layer: int) -> float | None:

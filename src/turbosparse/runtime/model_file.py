@@ -28,6 +28,7 @@ __all__ = [
     "KEY_CALIBRATION",
     "KEY_CETT_TARGET",
     "KEY_GATED",
+    "KEY_PREDICTOR",
     "KEY_VERSION",
     "ModelFile",
     "StoredValue",
@@ -43,6 +44,7 @@ KEY_ACTIVATION_PARAM = "turbosparse.activation_param"
 KEY_GATED = "turbosparse.gated"
 KEY_CETT_TARGET = "turbosparse.cett_target"
 KEY_CALIBRATION = "turbosparse.calibration."  # prefix of the calibration's record
+KEY_PREDICTOR = "turbosparse.predictor."  # prefix of all keys of the predictors
 
 # Architectures that the engine runs, and the activation that a reader assumes where none is written.
 ARCHITECTURES = {"llama": "silu", "qwen2": "silu"}
@@ -51,7 +53,7 @@ ARCHITECTURE_PREFIX = "turbosparse-"
 # Activation names, and whether the activation gives exact zeros.
 ACTIVATIONS = {"silu": False, "gelu": False, "relu": True, "relu2": True, "fatrelu": True, "drelu": True}
 
-Mode = Literal["dense", "exact", "threshold"]
+Mode = Literal["dense", "exact", "threshold", "predicted"]
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,8 @@ class ModelFile:
                 modes.append("exact")
             if self._in_every_layer("ffn_threshold"):
                 modes.append("threshold")
+            if f"{KEY_PREDICTOR}kind" in self.metadata:
+                modes.append("predicted")
         return modes
 
     def integer(self, key: str) -> int:

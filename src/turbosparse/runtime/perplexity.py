@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbosparse.errors import ConfigError, TextError
+from turbosparse.runtime.predictors import CandidateQuality, candidate_quality
 from turbosparse.runtime.prefix_cache import active_ratio
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ class PerplexityResult:
     context: int  # tokens per window; the second half of each is scored
     mode: "Mode"
     active_ratio: float  # share of FFN neurons used, mean over layers and tokens
+    candidates: CandidateQuality | None  # of mode predicted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +92,7 @@ class _Score:
             context=context,
             mode=mode,
             active_ratio=1.0 if ratio is None else ratio,
+            candidates=candidate_quality(session.counters, model.info),
         )
 
 
@@ -110,7 +113,7 @@ def perplexity(
         The engine.
     ids : sequence of int
         The whole text.
-    mode : {"dense", "exact", "threshold"}
+    mode : {"dense", "exact", "threshold", "predicted"}
         How the feed-forward layers are computed.
     context : int
         Tokens per window, at least 8. A text shorter than that is one window.
@@ -158,9 +161,9 @@ def compare_modes(
         The engine; both modes run on its weights.
     ids : sequence of int
         The whole text.
-    mode : {"dense", "exact", "threshold"}
+    mode : {"dense", "exact", "threshold", "predicted"}
         What is judged.
-    against : {"dense", "exact", "threshold"}
+    against : {"dense", "exact", "threshold", "predicted"}
         The baseline.
     context : int
         Tokens per window, at least 8. A text shorter than that is one window.

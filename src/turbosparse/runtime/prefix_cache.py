@@ -95,7 +95,7 @@ class PrefixCache:
         ----------
         ids : sequence of int
             The whole prompt, at least one token.
-        mode : {"dense", "exact", "threshold"}
+        mode : {"dense", "exact", "threshold", "predicted"}
             How the feed-forward layers are computed.
         should_stop : callable, optional
             Asked between chunks of a long prompt.

@@ -7,6 +7,8 @@ thread and no kernel here. What it computes is the definition of each mode:
 - ``exact``: the same numbers, leaving out neurons whose activation is zero.
 - ``threshold``: a neuron is dropped where ``|f(gate)| < ffn_gate_threshold`` or
   ``|f(gate) * g(up)| < ffn_threshold`` (a neuron that equals its threshold is kept).
+- ``predicted``: a neuron that is no candidate of the layer's predictor is dropped; of the others those that
+  ``threshold`` drops, where the file has thresholds.
 """
 
 import os
@@ -19,11 +21,12 @@ from numpy.typing import DTypeLike, NDArray
 
 from turbosparse._native import GgufFile
 from turbosparse.errors import ModelFileError
+from turbosparse.runtime.model_file import KEY_PREDICTOR
 
 __all__ = ["FfnTrace", "ReferenceEngine"]
 
 Array = NDArray[np.float32]
-Mode = Literal["dense", "exact", "threshold"]
+Mode = Literal["dense", "exact", "threshold", "predicted"]
 PREFIX = "turbosparse-"
 
 
@@ -66,6 +69,8 @@ class _Shape:
     eps: float
     activation: str
     activation_param: float
+    gated: bool
+    predictor: dict[str, Any]  # the keys turbosparse.predictor.*, without that
 
     @classmethod
     def read(cls, metadata: dict[str, Any]) -> "_Shape":
@@ -85,6 +90,12 @@ class _Shape:
             eps=metadata[f"{arch}.attention.layer_norm_rms_epsilon"],
             activation=metadata.get("turbosparse.activation", "silu"),
             activation_param=metadata.get("turbosparse.activation_param", 0.0),
+            gated=metadata.get("turbosparse.gated", True),
+            predictor={
+                key.removeprefix(KEY_PREDICTOR): value
+                for key, value in metadata.items()
+                if key.startswith(KEY_PREDICTOR)
+            },
         )
 
 
@@ -92,8 +103,9 @@ class _Shape:
 class FfnTrace:
     """What the FFN of one layer computed for T tokens."""
 
-    gate: Array  # [T, F] f(gate), after the activation
-    up: Array  # [T, F] g(up)
+    gate: Array  # [T, F] f(gate), after the activation; without a gate f(up)
+    up: Array  # [T, F] g(up); without a gate ones
+    candidates: NDArray[np.bool_]  # [T, F] neurons that the mode looked at
     product: Array  # [T, F] their product; 0 where the mode dropped the neuron
     out: Array  # [T, D]
 
@@ -129,6 +141,9 @@ class ReferenceEngine:
         self._weights: dict[str, Array] = {}
         for tensor in file.tensors:
             raw = file.tensor_bytes(tensor.name)
+            if tensor.type_name == "I32":
+                self._weights[tensor.name] = raw.view(np.int32).astype(np.float32)
+                continue
             values = dequantize(raw.reshape(*tensor.shape[:-1], -1) if tensor.type > 1 else raw, tensor.type)
             self._weights[tensor.name] = np.asarray(values, np.float32).reshape(tensor.shape)
         exact = file.tensor("blk.0.attn_k.weight").type_name == "F32"
@@ -187,28 +202,53 @@ class ReferenceEngine:
             x = x + self._attention(
                 n, _rms_norm(x, weights[f"blk.{n}.attn_norm.weight"], shape.eps), positions
             )
-            ffn = self._ffn(n, _rms_norm(x, weights[f"blk.{n}.ffn_norm.weight"], shape.eps), mode)
+            ffn = self._ffn(n, x, mode)
             x = x + ffn.out
             if trace is not None:
                 trace.append(ffn)
         x = _rms_norm(x, weights["output_norm.weight"], shape.eps)
         return x @ weights.get("output.weight", weights["token_embd.weight"]).T
 
-    def _ffn(self, layer: int, x: Array, mode: Mode) -> FfnTrace:
+    def _ffn(self, layer: int, residual: Array, mode: Mode) -> FfnTrace:
         block = f"blk.{layer}.ffn"
-        gate = self._activate(x @ self._weights[f"{block}_gate.weight"].T)
-        up = x @ self._weights[f"{block}_up.weight"].T
+        x = _rms_norm(residual, self._weights[f"{block}_norm.weight"], self._shape.eps)
+        if self._shape.gated:
+            gate = self._activate(x @ self._weights[f"{block}_gate.weight"].T)
+            up = x @ self._weights[f"{block}_up.weight"].T
+        else:
+            gate = self._activate(x @ self._weights[f"{block}_up.weight"].T)
+            up = np.ones_like(gate)
         if self._shape.activation == "drelu":  # ReLU on both factors: Turbo Sparse, arXiv:2406.05955
             up = _relu(up)
-        product = gate * up
-        if mode == "threshold":
-            neuron = self._weights[f"{block}_threshold"]
+        kept = candidates = np.ones(gate.shape, np.bool_)
+        if mode == "predicted":
+            read = residual if self._shape.predictor["input"] == "residual" else x
+            kept = candidates = self._candidates(layer, read)
+        neuron = self._weights.get(f"{block}_threshold")
+        if mode == "threshold" or (mode == "predicted" and neuron is not None):
+            assert neuron is not None, "the engine refuses files without thresholds"
             first = self._weights.get(f"{block}_gate_threshold", np.zeros_like(neuron))
-            kept = (np.abs(gate) >= first) & (np.abs(product) >= neuron)
-            product = np.where(kept, product, np.float32(0))
+            kept = kept & (np.abs(gate) >= first) & (np.abs(gate * up) >= neuron)
+        product = np.where(kept, gate * up, np.float32(0))
         transposed = self._weights.get(f"{block}_down_t.weight")
         down = self._weights[f"{block}_down.weight"].T if transposed is None else transposed
-        return FfnTrace(gate=gate, up=up, product=product, out=product @ down)
+        return FfnTrace(gate=gate, up=up, candidates=candidates, product=product, out=product @ down)
+
+    def _candidates(self, layer: int, x: Array) -> NDArray[np.bool_]:
+        """Neurons [T, F] that the layer's predictor names for the states x [T, D]."""
+        block = f"blk.{layer}.ffn"
+        if self._shape.predictor["kind"] == "low_rank":
+            hidden = _relu(x @ self._weights[f"{block}_pred_a.weight"].T)
+            scores = hidden @ self._weights[f"{block}_pred_b.weight"].T
+        else:  # SparseInfer, arXiv:2411.12692
+            names = ["gate" if self._shape.gated else "up"]
+            names += ["up"] if self._shape.activation == "drelu" else []
+            signs = [np.where(self._weights[f"{block}_{name}.weight"] > 0, 1.0, -1.0) for name in names]
+            agreements = [(np.where(x > 0, 1.0, -1.0) @ rows.T) / x.shape[1] for rows in signs]
+            scores = np.min(agreements, axis=0)
+        candidates = np.asarray(scores, np.float32) >= np.float32(self._shape.predictor["threshold"][layer])
+        candidates[:, self._weights.get(f"{block}_pred_hot", np.zeros(0)).astype(np.int64)] = True
+        return candidates
 
     def _activate(self, gate: Array) -> Array:
         match self._shape.activation:
