@@ -23,10 +23,10 @@ LOWEST = float(np.finfo(np.float32).min)
 
 
 def model_with(path: Path, **settings: Any) -> Path:
-    settings = {"activation": "drelu", "predictor": "low_rank", "down_t": True} | settings
-    if settings["activation"] == "fatrelu":
-        settings["activation_param"] = 0.05
-    make_tiny_model(path, TinyModel(**settings))
+    chosen: dict[str, Any] = {"activation": "drelu", "predictor": "low_rank", "down_t": True, **settings}
+    if chosen["activation"] == "fatrelu":
+        chosen["activation_param"] = 0.05
+    make_tiny_model(path, TinyModel(**chosen))
     return path
 
 

@@ -199,9 +199,7 @@ def test_missing_tensors_are_named(source: ModelFile, tmp_path: Path) -> None:
         assert name in optional or part in error
 
 
-@pytest.mark.parametrize(
-    "indices", [[3, 3], [9, 3], [-1, 3], [3, 64], [2**31 - 1], [[3, 9]]], ids=str
-)
+@pytest.mark.parametrize("indices", [[3, 3], [9, 3], [-1, 3], [3, 64], [2**31 - 1], [[3, 9]]], ids=str)
 def test_hot_neurons_that_are_none(source: ModelFile, indices: list[int], tmp_path: Path) -> None:
     values = np.array(indices, np.int32)
     tensor = TensorSource(name=HOT, type_name="I32", shape=values.shape, read=values.copy)
