@@ -55,14 +55,17 @@ struct Weights {
   std::vector<Matrix> copies;
 };
 
-/// Every tenth row or so, in order.
-std::vector<std::int32_t> tenth_of_rows(std::int64_t rows) {
+/// Ten lists of rows in order, each with one row of every ten neighbours; no row is in two of them.
+std::vector<std::vector<std::int32_t>> tenths_of_rows(std::int64_t rows) {
   std::mt19937 generator(3);
-  std::vector<std::int32_t> list;
-  for (std::int32_t r = 0; r < rows; ++r) {
-    if (generator() % 10 == 0) list.push_back(r);
+  std::vector<std::vector<std::int32_t>> lists(10);
+  for (std::int32_t first = 0; first + 10 <= rows; first += 10) {
+    std::vector<std::int32_t> group(10);
+    std::iota(group.begin(), group.end(), first);
+    std::shuffle(group.begin(), group.end(), generator);
+    for (std::size_t i = 0; i < lists.size(); ++i) lists[i].push_back(group[i]);
   }
-  return list;
+  return lists;
 }
 
 void report(const char* kernel, const KernelTable& k, const Matrix& w, const Shape& shape, int threads,
@@ -87,20 +90,23 @@ void bench_decode(const KernelTable& k, const Weights& weights, const Shape& sha
   const OwnedInput x(1, shape.cols, 4);
   const std::vector<float> coef = normal_floats(shape.rows, 5);
   std::vector<float> y(static_cast<std::size_t>(std::max(shape.rows, shape.cols)));
-  const std::vector<std::int32_t> every = all_rows(shape.rows), tenth = tenth_of_rows(shape.rows);
+  const std::vector<std::vector<std::int32_t>> every{all_rows(shape.rows)},
+      tenths = tenths_of_rows(shape.rows);
   const auto rows_of = [&](const std::vector<std::int32_t>& list, int t) {
     const std::size_t begin = list.size() * static_cast<std::size_t>(t) / static_cast<std::size_t>(threads);
     const std::size_t end = list.size() * static_cast<std::size_t>(t + 1) / static_cast<std::size_t>(threads);
     return std::pair(list.data() + begin, static_cast<std::int64_t>(end - begin));
   };
   const auto columns = [&](int t) { return shape.cols / kBlock * t / threads * kBlock; };
-  const auto run = [&](const char* kernel, const std::vector<std::int32_t>& list, auto call) {
+  // Every list on every copy before any comes again: what is read must have left the caches.
+  const auto run = [&](const char* kernel, const std::vector<std::vector<std::int32_t>>& lists, auto call) {
     if (!Filter::matches(filter.kernel, kernel)) return;
+    const std::size_t copies = weights.copies.size();
     const bench::Times times = bench::measure(threads, kSeconds, [&](int t, std::size_t i) {
-      call(weights.copies[i % weights.copies.size()], list, t);
+      call(weights.copies[i % copies], lists[i / copies % lists.size()], t);
     });
     report(kernel, k, weights.copies[0], shape, threads,
-           static_cast<double>(list.size()) * static_cast<double>(shape.cols), times);
+           static_cast<double>(lists[0].size()) * static_cast<double>(shape.cols), times);
   };
   run("gemv", every, [&](const Matrix& w, const auto& list, int t) {
     const auto [rows, n] = rows_of(list, t);
@@ -110,13 +116,13 @@ void bench_decode(const KernelTable& k, const Weights& weights, const Shape& sha
     const auto [rows, n] = rows_of(list, t);
     k.gemv_rows(w, x.view, rows, n, y.data());
   };
-  run("gemv_rows", tenth, gemv_rows);
+  run("gemv_rows", tenths, gemv_rows);
   const auto axpy = [&](const Matrix& w, const auto& list, int t) {
     k.axpy_rows(w, list.data(), static_cast<std::int64_t>(list.size()), coef.data(), columns(t),
                 columns(t + 1), y.data());
   };
   run("axpy", every, axpy);
-  run("axpy_rows", tenth, axpy);
+  run("axpy_rows", tenths, axpy);
 }
 
 /// 256 rows of the shape: enough to be limited by arithmetic, as prefill is, and short enough to repeat.

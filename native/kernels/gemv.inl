@@ -9,8 +9,12 @@
 namespace turbosparse {
 namespace {
 
-/// How far ahead of their use rows are fetched.
+/// How far ahead of their use rows in sequence are fetched.
 inline constexpr std::int64_t kPrefetchBytes = 4096;
+/// Rows of a list are computed side by side, for more misses at a time than one row has, and fetched this
+/// many ahead.
+inline constexpr int kListRows = 4;
+inline constexpr std::int64_t kListAhead = 16;
 
 /// Sums of n <= 8 blocks from block `first` on, before scaling; lanes are blocks.
 template <class Dot, WeightType kType, bool kFull>
@@ -36,33 +40,50 @@ inline auto block_sums(const std::byte* row, const std::int8_t* q, std::int64_t 
   return Dot::template sum_each<kType>(p, correction);
 }
 
-/// Dot product of a quantised row with input vector 0; `later` is a row to fetch meanwhile.
-template <class Isa, WeightType kType, Fetch kTo>
-inline float dot_quantized(const Matrix& w, const std::byte* row, const std::byte* later, const Input& x) {
+/// Rows that are computed side by side, and rows to fetch meanwhile.
+template <int kRows>
+struct RowGroup {
+  const std::byte* row[kRows];
+  const std::byte* later[kRows];
+};
+
+/// Dot products of quantised rows with input vector 0, to sums[0..kRows).
+template <class Isa, WeightType kType, Fetch kTo, int kRows>
+inline void dot_quantized(const Matrix& w, const RowGroup<kRows>& group, const Input& x, float* out) {
   using Dot = typename Isa::Dot;
   constexpr std::int64_t kGroupBytes = kType == WeightType::kQ8_0 ? 256 : 128;
-  const std::int64_t blocks = w.cols / kBlock;
-  const std::byte* scales = row + scales_offset(kType, w.cols);
-  auto sum = Float8::zero();
+  const std::int64_t blocks = w.cols / kBlock, scales = scales_offset(kType, w.cols);
+  Float8::V sums[kRows];
+  for (auto& sum : sums) sum = Float8::zero();
   std::int64_t b = 0;
-  for (; b + 8 <= blocks; b += 8, later += kGroupBytes) {
-    prefetch<kTo>(later, kGroupBytes);
+  for (; b + 8 <= blocks; b += 8) {
     const auto correction = Dot::template correction<kType>(Dot::load(x.q_sum + b));
-    const auto sums = block_sums<Dot, kType, true>(row, x.q, b, 8, correction);
-    sum = Float8::fma(sums, Float8::mul(Float8::load_half(scales + 2 * b), Float8::load(x.scale + b)), sum);
+    const auto x_scale = Float8::load(x.scale + b);
+    for (int r = 0; r < kRows; ++r) {
+      prefetch<kTo>(group.later[r] + b / 8 * kGroupBytes, kGroupBytes);
+      const auto products = block_sums<Dot, kType, true>(group.row[r], x.q, b, 8, correction);
+      const auto scale = Float8::load_half(group.row[r] + scales + 2 * b);
+      sums[r] = Float8::fma(products, Float8::mul(scale, x_scale), sums[r]);
+    }
   }
-  prefetch<kTo>(later, static_cast<std::int64_t>(w.row_bytes) - b / 8 * kGroupBytes);
+  const std::int64_t fetched = b / 8 * kGroupBytes;
+  for (const std::byte* later : group.later) {
+    prefetch<kTo>(later + fetched, static_cast<std::int64_t>(w.row_bytes) - fetched);
+  }
   if (b < blocks) {
     const std::int64_t n = blocks - b;
     const auto correction = Dot::template correction<kType>(Dot::load_int32_n(x.q_sum + b, n));
-    const auto sums = block_sums<Dot, kType, false>(row, x.q, b, n, correction);
     const auto x_scale = Float8::load_n(x.scale + b, n);
-    sum = Float8::fma(sums, Float8::mul(Float8::load_half(scales + 2 * b), x_scale), sum);
+    for (int r = 0; r < kRows; ++r) {
+      const auto products = block_sums<Dot, kType, false>(group.row[r], x.q, b, n, correction);
+      const auto scale = Float8::load_half(group.row[r] + scales + 2 * b);
+      sums[r] = Float8::fma(products, Float8::mul(scale, x_scale), sums[r]);
+    }
   }
-  return Float8::sum(sum);
+  for (int r = 0; r < kRows; ++r) out[r] = Float8::sum(sums[r]);
 }
 
-/// Dot product of a row of floats with input vector 0.
+/// Dot product of a row of floats with input vector 0; `later` is a row to fetch meanwhile.
 template <class Isa, WeightType kType, Fetch kTo>
 inline float dot_float(const Matrix& w, const std::byte* row, const std::byte* later, const Input& x) {
   using Float = typename Isa::Float;
@@ -87,35 +108,43 @@ inline float dot_float(const Matrix& w, const std::byte* row, const std::byte* l
   return Float::sum(Float::add(Float::add(sums[0], sums[1]), Float::add(sums[2], sums[3])));
 }
 
-template <class Isa, WeightType kType, Fetch kTo>
-inline float dot_row(const Matrix& w, const std::byte* row, const std::byte* later, const Input& x) {
+template <class Isa, WeightType kType, Fetch kTo, int kRows>
+inline void dot_rows(const Matrix& w, const RowGroup<kRows>& group, const Input& x, float* out) {
   if constexpr (is_quantized(kType)) {
-    return dot_quantized<Isa, kType, kTo>(w, row, later, x);
+    dot_quantized<Isa, kType, kTo>(w, group, x, out);
   } else {
-    return dot_float<Isa, kType, kTo>(w, row, later, x);
+    for (int r = 0; r < kRows; ++r) out[r] = dot_float<Isa, kType, kTo>(w, group.row[r], group.later[r], x);
   }
-}
-
-inline std::int64_t rows_ahead(const Matrix& w) {
-  return std::max<std::int64_t>(1, kPrefetchBytes / static_cast<std::int64_t>(w.row_bytes));
 }
 
 template <class Isa, WeightType kType>
 void gemv_type(const Matrix& w, const Input& x, std::int64_t row_begin, std::int64_t row_end, float* y) {
-  const std::int64_t ahead = rows_ahead(w);
+  const std::int64_t ahead =
+      std::max<std::int64_t>(1, kPrefetchBytes / static_cast<std::int64_t>(w.row_bytes));
   for (std::int64_t r = row_begin; r < row_end; ++r) {
-    y[r] = dot_row<Isa, kType, Fetch::kNear>(w, row_data(w, r), row_data(w, std::min(r + ahead, row_end - 1)),
-                                             x);
+    const RowGroup<1> group{{row_data(w, r)}, {row_data(w, std::min(r + ahead, row_end - 1))}};
+    dot_rows<Isa, kType, Fetch::kNear>(w, group, x, y + r);
   }
+}
+
+template <class Isa, WeightType kType, int kRows>
+inline void gemv_row_group(const Matrix& w, const Input& x, const std::int32_t* rows, std::int64_t left,
+                           float* y) {
+  RowGroup<kRows> group;
+  for (int r = 0; r < kRows; ++r) {
+    group.row[r] = row_data(w, rows[r]);
+    group.later[r] = row_data(w, rows[std::min(r + kListAhead, left - 1)]);
+  }
+  float out[kRows];
+  dot_rows<Isa, kType, Fetch::kFar>(w, group, x, out);
+  for (int r = 0; r < kRows; ++r) y[rows[r]] = out[r];
 }
 
 template <class Isa, WeightType kType>
 void gemv_rows_type(const Matrix& w, const Input& x, const std::int32_t* rows, std::int64_t n, float* y) {
-  const std::int64_t ahead = rows_ahead(w);
-  for (std::int64_t i = 0; i < n; ++i) {
-    const std::int32_t later = rows[std::min(i + ahead, n - 1)];
-    y[rows[i]] = dot_row<Isa, kType, Fetch::kFar>(w, row_data(w, rows[i]), row_data(w, later), x);
-  }
+  std::int64_t i = 0;
+  for (; i + kListRows <= n; i += kListRows) gemv_row_group<Isa, kType, kListRows>(w, x, rows + i, n - i, y);
+  for (; i < n; ++i) gemv_row_group<Isa, kType, 1>(w, x, rows + i, n - i, y);
 }
 
 }  // namespace
