@@ -25,15 +25,33 @@ def test_shows_texts_speed_sparsity_and_perplexity_of_both(
     printed = capsys.readouterr().out
     for expected in ("CETT 0.2", "dense  ", "threshold  ", "tok/s", "x dense", "perplexity on", "100% "):
         assert expected in printed
-    assert ("this model uses SiLU" in printed) == (activation == "silu")
+    assert ("this model uses silu" in printed) == (activation == "silu")
     record = json.loads(printed.splitlines()[-1])
     assert record["dense"]["tok_per_s"] > 0
+    assert record["dense"]["ratio_to_dense"] == 1
     assert record["threshold"]["bytes_per_token"] < record["dense"]["bytes_per_token"]
     assert record["threshold"]["active_ratio"] < record["dense"]["active_ratio"] == 1
-    assert len(record["sparsity_per_layer"]) == 2
+    assert len(record["threshold"]["sparsity_per_layer"]) == 2
+    assert ("exact" in record) == (activation == "relu")
+    if activation == "relu":
+        assert record["exact"]["perplexity_ratio"] == 1
+        assert record["exact"]["text"] == record["dense"]["text"]
     written = tmp_path / "cache" / "turbosparse" / "tiny.cett-0.2.gguf"
     assert record["model"] == str(written)
     assert "threshold" in ModelFile(written).modes
+
+
+def test_a_sparse_file_runs_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "sparse.gguf"
+    make_tiny_model(path, TinyModel(activation="drelu", down_t=True))
+    assert main(["demo", "--model", str(path), "-n", "8", "-t", "1", "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert "Calibration" not in printed
+    assert "(the same text)" in printed
+    record = json.loads(printed.splitlines()[-1])
+    assert record["model"] == str(path)
+    assert set(record) == {"model", "dense", "exact"}
+    assert record["exact"]["mean_kl"] == pytest.approx(0, abs=1e-6)
 
 
 def test_bar_chart() -> None:

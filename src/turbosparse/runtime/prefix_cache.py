@@ -11,7 +11,26 @@ from turbosparse.errors import ContextLengthError
 if TYPE_CHECKING:
     from turbosparse._native import Mode, Model, ModelInfo
 
-__all__ = ["PrefixCache", "active_ratio"]
+__all__ = ["PrefixCache", "active_per_layer", "active_ratio"]
+
+
+def active_per_layer(counters: Mapping[str, Any], info: "ModelInfo") -> list[float]:
+    """Compute the share of each layer's FFN neurons that a session used.
+
+    Parameters
+    ----------
+    counters : mapping
+        `Session.counters`, after at least one token.
+    info : turbosparse._native.ModelInfo
+        The model's shape.
+
+    Returns
+    -------
+    list of float
+        Between 0 and 1, mean over tokens.
+    """
+    neurons = counters["tokens"] * info.intermediate_size
+    return [active / neurons for active in counters["active"]]
 
 
 def active_ratio(counters: Mapping[str, Any], info: "ModelInfo") -> float | None:
