@@ -149,6 +149,13 @@ nb::dict counters(const Session& self) {
   out["found"] = per_layer(&LayerCounts::found);
   out["bytes_read"] = counters.bytes_read;
   out["decode_tokens"] = counters.decode_tokens;
+  const auto times = [](const PartTimes& parts) {
+    nb::dict named;
+    for (std::size_t part = 0; part < parts.size(); ++part) named[kPartNames[part]] = parts[part];
+    return named;
+  };
+  out["decode_ns"] = times(counters.decode_times);
+  out["batch_ns"] = times(counters.batch_times);
   return out;
 }
 
@@ -194,6 +201,7 @@ void bind_engine(nb::module_& m) {
            nb::arg("logits") = "last", nb::arg("should_stop") = nb::none(),
            nb::arg("candidates") = nb::none())
       .def("capture", &capture, nb::arg("ids"), nb::arg("layers"))
+      .def_prop_rw("profiling", &Session::profiling, &Session::set_profiling)
       .def_prop_ro("counters", &counters)
       .def("reset_counters", &Session::reset_counters);
   nb::class_<ModelView>(m, "Model")

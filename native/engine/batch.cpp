@@ -76,23 +76,23 @@ void attention(Step& step, const LayerWeights& w, std::int64_t layer, int index)
   Scratch& s = step.scratch;
   const bool quantized = is_quantized(w.q.type) || is_quantized(w.k.type) || is_quantized(w.v.type);
   const Range tokens = normalize_all(step, w.attn_norm, quantized, attention_stage(layer), index);
-  step.barrier();
+  step.finish(index, Part::kNorm);
   project(step, w.q, s.input.view(), s.q.data(), index);
   project(step, w.k, s.input.view(), s.k.data(), index);
   project(step, w.v, s.input.view(), s.v.data(), index);
-  step.barrier();
+  step.finish(index, Part::kQkv);
   for (std::int64_t t = tokens.begin; t < tokens.end; ++t) place_token(step, w, layer, t);
-  step.barrier();
+  step.finish(index, Part::kCache);
   attend_all(step, layer, index);
-  step.barrier();
+  step.finish(index, Part::kAttention);
   if (is_quantized(w.o.type)) {
     for (std::int64_t t = tokens.begin; t < tokens.end; ++t) {
       s.input.quantize(step.kernels(), t, w.o.cols, 0, w.o.cols);
     }
-    step.barrier();
+    step.finish(index, Part::kOut);
   }
   add_to_residual(step, project(step, w.o, s.input.view(), s.out.data(), index));
-  step.barrier();
+  step.finish(index, Part::kOut);
 }
 
 /// Marks the candidates among this thread's neurons in the FFN input, all tokens.
@@ -106,7 +106,7 @@ void predict_all(const Step& step, const LayerWeights& w, std::int64_t layer, in
     const Range hidden =
         project(step, predictor.a, predictor_input(step, s.input, s.predictor), s.hidden.row(0, 0), index);
     for (std::int64_t t = 0; t < step.T; ++t) finish_hidden(step, w, t, hidden);
-    step.barrier();
+    step.finish(index, Part::kPredictor);
     project(step, predictor.b, s.hidden.view(), s.ffn_input.row(0, 0), index);
   }
   for (std::int64_t t = 0; t < step.T; ++t) {
@@ -179,9 +179,11 @@ void ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
   for (std::int64_t t = tokens.begin; runs_predictor(step, w) && t < tokens.end; ++t) {
     prepare_prediction(step, w, layer, t, s.input.row(t, D), s.predictor, t, index);
   }
-  step.barrier();
+  step.finish(index, Part::kNorm);
   if (step.predicted()) predict_all(step, w, layer, index);
+  thread.watch.lap(Part::kPredictor);
   const Range rows = project(step, w.first(gated), s.input.view(), s.gate.data(), index);
+  thread.watch.lap(Part::kGate);
   if (gated) project(step, w.up, s.input.view(), s.up.data(), index);
   thread.counts = {};
   for (std::int64_t t = 0; t < step.T; ++t) {
@@ -190,7 +192,7 @@ void ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
       s.ffn_input.quantize(step.kernels(), t, F, rows.begin, rows.end);
     }
   }
-  step.barrier();
+  step.finish(index, Part::kUp);
 
   Range columns = share(step, D, index);
   if (neuron_major) {
@@ -213,7 +215,7 @@ void ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
       step.counts[static_cast<std::size_t>(layer)] += other.counts;
     }
   }
-  step.barrier();
+  step.finish(index, Part::kDown);
 }
 
 }  // namespace

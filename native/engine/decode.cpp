@@ -58,22 +58,24 @@ void decode_layer(Step& step, std::int64_t layer, int index) noexcept {
 
   const bool quantized = is_quantized(w.q.type) || is_quantized(w.k.type) || is_quantized(w.v.type);
   normalize(step, w.attn_norm, quantized, attention_stage(layer), 0, input, 0, index);
+  step.thread(index).watch.lap(Part::kNorm);
   project(step, w.q, w.q_bias, input.view(), s.q.data(), index);
   project(step, w.k, w.k_bias, input.view(), s.k.data(), index);
   project(step, w.v, w.v_bias, input.view(), s.v.data(), index);
-  step.barrier();
+  step.finish(index, Part::kQkv);
   store_kv(step, layer, index);
-  step.barrier();
+  step.finish(index, Part::kCache);
   attend(step, layer, index);
-  step.barrier();
+  step.finish(index, Part::kAttention);
 
   const float* attended = s.input.row(0, 0);
   std::copy_n(attended, w.o.cols, input.row(0, 0));
   if (is_quantized(w.o.type)) input.quantize(step.kernels(), 0, w.o.cols, 0, w.o.cols);
   project_to_residual(step, w.o, input.view(), index);
-  step.barrier();
+  step.finish(index, Part::kOut);
 
   normalize(step, w.ffn_norm, w.quantized_ffn_input(), ffn_stage(layer), 0, input, 0, index);
+  step.thread(index).watch.lap(Part::kNorm);
   decode_ffn(step, layer, index);
 }
 

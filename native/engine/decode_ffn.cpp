@@ -36,20 +36,21 @@ void dense_ffn(const Step& step, const LayerWeights& w, int index) {
   Scratch& s = step.scratch;
   const Input input = step.thread(index).input.view();
   const Range rows = share(step, config.intermediate_size, index);
-  kernels.gemv(w.first(config.gated), input, rows.begin, rows.end, s.gate.data());
-  if (config.gated) kernels.gemv(w.up, input, rows.begin, rows.end, s.up.data());
   float* gate = s.gate.data() + rows.begin;
+  kernels.gemv(w.first(config.gated), input, rows.begin, rows.end, s.gate.data());
   kernels.activate(config.activation, config.activation_parameter, gate, rows.size(), gate);
+  step.thread(index).watch.lap(Part::kGate);
+  if (config.gated) kernels.gemv(w.up, input, rows.begin, rows.end, s.up.data());
   combine(step, rows);
   if (step.model.weights->neuron_major) {
-    step.barrier();
+    step.finish(index, Part::kUp);
     add_neurons(step, w.down, s.all.data(), config.intermediate_size, index);
     return;
   }
   std::copy_n(gate, rows.size(), s.ffn_input.row(0, 0) + rows.begin);
   if (is_quantized(w.down.type))
     s.ffn_input.quantize(kernels, 0, config.intermediate_size, rows.begin, rows.end);
-  step.barrier();
+  step.finish(index, Part::kUp);
   const Range outputs = share(step, config.hidden_size, index);
   kernels.gemv(w.down, s.ffn_input.view(), outputs.begin, outputs.end, s.out.data());
   kernels.add(s.out.data() + outputs.begin, outputs.size(), s.x.data() + outputs.begin);
@@ -67,7 +68,7 @@ void predict_hidden(const Step& step, const LayerWeights& w, std::int64_t layer,
   step.kernels().gemv(a, predictor_input(step, thread.input, thread.predictor), rows.begin, rows.end,
                       s.hidden.row(0, 0));
   finish_hidden(step, w, 0, rows);
-  step.barrier();
+  step.finish(index, Part::kPredictor);
 }
 
 /// Lists the candidates among `rows`.
@@ -127,8 +128,10 @@ std::int64_t compute_piece(const Step& step, const LayerWeights& w, std::int64_t
     const KeptNeurons& candidates = list_candidates(step, w, layer, rows, index);
     list = candidates.rows.data();
     n = candidates.count;
+    thread.watch.lap(Part::kPredictor);
   }
   pass_gate(step, w, rows, list, n, index);
+  thread.watch.lap(Part::kGate);
   const std::int32_t* passed = thread.passed.rows.data();
   if (config.gated)
     step.kernels().gemv_rows(w.up, thread.input.view(), passed, thread.passed.count, s.up.data());
@@ -145,6 +148,7 @@ std::int64_t compute_piece(const Step& step, const LayerWeights& w, std::int64_t
     active += !below(coefficient, limit[r]);
   }
   thread.counts += {.candidates = n, .gate_passed = thread.passed.count, .active = active};
+  thread.watch.lap(Part::kUp);
   return active;
 }
 
@@ -159,7 +163,7 @@ void sparse_ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index
   for (std::int64_t piece; (piece = s.next_piece.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
     s.kept_counts[static_cast<std::size_t>(piece)] = compute_piece(step, w, layer, range_of(piece), index);
   }
-  step.barrier();
+  step.finish(index, Part::kUp);
   std::int64_t active = 0;
   for (std::int64_t piece = 0; piece < pieces; ++piece) {
     const std::int64_t n = s.kept_counts[static_cast<std::size_t>(piece)];
@@ -187,7 +191,7 @@ void decode_ffn(Step& step, std::int64_t layer, int index) noexcept {
     predict_hidden(step, w, layer, index);
     sparse_ffn(step, w, layer, index);
   }
-  step.barrier();
+  step.finish(index, Part::kDown);
 }
 
 }  // namespace turbosparse

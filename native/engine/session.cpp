@@ -144,7 +144,8 @@ void Session::forward(std::span<const std::int32_t> ids, const ForwardOptions& o
               .mode = options.mode,
               .position = position_,
               .T = T,
-              .given = {.mask = options.candidates, .tokens = tokens, .first = begin}};
+              .given = {.mask = options.candidates, .tokens = tokens, .first = begin},
+              .profiled = profiling_};
     begin_step(step, ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(T)));
     std::int64_t first_logit = T;
     if (options.logits == WantedLogits::kAll) first_logit = 0;
@@ -181,7 +182,8 @@ void Session::capture(std::span<const std::int32_t> ids, std::span<const Capture
               .mode = Mode::kDense,
               .position = position_,
               .T = T,
-              .captures = captures};
+              .captures = captures,
+              .profiled = profiling_};
     begin_step(step, ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(T)));
     run_batch(step, T, nullptr, between_layers);
     finish(step, nullptr, 0);
@@ -193,9 +195,11 @@ void Session::run_decode(Step& step, float* logits) {
   const std::vector<LayerCounts> before = counters_.layers;
   const std::int64_t layers = model_->config.num_hidden_layers;
   model_->pool.run([&](int index) noexcept {
+    step.thread(index).watch.start(step.profiled);
     for (std::int64_t layer = 0; layer < layers; ++layer) decode_layer(step, layer, index);
     if (logits != nullptr) output_logits(step, 0, logits, index);
   });
+  if (step.profiled) add_times(counters_.decode_times);
   counters_.decode_tokens += 1;
   counters_.bytes_read += token_bytes(step, before);
   if (logits != nullptr) {
@@ -208,10 +212,26 @@ void Session::run_batch(Step& step, std::int64_t first_logit, float* logits,
                         const std::function<void()>& between_layers) {
   for (std::int64_t layer = 0; layer < model_->config.num_hidden_layers; ++layer) {
     if (between_layers) between_layers();
-    model_->pool.run([&](int index) noexcept { batch_layer(step, layer, index); });
+    model_->pool.run([&](int index) noexcept {
+      step.thread(index).watch.start(step.profiled);
+      batch_layer(step, layer, index);
+    });
   }
-  if (first_logit == step.T) return;
-  model_->pool.run([&](int index) noexcept { output_logits(step, first_logit, logits, index); });
+  if (first_logit != step.T) {
+    model_->pool.run([&](int index) noexcept {
+      step.thread(index).watch.start(step.profiled);
+      output_logits(step, first_logit, logits, index);
+    });
+  }
+  if (step.profiled) add_times(counters_.batch_times);
+}
+
+/// Moves what the stopwatches have into `times`.
+void Session::add_times(PartTimes& times) {
+  for (ThreadScratch& thread : scratch_->threads) {
+    const PartTimes taken = thread.watch.take();
+    for (std::size_t part = 0; part < times.size(); ++part) times[part] += taken[part] / model_->pool.size();
+  }
 }
 
 /// Checks what a step computed and makes it count.

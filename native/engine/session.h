@@ -36,6 +36,9 @@ struct Counters {
   std::int64_t decode_tokens = 0;   // tokens that came alone
   std::int64_t bytes_read = 0;      // weights and KV cache of those
   std::vector<LayerCounts> layers;  // of all tokens
+  // While profiling: nanoseconds per part, mean of the threads, of tokens that came alone and together.
+  PartTimes decode_times{};
+  PartTimes batch_times{};
 };
 
 /// FFN arrays of one layer; see Session.capture in _native.pyi.
@@ -56,6 +59,9 @@ class Session {
   std::int64_t position() const { return position_; }
   const Counters& counters() const { return counters_; }
   void reset_counters();
+  /// Whether the counters have times from now on.
+  void set_profiling(bool on) { profiling_ = on; }
+  bool profiling() const { return profiling_; }
 
   /// Forgets everything from `position` on. Throws ConfigError for a position that is not in the cache.
   void truncate(std::int64_t position);
@@ -78,6 +84,7 @@ class Session {
                  const std::function<void()>& between_layers);
   void finish(const Step& step, const float* logits, std::int64_t rows);
   Scratch& scratch(std::int64_t tokens);
+  void add_times(PartTimes& times);
   std::int64_t token_bytes(const Step& step, const std::vector<LayerCounts>& before) const;
 
   std::shared_ptr<const Model> model_;
@@ -85,6 +92,7 @@ class Session {
   std::unique_ptr<Scratch> scratch_;
   std::int64_t position_ = 0;
   Counters counters_;
+  bool profiling_ = false;
   std::atomic<bool> busy_{false};
 };
 

@@ -145,8 +145,9 @@ void output_logits(Step& step, std::int64_t first, float* logits, int index) noe
   if (step.T - first == 1) {
     InputBuffer& input = step.thread(index).input;
     normalize(step, weights.output_norm, quantized, stage, first, input, 0, index);
+    step.thread(index).watch.lap(Part::kNorm);
     step.kernels().gemv(weights.output, input.view(), rows.begin, rows.end, logits);
-    step.barrier();
+    step.finish(index, Part::kLmHead);
     return;
   }
   InputBuffer& input = step.scratch.input;
@@ -154,10 +155,10 @@ void output_logits(Step& step, std::int64_t first, float* logits, int index) noe
   for (std::int64_t t = tokens.begin; t < tokens.end; ++t) {
     normalize(step, weights.output_norm, quantized, stage, first + t, input, t, index);
   }
-  step.barrier();
+  step.finish(index, Part::kNorm);
   step.kernels().gemm(weights.output, input.view(), step.T - first, rows.begin, rows.end, logits,
                       config.vocab_size, step.thread(index).gemm.data());
-  step.barrier();
+  step.finish(index, Part::kLmHead);
 }
 
 }  // namespace turbosparse

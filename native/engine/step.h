@@ -14,6 +14,7 @@
 
 #include "engine/kv_cache.h"
 #include "engine/model.h"
+#include "engine/profile.h"
 #include "util/memory.h"
 
 namespace turbosparse {
@@ -68,15 +69,16 @@ struct LayerCounts {
 /// Memory of one thread.
 struct ThreadScratch {
   ThreadScratch(const ModelConfig& config, std::int64_t context);
-  InputBuffer input;                   // one vector
-  AlignedVector<float> scores;         // [context]
-  AlignedVector<float> out;            // [max(D, H * C)]
-  KeptNeurons candidates;              // of the piece of neurons at hand
-  KeptNeurons passed;                  // those whose |f(gate)| was enough
-  AlignedVector<float> values;         // [F] f(gate) of a list of neurons
-  std::vector<std::int32_t> active;    // [F] what all threads kept
-  PredictorInput predictor;            // one token
-  AlignedVector<std::byte> gemm;       // scratch of the kernels
+  InputBuffer input;                 // one vector
+  AlignedVector<float> scores;       // [context]
+  AlignedVector<float> out;          // [max(D, H * C)]
+  KeptNeurons candidates;            // of the piece of neurons at hand
+  KeptNeurons passed;                // those whose |f(gate)| was enough
+  AlignedVector<float> values;       // [F] f(gate) of a list of neurons
+  std::vector<std::int32_t> active;  // [F] what all threads kept
+  PredictorInput predictor;          // one token
+  AlignedVector<std::byte> gemm;     // scratch of the kernels
+  Stopwatch watch;
   LayerCounts counts;                  // of this thread's neurons in the layer at hand
   std::int64_t broken_at = INT64_MAX;  // first stage with NaN or Inf in its input that this thread saw
 };
@@ -130,12 +132,18 @@ struct Step {
   std::int64_t T = 1;
   std::span<Capture> captures = {};  // per layer, or empty
   GivenCandidates given = {};
+  bool profiled = false;
 
   bool predicted() const { return mode == Mode::kPredicted; }
   const ModelConfig& config() const { return model.config; }
   const KernelTable& kernels() const { return model.kernels; }
   int thread_count() const { return model.pool.size(); }
-  void barrier() const { model.pool.barrier(); }
+  /// Ends a phase: books its time as `part`, and waits for the other threads.
+  void finish(int index, Part part) const {
+    thread(index).watch.lap(part);
+    model.pool.barrier();
+    thread(index).watch.lap(Part::kBarrier);
+  }
   ThreadScratch& thread(int index) const { return scratch.threads[static_cast<std::size_t>(index)]; }
 };
 

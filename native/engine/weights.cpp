@@ -227,7 +227,8 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
   rope_freqs = binder.optional_vector("rope_freqs.weight", config.rotary_dim / 2);
   binder.refuse_unknown();
 
-  if (config.predictor.kind == PredictorKind::kSign) take_signs(config, kernels, pool);
+  const std::size_t sign_bytes =
+      config.predictor.kind == PredictorKind::kSign ? take_signs(config, kernels, pool) : 0;
   std::size_t total = 0;
   for (const Packing& packing : binder.packings()) {
     total += aligned_bytes(packing.target->row_bytes * static_cast<std::size_t>(packing.target->rows));
@@ -239,7 +240,7 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
     packing.target->data = out;
     file_->release(packing.tensor->data);
   }
-  bytes = binder.bytes() + signs_.size();
+  bytes = binder.bytes() + sign_bytes;
   transcoded = binder.transcoded();
   std::set<std::string> types;
   for (const LayerWeights& layer : layers) {
@@ -249,8 +250,8 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
   ffn_types.assign(types.begin(), types.end());
 }
 
-/// The signs of gate, and with dReLU of up, as they stand in the file.
-void Weights::take_signs(const ModelConfig& config, const KernelTable& kernels, ThreadPool& pool) {
+/// Takes the signs of gate, and with dReLU of up, as they stand in the file; returns their bytes.
+std::size_t Weights::take_signs(const ModelConfig& config, const KernelTable& kernels, ThreadPool& pool) {
   std::vector<std::string> names{config.gated ? "ffn_gate.weight" : "ffn_up.weight"};
   if (config.activation == Activation::kDRelu) names.emplace_back("ffn_up.weight");
   sign_rows = static_cast<std::int64_t>(names.size());
@@ -278,6 +279,7 @@ void Weights::take_signs(const ModelConfig& config, const KernelTable& kernels, 
       });
     }
   }
+  return layers.size() * layer_bytes;
 }
 
 void Weights::embed(std::int32_t id, float* out) const noexcept {

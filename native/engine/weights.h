@@ -70,7 +70,7 @@ class Weights {
   std::vector<std::string> ffn_types;             // types of gate, up and down after loading, sorted
 
  private:
-  void take_signs(const ModelConfig& config, const KernelTable& kernels, ThreadPool& pool);
+  std::size_t take_signs(const ModelConfig& config, const KernelTable& kernels, ThreadPool& pool);
 
   std::shared_ptr<const GgufFile> file_;
   const GgufTensor* embedding_ = nullptr;

@@ -152,12 +152,18 @@ class Session:
         Without a gate: f(up), ones, and the output.
         """
     @property
+    def profiling(self) -> bool:
+        """Whether the counters have times; off at first, and free of cost then. May be set."""
+    @profiling.setter
+    def profiling(self, on: bool) -> None: ...
+    @property
     def counters(self) -> dict[str, Any]:
         """Since the last reset: tokens, decode_tokens (those that came alone), bytes_read (weights and KV
         cache of those), and per layer, list[int], neurons summed over tokens: candidates (whose gate row was
         needed), gate_passed (whose up row was needed), active (used by down). In mode predicted, for tokens
         that came together, also wanted (kept by the mode's thresholds, candidates or not) and found (those
-        of them that were candidates)."""
+        of them that were candidates). While profiling: decode_ns and batch_ns, time by part of the layers
+        (dict[str, int], nanoseconds, mean of the threads), of tokens that came alone and together."""
     def reset_counters(self) -> None: ...
 
 def available_isas() -> list[str]:
