@@ -162,6 +162,8 @@ def test_table_and_record(sparse: Path, tmp_path: Path) -> None:
     assert lines[0].split("|")[1].strip() == "model"
     assert len(lines) == 2 + len(rows)
     assert " - " in lines[2]
+    assert "vs dense" in lines[0]
+    assert not any(column in lines[0] for column in ("vs llama.cpp", "recall", "predictor MB"))
     record = json.loads(json.dumps(result_record(rows, [], command="turbosparse bench", files=[sparse])))
     assert record["files"][0]["name"] == "sparse.gguf"
     assert len(record["files"][0]["sha256"]) == 64

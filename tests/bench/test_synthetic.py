@@ -10,7 +10,7 @@ import pytest
 
 from turbosparse import _native
 from turbosparse.bench import synthetic_cache
-from turbosparse.bench.benchmark import BenchConfig, cases_of
+from turbosparse.bench.benchmark import BenchConfig, bench_model, cases_of
 from turbosparse.bench.shapes import SHAPES, Shape, SyntheticModel, shape_named
 from turbosparse.bench.synthetic_cache import synthetic_files
 from turbosparse.errors import ConfigError
@@ -25,7 +25,9 @@ SMALL = Shape(
     head_dim=64,
     vocab_size=1024,
 )
-MODEL = SyntheticModel(name="small", shape=SMALL)
+MODEL = SyntheticModel(name="small", shape=SMALL, rank=64)
+
+COUNTS = ("candidates", "gate_passed", "active")
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +44,7 @@ def counts(path: Path, mode: "_native.Mode") -> dict[str, list[float]]:
     for token in ids:
         session.forward(np.array([token], np.int32), mode=mode)
     neurons = len(ids) * model.info.intermediate_size
-    return {name: [n / neurons for n in session.counters[name]] for name in ("active", "gate_passed")}
+    return {name: [n / neurons for n in session.counters[name]] for name in COUNTS}
 
 
 @pytest.mark.parametrize("weight_type", ["Q4_0", "Q8_0", "F16"])
@@ -54,6 +56,19 @@ def test_every_layer_reaches_the_sparsity(weight_type: str) -> None:
     assert _native.Model(str(path)).info.ffn_types == [weight_type]
 
 
+def test_the_predictor_has_the_stated_recall_and_precision() -> None:
+    model = replace(MODEL, rank=128, recall=0.9, precision=0.8)
+    (path,) = synthetic_files(model, with_plain=False)
+    shares = counts(path, "predicted")
+    assert shares["candidates"] == pytest.approx([0.1 * 0.9 / 0.8] * 3, abs=0.015)
+    assert shares["active"] == pytest.approx([0.1 * 0.9] * 3, abs=0.015)
+    config = BenchConfig(modes=("predicted",), threads=(1,), prompt_tokens=64, generated_tokens=2, rounds=1)
+    for row in bench_model(path, config, progress=lambda: None):
+        assert row.recall == pytest.approx(0.9, abs=0.02)
+        assert row.precision == pytest.approx(0.8, abs=0.02)
+        assert row.predictor_bytes == 3 * (128 * 512 + 1024 * 128) // 32 * 18
+
+
 def test_other_sparsities_are_reached_too() -> None:
     (path,) = synthetic_files(replace(MODEL, sparsity=0.6, layers=1), with_plain=False)
     assert counts(path, "exact")["active"] == pytest.approx([0.4], abs=0.02)
@@ -63,7 +78,7 @@ def test_the_plain_model_has_the_same_sizes_and_no_trace_of_ours() -> None:
     sparse, plain = synthetic_files(MODEL, with_plain=True)
     ours, theirs = _native.Model(str(sparse)).info, _native.Model(str(plain)).info
     assert (theirs.architecture, theirs.activation, theirs.neuron_major_down) == ("llama", "silu", False)
-    for size in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "weight_bytes"):
+    for size in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size", "ffn_types"):
         assert getattr(ours, size) == getattr(theirs, size)
     assert not any(key.startswith("turbosparse.") for key in ModelFile(plain).metadata)
 
@@ -72,8 +87,8 @@ def test_files_say_that_they_are_synthetic_and_are_made_once(cache: Path) -> Non
     written: list[float] = []
     (path,) = synthetic_files(MODEL, with_plain=False, progress=written.append)
     assert path.parent == cache
-    assert path.name == "SYNTHETIC-small-q4_0-L3-s90-r0-95-95.gguf"
-    assert _native.GgufFile(str(path)).metadata["general.name"] == "SYNTHETIC small-q4_0-L3-s90-r0-95-95"
+    assert path.name == "SYNTHETIC-small-q4_0-L3-s90-r64-95-95.gguf"
+    assert _native.GgufFile(str(path)).metadata["general.name"] == "SYNTHETIC small-q4_0-L3-s90-r64-95-95"
     first, size = path.read_bytes(), sum(written)
     assert synthetic_files(MODEL, with_plain=False, progress=written.append) == [path]
     assert sum(written) == size

@@ -88,6 +88,12 @@ class Row:
     """Median ratio of pairs to llama.cpp."""
     active_ratio: float | None
     """Share of FFN neurons computed, 0 to 1."""
+    recall: float | None
+    """Share of the neurons wanted that the predictor found, in the prompt test of the same mode."""
+    precision: float | None
+    """Share of the predictor's candidates that were wanted, in the same test."""
+    predictor_bytes: int | None
+    """Bytes of the predictor's tensors in the file; of a mode that reads them."""
     bytes_per_token: float | None
     """Weights and KV cache read per decoded token."""
     bandwidth_gb_per_s: float | None
@@ -180,7 +186,9 @@ def _rows(
         ours = isinstance(timing.runner, EngineRunner)
         file = path if ours else config.baseline_model or path
         tensors = _native.GgufFile(str(file)).tensors
-        usage = timing.runner.usage[timing.case.stepwise] if isinstance(timing.runner, EngineRunner) else None
+        usages = timing.runner.usage if isinstance(timing.runner, EngineRunner) else {}
+        usage, prompts = usages.get(timing.case.stepwise), usages.get(False)
+        predictor = sum(tensor.nbytes for tensor in tensors if ".ffn_pred_" in tensor.name)
         bytes_per_token = usage.bytes_per_token if usage else None
         rate = bytes_per_token * timing.median if bytes_per_token else None
         yield Row(
@@ -197,6 +205,9 @@ def _rows(
             ratio_to_dense=median_ratio(timing, _find(peers, "turbosparse", "dense")) if ours else None,
             ratio_to_baseline=median_ratio(timing, _find(peers, "llama.cpp", "dense")) if ours else None,
             active_ratio=usage.active_ratio if usage else None,
+            recall=prompts.recall if prompts else None,
+            precision=prompts.precision if prompts else None,
+            predictor_bytes=predictor if timing.runner.mode == "predicted" else None,
             bytes_per_token=bytes_per_token,
             bandwidth_gb_per_s=rate and rate / 1e9,
             bandwidth_share=rate and rate / bandwidth,

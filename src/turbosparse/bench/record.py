@@ -18,8 +18,20 @@ __all__ = ["as_table", "describe_machine", "result_record", "roofline_table", "u
 
 _MEBI, _GIBI = 2**20, 2**30
 _HEADER = (
-    *("model", "size", "params", "backend", "threads", "test", "t/s", "mode", "active", "MB/token"),
-    *("GB/s", "bandwidth", "vs dense", "vs llama.cpp"),
+    *(
+        "model",
+        "size",
+        "params",
+        "backend",
+        "threads",
+        "test",
+        "t/s",
+        "mode",
+        "active",
+        "recall",
+        "precision",
+    ),
+    *("predictor MB", "MB/token", "GB/s", "bandwidth", "vs dense", "vs llama.cpp"),
 )
 
 
@@ -34,7 +46,7 @@ def as_table(rows: Sequence[Row]) -> str:
     Returns
     -------
     str
-        llama-bench's columns, then ours; "-" where a number was not measured.
+        llama-bench's columns, then ours; "-" where a number was not measured, and no column where none was.
     """
     lines = [
         _HEADER,
@@ -49,6 +61,9 @@ def as_table(rows: Sequence[Row]) -> str:
                 f"{row.tok_per_s:.2f} ± {row.tok_per_s_sd:.2f}",
                 row.mode,
                 _number(row.active_ratio, "{:.1%}"),
+                _number(row.recall, "{:.1%}"),
+                _number(row.precision, "{:.1%}"),
+                _number(row.predictor_bytes and row.predictor_bytes / 1e6, "{:.1f}"),
                 _number(row.bytes_per_token and row.bytes_per_token / 1e6, "{:.1f}"),
                 _number(row.bandwidth_gb_per_s, "{:.1f}"),
                 _number(row.bandwidth_share, "{:.0%}"),
@@ -58,7 +73,8 @@ def as_table(rows: Sequence[Row]) -> str:
             for row in rows
         ),
     ]
-    return _markdown(lines)
+    shown = [i for i in range(len(_HEADER)) if any(line[i] != "-" for line in lines[1:])]
+    return _markdown([tuple(line[i] for i in shown) for line in lines])
 
 
 def roofline_table(rooflines: Sequence[Roofline]) -> str:

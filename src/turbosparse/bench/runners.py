@@ -65,6 +65,7 @@ class Usage:
     def __init__(self, neurons_per_token: int) -> None:
         self._neurons = neurons_per_token
         self._tokens = self._decoded = self._bytes = self._active = 0
+        self._candidates = self._wanted = self._found = 0
 
     def add(self, counters: dict[str, Any]) -> None:
         """Add a run.
@@ -78,6 +79,9 @@ class Usage:
         self._decoded += counters["decode_tokens"]
         self._bytes += counters["bytes_read"]
         self._active += sum(counters["active"])
+        self._candidates += sum(counters["candidates"])
+        self._wanted += sum(counters["wanted"])
+        self._found += sum(counters["found"])
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -100,6 +104,28 @@ class Usage:
             0 to 1; None before the first run.
         """
         return self._active / (self._tokens * self._neurons) if self._tokens else None
+
+    @property
+    def recall(self) -> float | None:
+        """Average the share of the neurons wanted that the predictor found.
+
+        Returns
+        -------
+        float or None
+            0 to 1; None where no tokens came together in a mode with a predictor.
+        """
+        return self._found / self._wanted if self._wanted else None
+
+    @property
+    def precision(self) -> float | None:
+        """Average the share of the candidates that were wanted.
+
+        Returns
+        -------
+        float or None
+            0 to 1; None where no tokens came together in a mode with a predictor.
+        """
+        return self._found / self._candidates if self._wanted else None
 
 
 class EngineRunner:

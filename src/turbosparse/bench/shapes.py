@@ -141,7 +141,7 @@ class SyntheticModel:
     """Q4_0, Q8_0 or F16; of every matrix, the predictor's included."""
     sparsity: float = 0.9
     """Share of FFN neurons whose activation is zero, 0.5 to 0.99."""
-    rank: int = 0
+    rank: int = 512
     """Width of the predictor, a multiple of 64 up to 2 (D - 64); 0 leaves it out."""
     recall: float = 0.95
     """Share of the active neurons that are candidates, 0.5 to 0.98."""

@@ -11,7 +11,7 @@ stated: SYNTHETIC, for speed alone. Its files stay in ~/.cache/turbosparse/synth
 
   turbosparse bench model.gguf -t 1,2
   turbosparse bench sparse.gguf --against llama.cpp --baseline-model plain.gguf --output benchmarks/results
-  turbosparse bench --shape mistral-7b --quant q4_0 --sparsity 0.9 --layers 4 --against llama.cpp
+  turbosparse bench --shape mistral-7b --quant q4_0 --sparsity 0.9 --rank 512 --layers 4 --against llama.cpp
   turbosparse bench --roofline -t 1,2
 """
 

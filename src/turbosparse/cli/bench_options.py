@@ -55,7 +55,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--shape", metavar="NAME", help="such as mistral-7b; a wrong name lists all")
     add("--quant", metavar="TYPE", help="type of every weight: q4_0 (default), q8_0 or f16")
     add("--sparsity", type=float, metavar="S", help="share of neurons that are zero (default: 0.9)")
-    add("--rank", type=int, metavar="R", help="width of the predictor, 0 for none (default: 0)")
+    add("--rank", type=int, metavar="R", help="width of the predictor, 0 for none (default: 512)")
     add("--recall", type=float, metavar="X", help="of the predictor (default: 0.95)")
     add("--precision", type=float, metavar="X", help="of the predictor (default: 0.95)")
     add("--layers", type=int, metavar="N", help="fewer layers than the shape has")
