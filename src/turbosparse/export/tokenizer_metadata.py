@@ -15,6 +15,7 @@ import tokenizers
 from turbosparse.errors import TokenizerError
 from turbosparse.export.hf_config import HFConfig
 from turbosparse.export.weight_files import read_json
+from turbosparse.runtime.model_file import StoredValue
 from turbosparse.tokenizer import PATTERNS, Tokenizer, TokenType
 
 __all__ = ["PROBE", "tokenizer_metadata"]
@@ -71,7 +72,8 @@ def tokenizer_metadata(directory: Path, config: HFConfig) -> dict[str, Any]:
     metadata |= _beginning_and_end(settings, backend, metadata)
     metadata |= _chat_templates(directory, settings)
     _check(path, content, backend, metadata)
-    return metadata
+    types = "tokenizer.ggml.token_type"
+    return metadata | {types: StoredValue("int32[]", metadata[types])}  # llama.cpp reads no other kind
 
 
 def _vocabulary(path: Path, content: dict[str, Any], vocab_size: int) -> dict[str, Any]:
