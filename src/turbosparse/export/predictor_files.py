@@ -16,6 +16,7 @@ __all__ = ["with_predictors"]
 PREDICTOR_FILE = "predictors.safetensors"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _PARTS = ("pred_a.weight", "pred_b.weight", "pred_threshold")
+_KINDS, _INPUTS = ("low_rank",), ("ffn_norm", "residual")  # what a model file can hold
 _BLOCK = 32  # ranks are padded to a multiple, so that rows of every weight type fit
 
 
@@ -43,6 +44,12 @@ def with_predictors(draft: Draft, directory: Path) -> Draft:
         When they are those of another model.
     """
     files = WeightFiles(directory / PREDICTOR_FILE)
+    header = files.metadata
+    for name, known in (("kind", _KINDS), ("input", _INPUTS)):
+        if header.get(name) not in known:
+            raise ModelFileError(
+                f"[{files.path}: {name}] expected {' or '.join(known)}, got {str(header.get(name))[:80]!r}"
+            )
     layers = _by_layer(files)
     expected = set(range(draft.num_hidden_layers))
     if set(layers) != expected:
@@ -62,7 +69,7 @@ def with_predictors(draft: Draft, directory: Path) -> Draft:
             name = f"blk.{layer}.{suffix}.weight"
             weights.append(Weight(name=name, shape=shape, values=_padded(files, layers[layer][part], shape)))
         thresholds.append(float(files.read(layers[layer]["pred_threshold"]).reshape(-1)[0]))
-    keys = {"kind": "low_rank", "input": "ffn_norm", "threshold": thresholds}
+    keys = {"kind": header["kind"], "input": header["input"], "threshold": thresholds}
     return draft.adding({f"turbosparse.predictor.{name}": value for name, value in keys.items()}, weights)
 
 

@@ -223,6 +223,8 @@ def _check(
     forms = [part.get("type") for part in _parts(content.get("normalizer"), "normalizers")]
     text = unicodedata.normalize("NFC", PROBE)
     for line in (text, *text.splitlines(keepends=True)):
+        if metadata["tokenizer.ggml.model"] == "llama":
+            line = line.lstrip(" ")  # noqa: PLW2901 -- Metaspace adds no second space there, SentencePiece does
         got = ours.encode(line, add_special=False)
         expected = backend.encode(line, add_special_tokens=False).ids
         if got != expected:

@@ -80,6 +80,12 @@ class WeightFiles:
         self._places = _of_directory(path) if path.is_dir() else _of_file(path)
 
     @property
+    def metadata(self) -> dict[str, str]:
+        """What the header of a single file says of it; empty for a directory."""
+        stated = {} if self.path.is_dir() else _header(self.path)[0].get("__metadata__")
+        return stated if isinstance(stated, dict) else {}
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor by name."""
         return {name: place.shape for name, place in self._places.items()}
@@ -130,7 +136,8 @@ def _of_directory(directory: Path) -> dict[str, _Place]:
     return places
 
 
-def _of_file(path: Path) -> dict[str, _Place]:
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The header, where the data begins, and the size of the file."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -146,8 +153,13 @@ def _of_file(path: Path) -> dict[str, _Place]:
         raise ModelFileError(f"[{path}] expected a safetensors header in JSON, got: {error}") from None
     if not isinstance(header, dict):
         raise ModelFileError(f"[{path}] expected a safetensors header, got {type(header).__name__}")
+    return header, 8 + length, size
+
+
+def _of_file(path: Path) -> dict[str, _Place]:
+    header, start, size = _header(path)
     return {
-        name: _place(path, name, entry, 8 + length, size)
+        name: _place(path, name, entry, start, size)
         for name, entry in header.items()
         if name != "__metadata__"
     }
