@@ -37,7 +37,7 @@ CHAT_TEMPLATE = (
 class TinyModel:
     """What to write. All sizes are multiples of 32, so that every weight type fits."""
 
-    arch: str = "llama"  # llama or qwen2; prefixed with "turbosparse-" unless the activation is silu
+    arch: str = "llama"  # llama, qwen2 or qwen3; prefixed with "turbosparse-" unless the activation is silu
     weight_type: str = "F32"  # name of a gguf.GGMLQuantizationType
     activation: str = "silu"
     activation_param: float | None = None
@@ -95,8 +95,8 @@ def _weights(model: TinyModel, vocab_size: int) -> Iterator[tuple[str, NDArray[n
     def matrix(rows: int, cols: int, gain: float = 1.0) -> NDArray[np.float32]:
         return np.asarray(rng.standard_normal((rows, cols)) * (gain / np.sqrt(cols)), np.float32)
 
-    def norm() -> NDArray[np.float32]:
-        return np.asarray(1 + 0.1 * rng.standard_normal(hidden), np.float32)
+    def norm(size: int = hidden) -> NDArray[np.float32]:
+        return np.asarray(1 + 0.1 * rng.standard_normal(size), np.float32)
 
     yield "token_embd.weight", matrix(vocab_size, hidden, 4.0)
     for n in range(model.num_hidden_layers):
@@ -106,6 +106,8 @@ def _weights(model: TinyModel, vocab_size: int) -> Iterator[tuple[str, NDArray[n
             yield f"{block}attn_{name}.weight", matrix(rows, hidden, 1.5)
             if model.bias if model.bias is not None else model.arch == "qwen2":
                 yield f"{block}attn_{name}.bias", np.asarray(0.1 * rng.standard_normal(rows), np.float32)
+            if model.arch == "qwen3" and name != "v":
+                yield f"{block}attn_{name}_norm.weight", norm(model.head_dim)
         yield block + "attn_output.weight", matrix(hidden, hidden)
         yield block + "ffn_norm.weight", norm()
         order = slice(None) if model.neuron_order is None else model.neuron_order

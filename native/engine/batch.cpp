@@ -47,10 +47,8 @@ void place_token(const Step& step, const LayerWeights& w, std::int64_t layer, st
   if (!w.q_bias.empty()) kernels.add(w.q_bias.data(), w.q.rows, q);
   if (!w.k_bias.empty()) kernels.add(w.k_bias.data(), w.k.rows, k);
   if (!w.v_bias.empty()) kernels.add(w.v_bias.data(), w.v.rows, v);
-  const float* cos = s.cos.data() + t * (config.rotary_dim / 2);
-  const float* sin = s.sin.data() + t * (config.rotary_dim / 2);
-  kernels.rope(q, config.num_attention_heads, C, config.rotary_dim, config.rope_neox, cos, sin);
-  kernels.rope(k, K, C, config.rotary_dim, config.rope_neox, cos, sin);
+  place_heads(step, w.q_norm, t, config.num_attention_heads, q);
+  place_heads(step, w.k_norm, t, K, k);
   for (std::int64_t head = 0; head < K; ++head) {
     step.cache.store(kernels, layer, head, step.position + t, k + head * C, v + head * C);
   }

@@ -23,19 +23,19 @@ void project_to_residual(const Step& step, const Matrix& w, const Input& input, 
   step.kernels().add(out + rows.begin, rows.size(), step.scratch.x.data() + rows.begin);
 }
 
-void store_kv(const Step& step, std::int64_t layer, int index) {
+void store_kv(const Step& step, const LayerWeights& w, std::int64_t layer, int index) {
   const ModelConfig& config = step.config();
   const std::int64_t C = config.head_dim;
   Scratch& s = step.scratch;
   const Range heads = split(config.num_key_value_heads, 1, index, step.thread_count());
   for (std::int64_t head = heads.begin; head < heads.end; ++head) {
     float* key = s.k.data() + head * C;
-    step.kernels().rope(key, 1, C, config.rotary_dim, config.rope_neox, s.cos.data(), s.sin.data());
+    place_heads(step, w.k_norm, 0, 1, key);
     step.cache.store(step.kernels(), layer, head, step.position, key, s.v.data() + head * C);
   }
 }
 
-void attend(const Step& step, std::int64_t layer, int index) {
+void attend(const Step& step, const LayerWeights& w, std::int64_t layer, int index) {
   const ModelConfig& config = step.config();
   const std::int64_t C = config.head_dim;
   const std::int64_t group = config.num_attention_heads / config.num_key_value_heads;
@@ -43,7 +43,7 @@ void attend(const Step& step, std::int64_t layer, int index) {
   const Range heads = split(config.num_attention_heads, 1, index, step.thread_count());
   for (std::int64_t head = heads.begin; head < heads.end; ++head) {
     float* query = s.q.data() + head * C;
-    step.kernels().rope(query, 1, C, config.rotary_dim, config.rope_neox, s.cos.data(), s.sin.data());
+    place_heads(step, w.q_norm, 0, 1, query);
     step.cache.attend(step.kernels(), layer, head / group, query, step.position + 1,
                       step.thread(index).scores.data(), s.input.row(0, 0) + head * C);
   }
@@ -63,9 +63,9 @@ void decode_layer(Step& step, std::int64_t layer, int index) noexcept {
   project(step, w.k, w.k_bias, input.view(), s.k.data(), index);
   project(step, w.v, w.v_bias, input.view(), s.v.data(), index);
   step.finish(index, Part::kQkv);
-  store_kv(step, layer, index);
+  store_kv(step, w, layer, index);
   step.finish(index, Part::kCache);
-  attend(step, layer, index);
+  attend(step, w, layer, index);
   step.finish(index, Part::kAttention);
 
   const float* attended = s.input.row(0, 0);

@@ -117,7 +117,7 @@ void read_activation(const GgufFile& file, bool prefixed, ModelConfig& config) {
   const std::optional<std::string_view> name = file.get_string("turbosparse.activation");
   if (!name && prefixed) fail("turbosparse.activation", "the name of an activation", "no such key");
   config.gated = file.get_bool("turbosparse.gated").value_or(true);
-  if (!name) return;  // llama and qwen2 of other people: SiLU
+  if (!name) return;  // files of other people: SiLU
   bool known = false;
   for (const auto& [candidate, activation] : kActivations) {
     if (candidate != *name) continue;
@@ -190,12 +190,12 @@ void read_predictor(const GgufFile& file, ModelConfig& config) {
 
 ModelConfig read_model_config(const GgufFile& file) {
   const std::optional<std::string_view> architecture = file.get_string("general.architecture");
-  if (!architecture) fail("general.architecture", "llama or qwen2", "no such key");
+  if (!architecture) fail("general.architecture", "llama, qwen2 or qwen3", "no such key");
   std::string_view base = *architecture;
   const bool prefixed = base.starts_with(kPrefix);
   if (prefixed) base.remove_prefix(kPrefix.size());
-  if (base != "llama" && base != "qwen2") {
-    fail("general.architecture", "llama, qwen2, turbosparse-llama or turbosparse-qwen2",
+  if (base != "llama" && base != "qwen2" && base != "qwen3") {
+    fail("general.architecture", "llama, qwen2 or qwen3, or turbosparse- before it",
          std::string(*architecture));
   }
   if (const std::int64_t parts = file.get_int("split.count").value_or(1); parts > 1) {
@@ -204,7 +204,8 @@ ModelConfig read_model_config(const GgufFile& file) {
   }
   ModelConfig config;
   config.architecture = *architecture;
-  config.rope_neox = base == "qwen2";
+  config.rope_neox = base != "llama";
+  config.qk_norm = base == "qwen3";
   const Reader read(file, config.architecture);
   if (const std::int64_t experts = read.integer("expert_count", 0, 1 << 20, 0); experts != 0) {
     fail(read.key("expert_count"), "0 (a dense model)", std::to_string(experts));

@@ -20,7 +20,7 @@ struct PredictorConfig {
 };
 
 struct ModelConfig {
-  std::string architecture;  // as the file has it: llama, qwen2, or turbosparse- before it
+  std::string architecture;  // as the file has it: llama, qwen2, qwen3, or turbosparse- before it
   std::int64_t num_hidden_layers = 0;
   std::int64_t hidden_size = 0;          // D
   std::int64_t intermediate_size = 0;    // F
@@ -34,6 +34,7 @@ struct ModelConfig {
   double rope_base = 0;
   double rope_scale = 1;  // positions are multiplied by it
   bool rope_neox = false;
+  bool qk_norm = false;  // whether each head of q and k is normalised before it is rotated
   Activation activation = Activation::kSilu;
   float activation_parameter = 0;
   bool gated = true;

@@ -112,6 +112,19 @@ void begin_step(Step& step, std::span<const std::int32_t> ids) {
   for (ThreadScratch& thread : step.scratch.threads) thread.broken_at = INT64_MAX;
 }
 
+void place_heads(const Step& step, const std::vector<float>& norm, std::int64_t t, std::int64_t n_heads,
+                 float* heads) {
+  const ModelConfig& config = step.config();
+  const std::int64_t C = config.head_dim;
+  for (std::int64_t head = 0; head < n_heads && !norm.empty(); ++head) {
+    float* x = heads + head * C;
+    step.kernels().rms_norm(x, norm.data(), C, config.rms_norm_eps, x);
+  }
+  const float* cos = step.scratch.cos.data() + t * (config.rotary_dim / 2);
+  const float* sin = step.scratch.sin.data() + t * (config.rotary_dim / 2);
+  step.kernels().rope(heads, n_heads, C, config.rotary_dim, config.rope_neox, cos, sin);
+}
+
 bool all_finite(const float* x, std::int64_t n) {
   constexpr std::uint32_t kExponent = 0x7f800000;
   std::uint32_t broken = 0;

@@ -177,6 +177,9 @@ inline void note_broken(ThreadScratch& thread, std::int64_t stage) {
 /// Normalises token t into row `to` of `input`, with its 8-bit form where `quantized`; notes NaN and Inf.
 void normalize(const Step& step, const std::vector<float>& weight, bool quantized, std::int64_t stage,
                std::int64_t t, InputBuffer& input, std::int64_t to, int index);
+/// Normalises, where there is a norm, and rotates n_heads heads of q or k of token t, in place.
+void place_heads(const Step& step, const std::vector<float>& norm, std::int64_t t, std::int64_t n_heads,
+                 float* heads);
 bool all_finite(const float* x, std::int64_t n);
 /// Whether neurons with this value are skipped; false for NaN, which must not vanish. Without a branch: a
 /// mispredicted one costs more than reading two of these.

@@ -135,6 +135,10 @@ void bind_attention(Binder& binder, const std::string& block, const ModelConfig&
   layer.q_bias = binder.optional_vector(block + "attn_q.bias", q_rows);
   layer.k_bias = binder.optional_vector(block + "attn_k.bias", kv_rows);
   layer.v_bias = binder.optional_vector(block + "attn_v.bias", kv_rows);
+  if (config.qk_norm) {
+    layer.q_norm = binder.vector(block + "attn_q_norm.weight", config.head_dim);
+    layer.k_norm = binder.vector(block + "attn_k_norm.weight", config.head_dim);
+  }
   binder.matrix(block + "attn_output.weight", D, q_rows, &layer.o);
 }
 

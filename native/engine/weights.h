@@ -33,6 +33,7 @@ struct LayerWeights {
   Matrix q;                                   // [H * C, D]
   Matrix k, v;                                // [K * C, D]
   std::vector<float> q_bias, k_bias, v_bias;  // as many as rows, or empty
+  std::vector<float> q_norm, k_norm;          // [C], or empty
   Matrix o;                                   // [D, H * C]
   Matrix gate, up;                            // [F, D]; gate is empty in a model without
   Matrix down;                                // [D, F], or [F, D] where Weights::neuron_major

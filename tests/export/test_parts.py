@@ -1,5 +1,6 @@
 """Predictors and thresholds in the file, and model files as input."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,12 +132,12 @@ def test_calibrating_a_drelu_model_counts_its_zeros(make_directory: MakeDirector
 
 def test_thresholds_of_another_model(make_directory: MakeDirectory, tmp_path: Path) -> None:
     source = make_directory(activation="relu")
-    shape = {"hidden_size": D, "intermediate_size": F, "down_t": True, "threshold": 0.1}
+    shape = TinyModel(hidden_size=D, intermediate_size=F, down_t=True, threshold=0.1)
     for activation, message in (
         ("relu", "expected thresholds of this model, got those of one whose weights differ by 1"),
         ("drelu", r"expected thresholds of this model, \('relu', 2, \(64, 32\)\), got \('drelu', 2, "),
     ):
-        make_tiny_model(tmp_path / "other.gguf", TinyModel(activation=activation, **shape))
+        make_tiny_model(tmp_path / "other.gguf", replace(shape, activation=activation))
         with pytest.raises(TurboSparseError, match=message):
             plan_export(source, ExportConfig(thresholds=tmp_path / "other.gguf"))
     make_tiny_model(tmp_path / "plain.gguf")

@@ -59,6 +59,7 @@ FEATURES = {
     "one_kv_head": TinyModel(num_key_value_heads=1, num_attention_heads=2),
     "gelu": TinyModel(activation="gelu"),
     "qwen2": TinyModel(arch="qwen2"),
+    "qwen3": TinyModel(arch="qwen3"),
     "qwen2_untied_without_bias": TinyModel(arch="qwen2", tied=False, bias=False),
     "qwen2_partial_rope": TinyModel(arch="qwen2", extra_metadata={"qwen2.rope.dimension_count": 8}),
 }
@@ -73,7 +74,7 @@ def test_f32_logits_equal_the_reference(tmp_path: Path, feature: str) -> None:
         assert distance(logits, expected) < 1e-5
 
 
-@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 def test_f32_greedy_tokens_equal_the_reference(tmp_path: Path, arch: str) -> None:
     path = tmp_path / "model.gguf"
     make_tiny_model(path, TinyModel(arch=arch))
@@ -82,7 +83,7 @@ def test_f32_greedy_tokens_equal_the_reference(tmp_path: Path, arch: str) -> Non
 
 
 # NMSE 5e-4 is the bound of one quantised product; two layers and the output chain seven of them.
-@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize(
     ("weight_type", "bound"),
     [("F16", 1e-3), ("BF16", 1e-3), ("Q8_0", 0.05), ("Q4_0", 0.05), ("Q4_1", 0.06)],

@@ -39,6 +39,8 @@ class Family:
     """Whether rows of q and k are reordered, so that rope turns neighbours instead of halves of a head."""
     qkv_bias: bool = False
     """Whether q, k and v have biases."""
+    qk_norm: bool = False
+    """Whether each head of q and k is normalised before rope."""
     fused: bool = False
     """Whether q, k and v are one tensor, and gate and up another."""
 
@@ -47,6 +49,7 @@ MODEL_TYPES = {
     "llama": Family(architecture="llama", permuted=True),
     "mistral": Family(architecture="llama", permuted=True),
     "qwen2": Family(architecture="qwen2", permuted=False, qkv_bias=True),
+    "qwen3": Family(architecture="qwen3", permuted=False, qk_norm=True),
     "phi3": Family(architecture="llama", permuted=True, fused=True),
 }
 

@@ -179,6 +179,8 @@ def _attention(config: HFConfig, ours: str, theirs: str) -> Iterator[tuple[str, 
         else:
             source = _Source(name=f"{theirs}{part}_proj.weight", shape=(count * C, D), heads=turned)
         yield f"{ours}attn_{part}.weight", source
+        if family.qk_norm and part != "v":
+            yield f"{ours}attn_{part}_norm.weight", _Source(name=f"{theirs}{part}_norm.weight", shape=(C,))
         if family.qkv_bias:
             yield (
                 f"{ours}attn_{part}.bias",

@@ -47,7 +47,7 @@ KEY_CALIBRATION = "turbosparse.calibration."  # prefix of the calibration's reco
 KEY_PREDICTOR = "turbosparse.predictor."  # prefix of all keys of the predictors
 
 # Architectures that the engine runs, and the activation that a reader assumes where none is written.
-ARCHITECTURES = {"llama": "silu", "qwen2": "silu"}
+ARCHITECTURES = {"llama": "silu", "qwen2": "silu", "qwen3": "silu"}
 # Files with another activation carry this before the architecture, so that other readers refuse them.
 ARCHITECTURE_PREFIX = "turbosparse-"
 # Activation names, and whether the activation gives exact zeros.

@@ -21,7 +21,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from turbosparse._native import GgufFile
 from turbosparse.errors import ModelFileError
-from turbosparse.runtime.model_file import KEY_PREDICTOR
+from turbosparse.runtime.model_file import ARCHITECTURES, KEY_PREDICTOR
 
 __all__ = ["FfnTrace", "ReferenceEngine"]
 
@@ -116,7 +116,7 @@ class ReferenceEngine:
     Parameters
     ----------
     path : str or path-like
-        GGUF file of architecture llama or qwen2 (or turbosparse- before either).
+        GGUF file of architecture llama, qwen2 or qwen3 (or turbosparse- before it).
     cache_dtype : float16 or float32, optional
         What the KV cache holds; by default what the native engine keeps, which is float32 where the weights
         of keys are F32, else float16.
@@ -134,9 +134,10 @@ class ReferenceEngine:
     def __init__(self, path: str | os.PathLike[str], *, cache_dtype: DTypeLike | None = None) -> None:
         file = GgufFile(path)
         self._shape = _Shape.read(file.metadata)
-        if self._shape.architecture not in ("llama", "qwen2"):
+        if self._shape.architecture not in ARCHITECTURES:
             raise ModelFileError(
-                f"[general.architecture] expected llama or qwen2, got {self._shape.architecture}"
+                f"[general.architecture] expected one of {', '.join(ARCHITECTURES)}, "
+                f"got {self._shape.architecture}"
             )
         self._weights: dict[str, Array] = {}
         for tensor in file.tensors:
@@ -285,10 +286,12 @@ class ReferenceEngine:
     def _project(self, layer: int, name: str, x: Array) -> Array:
         block = f"blk.{layer}.attn_{name}"
         y = x @ self._weights[f"{block}.weight"].T + self._weights.get(f"{block}.bias", np.float32(0))
-        return y.reshape(len(x), -1, self._shape.head_dim)
+        heads = y.reshape(len(x), -1, self._shape.head_dim)
+        norm = self._weights.get(f"{block}_norm.weight")  # qwen3
+        return heads if norm is None else _rms_norm(heads, norm, self._shape.eps)
 
     def _rotate(self, x: Array, positions: NDArray[np.int64]) -> Array:
-        """Rotary embedding of x [T, heads, C]: llama turns pairs (2i, 2i + 1), qwen2 (i, i + rotary / 2)."""
+        """Rotary embedding of x [T, heads, C]: llama turns pairs (2i, 2i + 1), others (i, i + rotary / 2)."""
         shape = self._shape
         half = shape.rotary // 2
         frequency = shape.rope_scale * shape.rope_base ** (-np.arange(half) / half)
