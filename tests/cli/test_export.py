@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.export.conftest import MakeDirectory, make_directory
+from tests.tiny_hf import make_texts
 from turbosparse.cli.main import main
 from turbosparse.runtime.model_file import ModelFile
 
@@ -100,3 +101,24 @@ def test_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "none" in capsys.readouterr().err
     assert main(["export", str(tmp_path)]) == 2
     assert "config.json] expected a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "architecture"), [("sparsify", "turbosparse-llama"), ("train-control", "llama")]
+)
+def test_what_training_leaves(
+    verb: str, architecture: str, make_directory: MakeDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = make_directory()
+    folder, out = base.parent, base.parent / "out.gguf"
+    text = make_texts(folder)["text"]
+    settings = ("data.sequence_length=32", "threads=1", "precision=fp32", "data.held_out_percent=20")
+    where = [f"--model={base}", f"--text={text}", f"--output={folder / 'run'}", "--tokens=2560"]
+    assert main([verb, *where, *(part for item in settings for part in ("--set", item))]) == 0
+    model = Path(capsys.readouterr().out.splitlines()[-1])
+    for directory in (model, max(model.parent.glob("checkpoint-*"))):
+        assert main(["export", str(directory), "-o", str(out), "--type", "f32", "--force", *QUICK]) == 0
+        metadata = ModelFile(out).metadata
+        assert metadata["general.architecture"] == architecture
+        assert metadata["turbosparse.training.tokens"] == 2560
+        assert metadata["turbosparse.training.stage"] == model.parent.name

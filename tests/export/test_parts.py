@@ -11,12 +11,14 @@ from safetensors.torch import save_file
 
 from tests.export.conftest import MakeDirectory
 from tests.tiny_model import TinyModel, make_tiny_model
+from turbosparse import load
 from turbosparse.errors import TurboSparseError
 from turbosparse.export.draft import TypeChoice
 from turbosparse.export.run import ExportConfig, export_model, plan_export
 from turbosparse.runtime.calibration import calibrate
 from turbosparse.runtime.calibration_report import CalibrationConfig
 from turbosparse.runtime.model_file import ModelFile
+from turbosparse.runtime.reference import ReferenceEngine
 from turbosparse.runtime.texts import CALIBRATION, read_text
 
 TEXT = read_text(CALIBRATION)[:3000]
@@ -66,6 +68,10 @@ def test_predictors_come_back(make_directory: MakeDirectory, tmp_path: Path, f32
     assert file.metadata["turbosparse.predictor.input"] == "ffn_norm"
     assert file.metadata["turbosparse.predictor.threshold"] == [0.0, -0.5]
     assert file.neuron_major_down
+    ids = list(range(1, 40))
+    expected = ReferenceEngine(file.path).forward(np.array(ids, np.int32), mode="predicted")
+    got = load(file.path, threads=1).logits(ids, mode="predicted")
+    assert np.linalg.norm(got - expected) < 1e-3 * np.linalg.norm(expected)
 
 
 def test_predictors_of_another_type_in_a_model_file(tmp_path: Path) -> None:

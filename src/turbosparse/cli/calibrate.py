@@ -94,7 +94,9 @@ def _show(report: "CalibrationReport", output: Path) -> None:
         shares = (layer.gate_passed, layer.active, layer.zeros)
         table.add_row(str(number), f"{layer.cett:.4f}", *(f"{share:.1%}" for share in shares))
     mean_cett = sum(layer.cett for layer in report.layers) / len(report.layers)
-    table.add_row("mean", f"{mean_cett:.4f}", f"{report.gate_passed:.1%}", f"{report.active_ratio:.1%}", "")
+    zeros = sum(layer.zeros for layer in report.layers) / len(report.layers)
+    means = (f"{share:.1%}" for share in (report.gate_passed, report.active_ratio, zeros))
+    table.add_row("mean", f"{mean_cett:.4f}", *means)
     out = console()
     out.print(table)
     for name, ppl, tokens in (
