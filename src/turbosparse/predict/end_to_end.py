@@ -127,8 +127,10 @@ def evaluate(
         labels = batch["input_ids"][0, 1:]
         expected = _log_probabilities(model, batch)
         for index, placed in enumerate(configurations):
-            with predictors_on(model, placed):
-                got = _log_probabilities(model, batch)
+            got = expected
+            if placed:
+                with predictors_on(model, placed):
+                    got = _log_probabilities(model, batch)
             sums[index, 0] -= got.gather(1, labels[:, None]).sum()
             sums[index, 1] += (expected.exp() * (expected - got)).sum()
             sums[index, 2] += (expected.argmax(-1) == got.argmax(-1)).sum()

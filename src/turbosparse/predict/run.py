@@ -8,7 +8,7 @@ predictors on is measured at some points of it, and the cheapest within the budg
 import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -108,7 +108,7 @@ class _Selection:
                     read_bytes=float(curve.read_bytes[at]),
                     lost=float(curve.lost[at]),
                 )
-        found = self._source.evaluate([self._place(choices) for choices in groups.values()], "choose")
+        found = self._source.evaluate([self._place(choices) for choices in groups.values()], "probe")
         weights = {}
         for (module, choices), evaluation in zip(groups.items(), found, strict=True):
             lost = sum(choice.lost * self._fits[name].menu.share for name, choice in choices.items())
@@ -116,51 +116,36 @@ class _Selection:
         mean = sum(weights.values()) / max(len(weights), 1) or 1.0
         return {name: max(weights.get(_module(name), mean) / mean, 1e-3) for name in self._fits}
 
-    def _point(self, allocation: Allocation, part: TextPart) -> CurvePoint:
-        (evaluation,) = self._source.evaluate([self._place(allocation.choices)], part)
-        return CurvePoint(
-            bytes_ratio=allocation.read_bytes / self._dense_bytes, lost=allocation.lost, evaluation=evaluation
-        )
+    def _points(self, allocations: Sequence[Allocation], part: TextPart) -> list[CurvePoint]:
+        found = self._source.evaluate([self._place(each.choices) for each in allocations], part)
+        return [
+            CurvePoint(bytes_ratio=each.read_bytes / self._dense_bytes, lost=each.lost, evaluation=evaluation)
+            for each, evaluation in zip(allocations, found, strict=True)
+        ]
 
     def _curve(self, menus: Mapping[str, Menu]) -> tuple[Allocation, list[CurvePoint]]:
-        """Walk from the exact mode to fewer bytes until the budget is spent, then halve the last step."""
-        best = allocate(menus, 0.0)
-        points = [self._point(best, "choose")]
-        limit = points[0].evaluation.perplexity * (1 + self._config.ppl_budget)
-        exact, beyond = best.read_bytes, 0.0
-
-        def is_kept(read_bytes: float) -> bool:
-            nonlocal best
-            found = within_bytes(menus, read_bytes)
-            if found.choices == best.choices:
-                return True
-            points.append(self._point(found, "choose"))
-            kept = points[-1].evaluation.perplexity <= limit
-            if kept and found.read_bytes <= best.read_bytes:
-                best = found
-            _LOG.info(
-                "%.1f %% of the bytes: perplexity %.3f",
-                100 * points[-1].bytes_ratio,
-                points[-1].evaluation.perplexity,
-            )
-            return kept
-
-        for share in _SHARES_OF_EXACT:
-            if not is_kept(share * exact):
-                beyond = share * exact
+        """Measure from the exact mode to few bytes, then halve the step in which the budget is spent."""
+        exact = allocate(menus, 0.0)
+        found = [exact, *(within_bytes(menus, share * exact.read_bytes) for share in _SHARES_OF_EXACT)]
+        tried: dict[float, tuple[Allocation, CurvePoint]] = {}
+        for _ in range(1 + _REFINEMENTS):
+            new = list({each.read_bytes: each for each in found if each.read_bytes not in tried}.values())
+            for allocation, point in zip(new, self._points(new, "choose"), strict=True):
+                tried[allocation.read_bytes] = (allocation, point)
+            dense = tried[exact.read_bytes][1].evaluation.perplexity
+            limit = dense * (1 + self._config.ppl_budget)
+            cheapest = min(at for at, (_, point) in tried.items() if point.evaluation.perplexity <= limit)
+            beyond = [at for at in tried if at < cheapest]
+            if not new or not beyond:
                 break
-        for _ in range(_REFINEMENTS):
-            middle = (best.read_bytes + beyond) / 2
-            if beyond and not is_kept(middle):
-                beyond = middle
-        return best, sorted(points, key=lambda point: -point.bytes_ratio)
+            found = [within_bytes(menus, (cheapest + max(beyond)) / 2)]
+        return tried[cheapest][0], [tried[at][1] for at in sorted(tried, reverse=True)]
 
     def report(self) -> tuple[PredictorReport, Mapping[str, Choice]]:
         """Choose, and describe the choice."""
         best, curve = self._curve(only(self._menus, self._usable))
         exact = allocate(only(self._menus, ()), 0.0)
-        reference = self._point(exact, "report").evaluation.perplexity
-        chosen = self._point(best, "report")
+        reference, chosen = self._points([exact, best], "report")
         rivals: dict[str, CurvePoint] = {}
         scores: dict[str, dict[str, PredictorScore]] = {name: {} for name in self._fits}
         families: dict[str, list[str]] = {}
@@ -169,12 +154,12 @@ class _Selection:
         families.pop("low_rank", None)
         for family, kinds in families.items():
             rival = within_loss(only(self._menus, kinds), best.lost)
-            rivals[family] = self._point(rival, "report")
+            (rivals[family],) = self._points([rival], "report")
             for name, choice in rival.choices.items():
                 scores[name][family] = self._fits[name].score(choice)
         return PredictorReport(
-            perplexity=reference,
-            ppl_rise=chosen.evaluation.perplexity / reference - 1,
+            perplexity=reference.evaluation.perplexity,
+            ppl_rise=chosen.evaluation.perplexity / reference.evaluation.perplexity - 1,
             chosen=chosen,
             exact_bytes_ratio=exact.read_bytes / self._dense_bytes,
             cheaper="predicted" if best.read_bytes < exact.read_bytes else EXACT,

@@ -21,9 +21,11 @@ from turbosparse.predict.layers import FFNLayer, layers_of
 
 __all__ = ["HuggingFaceSource", "PredictorSource", "TextPart"]
 
-TextPart = Literal["choose", "report"]
-"""Held-out text comes in two halves: one to choose thresholds by, one to report."""
+TextPart = Literal["probe", "choose", "report"]
+"""Held-out text comes in two halves: one to choose thresholds by, one to report. A probe is a little of the
+first."""
 _EVALUATION_SEQUENCES = 32  # at most, per source of text
+_PROBE_SEQUENCES = 2
 
 
 class PredictorSource(Protocol):
@@ -58,8 +60,8 @@ class PredictorSource(Protocol):
         ----------
         configurations : sequence of mapping of str to PlacedPredictor
             Layers that are not in a mapping run without predictor.
-        part : {"choose", "report"}
-            Which half of the held-out text.
+        part : {"probe", "choose", "report"}
+            Which part of the held-out text.
 
         Returns
         -------
@@ -123,4 +125,5 @@ class HuggingFaceSource:
         self, configurations: Sequence[Mapping[str, PlacedPredictor]], part: TextPart
     ) -> list[Evaluation]:
         """Measure the model with several sets of predictors; see `PredictorSource`."""
-        return evaluate(self.model, configurations, self._held_out[0 if part == "choose" else 1 :: 2])
+        rows = self._held_out[part == "report" :: 2]
+        return evaluate(self.model, configurations, rows[:_PROBE_SEQUENCES] if part == "probe" else rows)
