@@ -1,5 +1,6 @@
 """Whole tiny models: what is captured, what a model computes with predictors on, and the verb."""
 
+import copy
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,12 +18,14 @@ from turbosparse.data.mixture import PackedSequence
 from turbosparse.errors import ConfigError, DataError
 from turbosparse.models.activations import Activation
 from turbosparse.models.gated_ffn import GatedExperts, gated_ffns
-from turbosparse.models.registry import swap_activation
+from turbosparse.models.registry import activation_of, load_model, swap_activation
 from turbosparse.predict.allocation import ALL_NEURONS
 from turbosparse.predict.capture import capture_inputs
+from turbosparse.predict.config import PredictorConfig
 from turbosparse.predict.end_to_end import PlacedPredictor, evaluate, predictors_on
+from turbosparse.predict.finetune import finetune
 from turbosparse.predict.layers import FFNLayer, layers_of
-from turbosparse.predict.predictors import WeightCopyPredictor
+from turbosparse.predict.predictors import LowRankPredictor, WeightCopyPredictor
 from turbosparse.predict.source import HuggingFaceSource
 
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
@@ -183,6 +186,62 @@ def test_the_verb(model_type: str, base: Path, tmp_path: Path, capsys: pytest.Ca
             assert float(file.get_tensor(f"{name}.pred_threshold")) == pytest.approx(layer["threshold"])
     assert len(report["layers"]) == (2 if model_type == "llama" else 8)
     assert not (tmp_path / ".captured").exists()
+
+
+@pytest.mark.parametrize("what", ["predictors", "model"])
+def test_fine_tuning_moves_the_model_towards_the_one_without_predictors(what: str) -> None:
+    model = make("mixtral")
+    layers = layers_of(model, "F32")
+    ids = tiny_ids(1)[0].tolist()
+    row = PackedSequence(input_ids=ids, position_ids=list(range(len(ids))), labels=ids)
+    torch.manual_seed(0)
+    placed = {
+        name: PlacedPredictor(predictor=LowRankPredictor(32, 48, 8).requires_grad_(False), threshold=0.0)
+        for name in layers
+    }
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    (before,) = evaluate(model, [placed], [row])
+    config = PredictorConfig(finetune_steps=30, finetune=what, finetune_learning_rate=1e-2)
+    expected = copy.deepcopy(model)
+    finetune(model, placed, layers, [row], 0.0, config)
+    with torch.no_grad(), predictors_on(model, placed):
+        got = model(tiny_ids(1)).logits.log_softmax(-1)
+        p = expected(tiny_ids(1)).logits.softmax(-1)
+    assert float((p * (p.log() - got)).sum(-1).mean()) < 0.7 * before.kl_divergence
+    same = all(torch.equal(parameter, weights[name]) for name, parameter in model.named_parameters())
+    assert same == (what == "predictors")
+    with predictors_on(model, placed) as trained:
+        model(tiny_ids(1))
+    assert trained == {}
+
+
+def test_fine_tuning_at_a_price_names_fewer_candidates() -> None:
+    model = make("llama")
+    layers = layers_of(model, "F32")
+    ids = tiny_ids(1)[0].tolist()
+    row = PackedSequence(input_ids=ids, position_ids=list(range(len(ids))), labels=ids)
+    shares = []
+    for price in (0.0, 1.0):
+        torch.manual_seed(0)
+        placed = {
+            name: PlacedPredictor(predictor=LowRankPredictor(32, 48, 8), threshold=0.0) for name in layers
+        }
+        finetune(model, placed, layers, [row], price, PredictorConfig(finetune_steps=10))
+        x = torch.randn(100, 32, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            shares.append([float((each.predictor(x) >= 0).float().mean()) for each in placed.values()])
+    assert all(costly < free for free, costly in zip(*shares, strict=True))
+
+
+def test_the_verb_saves_a_fine_tuned_model(base: Path, tmp_path: Path) -> None:
+    arguments = [str(base / "llama"), f"--text={base / 'stories.txt'}", f"--output={tmp_path}"]
+    arguments += [f"--held-out={base / 'book.txt'}", "--tokens=1500", "--ranks=8", "--steps=60"]
+    arguments += ["--sequence-length=32", "--predictor-type=F32", "--weight-type=F32", "--ppl-budget=50%"]
+    assert main(["fit-predictor", *arguments, "--finetune-steps=3", "--finetune=model"]) == 0
+    before, after = (load_model(path) for path in (base / "llama", tmp_path / "model"))
+    assert activation_of(after) == activation_of(before)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(before.state_dict()[name], after.state_dict()[name])
 
 
 def test_wrong_input(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

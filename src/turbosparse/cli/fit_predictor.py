@@ -49,6 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--predictor-type", default="Q8_0", help="predictors there (default: Q8_0)")
     add("--steps", type=int, default=600, help="steps per layer (default: 600)")
     add("--batch-tokens", type=int, default=512, help="tokens per step (default: 512)")
+    add("--finetune-steps", type=int, default=0, help="straight-through steps after the fit (default: 0)")
+    add("--finetune", default="predictors", help="what these train: predictors, or model for both")
     add("--sequence-length", type=int, default=256, help="tokens per sequence (default: 256)")
     add("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     add_json_option(parser)
@@ -88,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
         predictor_type=args.predictor_type,
         steps=args.steps,
         batch_tokens=args.batch_tokens,
+        finetune_steps=args.finetune_steps,
+        finetune=args.finetune,
         seed=args.seed,
     )
     data = DataConfig(

@@ -7,9 +7,10 @@ from turbosparse.predict.inputs import INPUTS
 from turbosparse.predict.layers import BYTES_PER_WEIGHT
 from turbosparse.predict.predictors import RIVALS
 
-__all__ = ["LABELS", "PredictorConfig"]
+__all__ = ["PredictorConfig"]
 
 LABELS = ("nonzero", "cett")
+FINETUNED = ("predictors", "model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,14 @@ class PredictorConfig:
     norm_weight: float = 1.0
     """How much more an active neuron with a large output counts: its loss is weighted by
     1 + norm_weight * ||n_i|| / mean ||n||; at least 0."""
+    finetune_steps: int = 0
+    """Steps of straight-through fine-tuning after the fit, at least 0."""
+    finetune: str = "predictors"
+    """What these train: predictors, or model: predictors and all weights of the model."""
+    finetune_learning_rate: float = 3e-4
+    """AdamW's learning rate there, above 0; linear decay to 0."""
+    finetune_sequences: int = 4
+    """Sequences per step there, at least 1."""
     held_out_share: float = 0.2
     """Share of the captured tokens on which predictors are scored, above 0, below 1."""
     seed: int = 0
@@ -59,6 +68,7 @@ class PredictorConfig:
             ("inputs", INPUTS, self.inputs or ("",)),
             ("rivals", RIVALS, self.rivals),
             ("labels", LABELS, (self.labels,)),
+            ("finetune", FINETUNED, (self.finetune,)),
             ("weight_type", BYTES_PER_WEIGHT, (self.weight_type,)),
             ("predictor_type", BYTES_PER_WEIGHT, (self.predictor_type,)),
         ):
@@ -69,11 +79,12 @@ class PredictorConfig:
         for name in ("label_cett", "held_out_share"):
             if not 0 < getattr(self, name) < 1:
                 raise ConfigError(f"[predictor.{name}] expected between 0 and 1, got {getattr(self, name)}")
-        for name in ("steps", "batch_tokens"):
+        for name in ("steps", "batch_tokens", "finetune_sequences"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"[predictor.{name}] expected at least 1, got {getattr(self, name)}")
-        for name in ("norm_weight", "ppl_budget"):
+        for name in ("norm_weight", "ppl_budget", "finetune_steps"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"[predictor.{name}] expected at least 0, got {getattr(self, name)}")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"[predictor.learning_rate] expected above 0, got {self.learning_rate}")
+        for name in ("learning_rate", "finetune_learning_rate"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"[predictor.{name}] expected above 0, got {getattr(self, name)}")

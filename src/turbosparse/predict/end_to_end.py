@@ -44,10 +44,13 @@ class Evaluation:
 class _Mask:
     """A probe that computes an FFN with the candidates alone."""
 
-    def __init__(self, name: str, tap: InputTap, placed: Mapping[str, PlacedPredictor]) -> None:
+    def __init__(
+        self, name: str, tap: InputTap, placed: Mapping[str, PlacedPredictor], trained: dict[str, Tensor]
+    ) -> None:
         self._name = name
         self._tap = tap
         self._placed = placed
+        self._trained = trained
 
     def on_intermediate(self, intermediate: Tensor) -> None:
         """See nothing."""
@@ -74,12 +77,18 @@ class _Mask:
         if placed is None:
             return torch.ones((), dtype=x.dtype, device=x.device)
         scores = placed.predictor(self._tap.read(placed.input, self._name, x)[token].float())
-        return (scores >= placed.threshold).to(x.dtype)
+        mask = (scores >= placed.threshold).to(x.dtype)
+        if scores.requires_grad:  # straight through: the gradient is that of the sigmoid
+            soft = torch.sigmoid(scores - placed.threshold)
+            self._trained[unit] = mask = mask + (soft - soft.detach())
+        return mask
 
 
 @contextmanager
-def predictors_on(model: nn.Module, placed: Mapping[str, PlacedPredictor]) -> Iterator[None]:
+def predictors_on(model: nn.Module, placed: Mapping[str, PlacedPredictor]) -> Iterator[dict[str, Tensor]]:
     """Let a model compute candidates alone within this block.
+
+    Where predictors are being trained, gradients pass straight through the choice of candidates.
 
     Parameters
     ----------
@@ -87,14 +96,20 @@ def predictors_on(model: nn.Module, placed: Mapping[str, PlacedPredictor]) -> It
         The model the predictors were fitted for.
     placed : mapping of str to PlacedPredictor
         By the FFN's name, with the expert's number behind it; those that are not there run as ever.
+
+    Yields
+    ------
+    dict of str to Tensor of shape [N, F]
+        Masks of candidates with gradient, of the last call of each FFN whose predictor is being trained.
     """
     ffns = gated_ffns(model)
     before = {name: ffn.probe for name, ffn in ffns.items()}
+    trained: dict[str, Tensor] = {}
     try:
         with InputTap(model) as tap:
             for name, ffn in ffns.items():
-                ffn.probe = _Mask(name, tap, placed)
-            yield
+                ffn.probe = _Mask(name, tap, placed, trained)
+            yield trained
     finally:
         for name, probe in before.items():
             ffns[name].probe = probe

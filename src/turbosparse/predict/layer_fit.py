@@ -58,30 +58,48 @@ class LayerFit:
     def __init__(self, layer: FFNLayer, captured: CapturedInputs, config: PredictorConfig) -> None:
         self.layer = layer
         self._config = config
-        self._inputs = {kind: captured.open(kind) for kind in ("ffn_norm", *config.inputs)}
-        self.tokens = len(self._inputs["ffn_norm"])
-        training = int(self.tokens * (1 - config.held_out_share))
-        self._scored = slice(training, training + _SCORED_TOKENS)
+        self._bound = 0.0
+        self._sources: dict[str, str] = {}
         self.fitted: dict[str, LowRankPredictor] = {}
         """By kind; empty where too few tokens reached the layer."""
-        self._sources: dict[str, str] = {}
-        self._bound = 0.0
-        if self.tokens >= _FEWEST_TOKENS:
-            self._bound = activity_bound(layer, self._held_out("ffn_norm"), config)
-            inputs = {kind: rows[:training] for kind, rows in self._inputs.items()}
-            for (source, rank), predictor in fit_low_rank(layer, inputs, self._bound, config).items():
+        inputs = {kind: captured.open(kind) for kind in ("ffn_norm", *config.inputs)}
+        tokens = len(inputs["ffn_norm"])
+        if tokens >= _FEWEST_TOKENS:
+            training = {kind: rows[: self._held_out_from(tokens)] for kind, rows in inputs.items()}
+            sample = rows_of(inputs["ffn_norm"], self._scored(tokens))
+            self._bound = activity_bound(layer, sample, config)
+            for (source, rank), predictor in fit_low_rank(layer, training, self._bound, config).items():
                 kind = f"low_rank_{rank}" + ("" if source == config.inputs[0] else f"_{source}")
                 self.fitted[kind], self._sources[kind] = predictor, source
+        self.read(captured)
+
+    def read(self, captured: CapturedInputs) -> None:
+        """Work out what every predictor costs and loses, as the layer and the predictors now are.
+
+        Parameters
+        ----------
+        captured : CapturedInputs
+            Of the model as it now is.
+        """
+        self._inputs = {kind: captured.open(kind) for kind in ("ffn_norm", *self._config.inputs)}
+        self.tokens = len(self._inputs["ffn_norm"])
         neurons = self._neurons()
-        kinds = (*self.fitted, *config.rivals) if self.fitted else ()
+        kinds = (*self.fitted, *self._config.rivals) if self.fitted else ()
         self.menu = Menu(
-            exact_bytes=exact_bytes(neurons, layer),
+            exact_bytes=exact_bytes(neurons, self.layer),
             curves={kind: self._trade_off(kind, neurons) for kind in kinds},
             share=self.tokens / max(captured.tokens_seen, 1),
         )
 
+    def _held_out_from(self, tokens: int) -> int:
+        return int(tokens * (1 - self._config.held_out_share))
+
+    def _scored(self, tokens: int) -> slice:
+        first = self._held_out_from(tokens)
+        return slice(first, first + _SCORED_TOKENS)
+
     def _held_out(self, source: str) -> Tensor:
-        return rows_of(self._inputs[source], self._scored)
+        return rows_of(self._inputs[source], self._scored(self.tokens))
 
     def _neurons(self) -> Neurons:
         return self.layer.neurons(self._held_out("ffn_norm"))

@@ -16,7 +16,9 @@ from turbosparse.measure.held_out_loss import batch_of
 from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
 from turbosparse.models.registry import activation_of, load_model
 from turbosparse.predict.capture import CapturedInputs, capture_inputs
+from turbosparse.predict.config import PredictorConfig
 from turbosparse.predict.end_to_end import Evaluation, PlacedPredictor, evaluate
+from turbosparse.predict.finetune import finetune
 from turbosparse.predict.layers import FFNLayer, layers_of
 
 __all__ = ["HuggingFaceSource", "PredictorSource", "TextPart"]
@@ -69,6 +71,23 @@ class PredictorSource(Protocol):
             One per configuration.
         """
 
+    def finetune(
+        self, placed: Mapping[str, PlacedPredictor], price: float, output: Path, config: PredictorConfig
+    ) -> None:
+        """Train predictors, and the model if wished, with the mask of candidates on.
+
+        Parameters
+        ----------
+        placed : mapping of str to PlacedPredictor
+            Predictors, changed in place.
+        price : float
+            KL divergence that a byte per token is worth, in nats.
+        output : Path
+            Where a trained model is saved, in ``model``.
+        config : PredictorConfig
+            How to train.
+        """
+
 
 class HuggingFaceSource:
     """A Hugging Face directory, run by torch.
@@ -97,7 +116,8 @@ class HuggingFaceSource:
         if not gated_ffns(self.model):
             replace_ffns(self.model, activation_of(self.model), activation_of(self.model))
         self.layers = layers_of(self.model, weight_type)
-        encode = make_encoder(AutoTokenizer.from_pretrained(path), data.document_end)
+        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        encode = make_encoder(self._tokenizer, data.document_end)
         split = HeldOutSplit(data.held_out_percent)
         mixture = Mixture(data, encode, split=split, seed=seed)
         count = max(tokens // data.sequence_length, 1)
@@ -127,3 +147,12 @@ class HuggingFaceSource:
         """Measure the model with several sets of predictors; see `PredictorSource`."""
         rows = self._held_out[part == "report" :: 2]
         return evaluate(self.model, configurations, rows[:_PROBE_SEQUENCES] if part == "probe" else rows)
+
+    def finetune(
+        self, placed: Mapping[str, PlacedPredictor], price: float, output: Path, config: PredictorConfig
+    ) -> None:
+        """Train predictors, and the model if wished; see `PredictorSource`."""
+        finetune(self.model, placed, self.layers, self.rows, price, config)
+        if config.finetune == "model":
+            self.model.save_pretrained(output / "model")
+            self._tokenizer.save_pretrained(output / "model")

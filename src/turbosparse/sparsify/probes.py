@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from turbosparse.measure.divergence import relative_error
 from turbosparse.models.gated_ffn import GatedExperts, GatedFFN, gated_ffns
-from turbosparse.sparsify.losses import relative_error
 
 __all__ = ["LayerProbe", "ProbeSet"]
 

@@ -16,8 +16,8 @@ from transformers import Trainer
 
 from turbosparse.data.encoding import IGNORED_LABEL
 from turbosparse.errors import TrainingError
+from turbosparse.measure.divergence import logit_divergence, relative_error
 from turbosparse.sparsify.checkpoints import COMPLETE_FILE, checkpoint_steps, sync_files
-from turbosparse.sparsify.losses import logit_divergence, relative_error
 from turbosparse.sparsify.probes import ProbeSet
 from turbosparse.sparsify.recipe import StageConfig
 from turbosparse.sparsify.schedules import learning_rate_factor, ramp

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from turbosparse.sparsify.losses import logit_divergence, relative_error
+from turbosparse.measure.divergence import logit_divergence, relative_error
 
 N, V = 300, 37  # more rows than are handled at a time
 
