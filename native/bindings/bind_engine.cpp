@@ -125,8 +125,9 @@ nb::list capture(Session& self, const Ids& ids, const std::vector<std::int64_t>&
     Floats gate = make_floats(tokens, config.intermediate_size);
     Floats up = make_floats(tokens, config.intermediate_size);
     Floats out = make_floats(tokens, config.hidden_size);
-    wanted.push_back({layer, gate.data(), up.data(), out.data()});
-    arrays.append(nb::make_tuple(std::move(gate), std::move(up), std::move(out)));
+    Floats residual = make_floats(tokens, config.hidden_size);
+    wanted.push_back({layer, gate.data(), up.data(), out.data(), residual.data()});
+    arrays.append(nb::make_tuple(std::move(gate), std::move(up), std::move(out), std::move(residual)));
   }
   const nb::gil_scoped_release release;
   self.capture(as_span(ids), wanted, signal_check());

@@ -205,6 +205,7 @@ void ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
     for (std::int64_t t = 0; t < step.T; ++t) {
       const std::int64_t at = t * D + columns.begin;
       std::copy_n(s.out.data() + at, columns.size(), capture.out + at);
+      std::copy_n(s.x.data() + at, columns.size(), capture.residual + at);
     }
   }
   add_to_residual(step, columns);

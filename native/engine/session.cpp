@@ -173,7 +173,8 @@ void Session::capture(std::span<const std::int32_t> ids, std::span<const Capture
     for (const CapturedLayer& wanted : layers) {
       const std::int64_t F = config.intermediate_size;
       captures.at(static_cast<std::size_t>(wanted.layer)) = {wanted.gate + begin * F, wanted.up + begin * F,
-                                                             wanted.out + begin * config.hidden_size};
+                                                             wanted.out + begin * config.hidden_size,
+                                                             wanted.residual + begin * config.hidden_size};
     }
     Step step{.model = *model_,
               .cache = cache_,

@@ -145,11 +145,12 @@ class Session:
         """
     def capture(
         self, ids: NDArray[np.int32], layers: list[int]
-    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]]:
+    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]]:
         """Runs ids densely from the current position and returns, per asked layer, FFN arrays.
 
-        Each entry is (gate, up, out): f(gate) after the activation [T, F], g(up) [T, F], FFN output [T, D].
-        Without a gate: f(up), ones, and the output.
+        Each entry is (gate, up, out, residual): f(gate) after the activation [T, F], g(up) [T, F], FFN
+        output [T, D], residual stream before the FFN's norm [T, D]. Without a gate: f(up), ones, and the
+        rest.
         """
     @property
     def profiling(self) -> bool:

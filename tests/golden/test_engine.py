@@ -177,14 +177,17 @@ def test_order_of_neurons_does_not_matter(tmp_path: Path) -> None:
 
 def test_capture_returns_the_factors_of_every_neuron(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
-    make_tiny_model(path, TinyModel(activation="drelu", down_t=True))
+    weights = make_tiny_model(path, TinyModel(activation="drelu", down_t=True))
     session = Model(str(path), threads=2).session(64)
     session.forward(IDS[:4])
     captured = session.capture(IDS[4:], [1, 0])
     assert session.position == len(IDS)
     trace: list[FfnTrace] = []
     ReferenceEngine(path).forward(IDS, trace=trace)
-    for (gate, up, out), layer in zip(captured, (1, 0), strict=True):
+    for (gate, up, out, residual), layer in zip(captured, (1, 0), strict=True):
         assert distance(gate, trace[layer].gate[4:]) < 1e-5
         assert distance(up, trace[layer].up[4:]) < 1e-5
         assert distance(out, trace[layer].out[4:]) < 1e-5
+        x = residual / np.sqrt(np.square(residual).mean(axis=1, keepdims=True) + 1e-5)
+        x = x * weights[f"blk.{layer}.ffn_norm.weight"]
+        assert distance(gate, np.maximum(x @ weights[f"blk.{layer}.ffn_gate.weight"].T, 0)) < 1e-5

@@ -5,6 +5,7 @@ chooses rank and threshold of all layers together so that perplexity rises by no
 compares the bytes that are then read with the exact mode, which computes every gate and needs no predictor.
 
   turbosparse fit-predictor runs/mine/model --text mine.txt --output predictors
+  turbosparse fit-predictor mine.gguf --text mine.txt --output predictors
 """
 
 import argparse
@@ -17,7 +18,9 @@ from turbosparse.cli.console import add_json_option, console, print_json, share_
 from turbosparse.errors import ConfigError
 
 if TYPE_CHECKING:
+    from turbosparse.predict.config import PredictorConfig
     from turbosparse.predict.report import PredictorReport
+    from turbosparse.predict.source import PredictorSource
 
 __all__ = ["add_arguments", "run"]
 
@@ -31,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         The verb's parser.
     """
     add = parser.add_argument
-    add("model", type=Path, help="Hugging Face directory")
+    add("model", type=Path, help="Hugging Face directory, or a GGUF file, which the engine runs")
     add("--text", action="append", required=True, help="text to capture on; may be repeated")
     add("--held-out", action="append", default=[], help="text to judge on (default: 2 %% of the documents)")
     add("-o", "--output", type=Path, required=True, help="directory for predictors and report")
@@ -42,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="ffn_norm",
         help="what predictors read: ffn_norm, residual, previous; those after the first are only compared",
     )
+    add("--rivals", help="kinds to compare: sign_bits, and of a directory low_bit_1, low_bit_2, oracle")
     add("--ppl-budget", default="3%", metavar="P%", help="rise of perplexity allowed (default: 3%%)")
     add("--labels", default="nonzero", help="what is active: nonzero, or cett for dense activations")
     add("--cett", type=float, default=0.1, help="error that makes a neuron active for --labels cett")
@@ -52,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--finetune-steps", type=int, default=0, help="straight-through steps after the fit (default: 0)")
     add("--finetune", default="predictors", help="what these train: predictors, or model for both")
     add("--sequence-length", type=int, default=256, help="tokens per sequence (default: 256)")
+    add("-t", "--threads", type=int, default=0, help="of the engine (default: physical cores, at most 8)")
     add("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     add_json_option(parser)
 
@@ -69,20 +74,21 @@ def run(args: argparse.Namespace) -> int:
     int
         0.
     """
-    from transformers.utils.logging import disable_progress_bar
-
-    from turbosparse.data.config import DataConfig, SourceConfig
     from turbosparse.predict.config import PredictorConfig
+    from turbosparse.predict.predictors import RIVALS
     from turbosparse.predict.run import fit_predictors
-    from turbosparse.predict.source import HuggingFaceSource
 
     try:
         ranks = tuple(int(rank) for rank in args.ranks.split(","))
     except ValueError:
         raise ConfigError(f"[--ranks] expected numbers with commas between, got {args.ranks!r}") from None
+    rivals = ("sign_bits",) if args.model.is_file() else tuple(RIVALS)
+    if args.rivals is not None:
+        rivals = tuple(filter(None, args.rivals.split(",")))
     config = PredictorConfig(
         ranks=ranks,
         inputs=tuple(args.inputs.split(",")),
+        rivals=rivals,
         labels=args.labels,
         label_cett=args.cett,
         ppl_budget=share_of("--ppl-budget", args.ppl_budget),
@@ -94,16 +100,8 @@ def run(args: argparse.Namespace) -> int:
         finetune=args.finetune,
         seed=args.seed,
     )
-    data = DataConfig(
-        sources=tuple(SourceConfig(path=text) for text in args.text),
-        held_out=tuple(SourceConfig(path=text) for text in args.held_out),
-        sequence_length=args.sequence_length,
-    )
     logging.getLogger("turbosparse").setLevel(logging.INFO)
-    disable_progress_bar()
-    source = HuggingFaceSource(
-        args.model, data, tokens=args.tokens, weight_type=config.weight_type, seed=config.seed
-    )
+    source = _model_file(args, config) if args.model.is_file() else _hugging_face(args, config)
     report = fit_predictors(source, args.output, config)
     _show(report)
     if args.json:
@@ -111,6 +109,38 @@ def run(args: argparse.Namespace) -> int:
         del record["layers"]  # they are in the report
         print_json(record)
     return 0
+
+
+def _hugging_face(args: argparse.Namespace, config: "PredictorConfig") -> "PredictorSource":
+    from transformers.utils.logging import disable_progress_bar
+
+    from turbosparse.data.config import DataConfig, SourceConfig
+    from turbosparse.predict.source import HuggingFaceSource
+
+    disable_progress_bar()
+    data = DataConfig(
+        sources=tuple(SourceConfig(path=text) for text in args.text),
+        held_out=tuple(SourceConfig(path=text) for text in args.held_out),
+        sequence_length=args.sequence_length,
+    )
+    return HuggingFaceSource(
+        args.model, data, tokens=args.tokens, weight_type=config.weight_type, seed=config.seed
+    )
+
+
+def _model_file(args: argparse.Namespace, config: "PredictorConfig") -> "PredictorSource":
+    from turbosparse.export.predictor_source import ModelFileSource
+    from turbosparse.runtime.texts import read_text
+
+    return ModelFileSource(
+        args.model,
+        "\n\n".join(read_text(Path(path)) for path in args.text),
+        "\n\n".join(read_text(Path(path)) for path in args.held_out),
+        config,
+        tokens=args.tokens,
+        window=args.sequence_length,
+        threads=args.threads,
+    )
 
 
 def _show(report: "PredictorReport") -> None:

@@ -1,4 +1,4 @@
-"""Losses against the original model, written so that a CPU can afford them."""
+"""How far a model is from another, as losses to train by; written so that a CPU can afford them."""
 
 from typing import Any
 

@@ -1,0 +1,228 @@
+"""A model file, seen by a predictor fit: run by the engine, without torch in the forward pass."""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from turbosparse import _native
+from turbosparse.errors import ConfigError, ModelFileError, TextError
+from turbosparse.models.activations import Activation
+from turbosparse.predict.allocation import ALL_NEURONS
+from turbosparse.predict.capture import CapturedInputs
+from turbosparse.predict.config import PredictorConfig
+from turbosparse.predict.end_to_end import Evaluation, PlacedPredictor
+from turbosparse.predict.layers import FFNLayer, RowBytes
+from turbosparse.predict.predictors import LowRankPredictor, SignBitPredictor
+from turbosparse.predict.source import TextPart
+from turbosparse.runtime.model_file import KEY_ACTIVATION_PARAM, ModelFile
+from turbosparse.runtime.perplexity import compare_modes, perplexity
+from turbosparse.runtime.predictors import LayerPredictor, Predictors, add_predictors
+from turbosparse.runtime.sparse_file import default_down_type, down_t, row_bytes
+from turbosparse.tokenizer import Tokenizer
+
+__all__ = ["ModelFileSource"]
+
+_INPUTS = ("ffn_norm", "residual")
+_RIVALS = ("sign_bits",)
+_EVALUATED_WINDOWS = 32
+_PROBED_WINDOWS = 2
+_SMALLEST_RANK = 32  # that every weight type can hold
+
+
+class ModelFileSource:
+    """A GGUF file.
+
+    Parameters
+    ----------
+    path : Path
+        The file; thresholds in it stay in force beside predictors.
+    text : str
+        To capture on.
+    held_out : str
+        To evaluate on; if empty, what of `text` is not captured.
+    config : PredictorConfig
+        The fit that will be made: a model file cannot hold every kind of predictor and input.
+    tokens : int
+        Tokens to capture.
+    window : int
+        Tokens that are run together.
+    threads : int
+        Of the engine; 0 means physical cores, at most 8.
+
+    Raises
+    ------
+    ConfigError
+        If the fit needs what a model file cannot hold.
+    ModelFileError
+        If the file is no dense model with a gated FFN.
+    TextError
+        If there is too little text.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        text: str,
+        held_out: str,
+        config: PredictorConfig,
+        *,
+        tokens: int,
+        window: int,
+        threads: int = 0,
+    ) -> None:
+        _check(config)
+        self._file = ModelFile(path)
+        self._threads = threads
+        self._window = window
+        self._config = config
+        tokenizer = Tokenizer.from_metadata(self._file.metadata)
+        self._bos_id = tokenizer.bos_id if tokenizer.add_bos else None
+        ids = tokenizer.encode(text)
+        self._ids = ids[: tokens - tokens % window]
+        rest = tokenizer.encode(held_out) if held_out else ids[len(self._ids) :]
+        windows = [rest[start : start + window] for start in range(0, len(rest) - window + 1, window)]
+        if not self._ids or len(windows) < 2:
+            raise TextError(
+                f"[fit-predictor] expected text for a window of {window} tokens to capture and two held out, "
+                f"got {len(self._ids)} and {len(rest)} tokens: give more text, or --held-out"
+            )
+        self._held_out = windows[:: -(-len(windows) // _EVALUATED_WINDOWS)]
+        self.layers: Mapping[str, FFNLayer] = {
+            _name(layer): self._layer(layer) for layer in range(self._file.num_hidden_layers)
+        }
+
+    def _layer(self, layer: int) -> FFNLayer:
+        file = self._file
+        if file.activation is None or not file.gated:
+            raise ModelFileError(f"[{file.path}] expected a gated FFN with a known activation, got another")
+        gate, up = (f"blk.{layer}.ffn_{part}.weight" for part in ("gate", "up"))
+        down = f"blk.{layer}.ffn_down_t.weight"
+        types = [file.tensor(gate).type_name, file.tensor(up).type_name]
+        types.append(file.tensor(down).type_name if file.neuron_major_down else default_down_type(file))
+        stored = [f"blk.{layer}.{part}" for part in ("ffn_gate_threshold", "ffn_threshold")]
+        thresholds = [
+            torch.from_numpy(file.dequantised(name)) if name in file.tensors else torch.zeros(())
+            for name in stored
+        ]
+        return FFNLayer(
+            gate=torch.from_numpy(file.dequantised(gate)),
+            up=torch.from_numpy(file.dequantised(up)),
+            down=torch.from_numpy(down_t(file, layer)).T,
+            activation=Activation(
+                name=file.activation, threshold=float(file.metadata.get(KEY_ACTIVATION_PARAM, 0.0))
+            ),
+            row_bytes=RowBytes(*(row_bytes(name, file.hidden_size) for name in types)),
+            thresholds=(thresholds[0], thresholds[1]) if stored[1] in file.tensors else None,
+        )
+
+    def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
+        """Write what FFNs and their predictors read; see `turbosparse.predict.source.PredictorSource`."""
+        directory.mkdir(parents=True, exist_ok=True)
+        files = {name: {kind: directory / f"{name}.{kind}.f16" for kind in _INPUTS} for name in self.layers}
+        for paths in files.values():
+            for path in paths.values():
+                path.unlink(missing_ok=True)
+        for number, x, residual in self._states():
+            for kind, rows in (("ffn_norm", x), ("residual", residual)):
+                with files[_name(number)][kind].open("ab") as file:
+                    rows.astype(np.float16).tofile(file)
+        size, tokens = self._file.hidden_size, len(self._ids)
+        return {
+            name: CapturedInputs(files=paths, hidden_size=size, tokens_seen=tokens)
+            for name, paths in files.items()
+        }
+
+    def _states(self) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
+        """Layer, input of its FFN and residual before the norm, each [T, D]; window by window."""
+        file = self._file
+        eps = float(file.metadata[f"{file.architecture}.attention.layer_norm_rms_epsilon"])
+        norms = [file.dequantised(f"blk.{layer}.ffn_norm.weight") for layer in range(file.num_hidden_layers)]
+        session = _native.Model(file.path, threads=self._threads).session(self._window)
+        for start in range(0, len(self._ids), self._window):
+            session.truncate(0)
+            ids = np.array(self._ids[start : start + self._window], np.int32)
+            for layer, captured in enumerate(session.capture(ids, list(range(len(norms))))):
+                residual = captured[3]
+                scale = 1 / np.sqrt(np.square(residual).mean(axis=1, keepdims=True) + eps)
+                yield layer, residual * scale * norms[layer], residual
+
+    def evaluate(
+        self, configurations: Sequence[Mapping[str, PlacedPredictor]], part: TextPart
+    ) -> list[Evaluation]:
+        """Measure predicted mode; see `turbosparse.predict.source.PredictorSource`."""
+        windows = self._held_out[part == "report" :: 2]
+        if part == "probe":
+            windows = windows[:_PROBED_WINDOWS]
+        ids = [token for window in windows for token in window]
+        return [self._evaluate(placed, ids) for placed in configurations]
+
+    def _evaluate(self, placed: Mapping[str, PlacedPredictor], ids: Sequence[int]) -> Evaluation:
+        has_thresholds = next(iter(self.layers.values())).thresholds is not None
+        against: _native.Mode = "threshold" if has_thresholds else "dense"
+        if not placed:
+            model = _native.Model(self._file.path, threads=self._threads)
+            found = perplexity(model, ids, mode=against, context=self._window, bos_id=self._bos_id)
+            return Evaluation(perplexity=found.perplexity, kl_divergence=0.0, same_top1=1.0)
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / "predicted.gguf"
+            predictors = self._stored(placed)
+            add_predictors(self._file, path, predictors, type_name=self._config.predictor_type)
+            model = _native.Model(str(path), threads=self._threads)
+            compared = compare_modes(
+                model, ids, mode="predicted", against=against, context=self._window, bos_id=self._bos_id
+            )
+        return Evaluation(
+            perplexity=compared.result.perplexity,
+            kl_divergence=compared.mean_kl,
+            same_top1=compared.same_top_1,
+        )
+
+    def _stored(self, placed: Mapping[str, PlacedPredictor]) -> Predictors:
+        """As the file has it: a layer without a predictor has one that is never asked."""
+        layers = []
+        sign = False
+        for name in self.layers:
+            each = placed.get(name)
+            a = torch.zeros(_SMALLEST_RANK, self._file.hidden_size)
+            b = torch.zeros(self._file.intermediate_size, _SMALLEST_RANK)
+            if each is not None and isinstance(each.predictor, LowRankPredictor):
+                a, b = each.predictor.a.weight, each.predictor.b.weight
+            sign = sign or (each is not None and isinstance(each.predictor, SignBitPredictor))
+            threshold = ALL_NEURONS if each is None else each.threshold
+            layers.append((threshold, a.numpy(), b.numpy()))
+        reads = next(iter(placed.values())).input
+        return Predictors(
+            kind="sign" if sign else "low_rank",
+            reads="residual" if reads == "residual" else "ffn_norm",
+            layers=[
+                LayerPredictor(threshold=threshold, a=None if sign else a, b=None if sign else b)
+                for threshold, a, b in layers
+            ],
+        )
+
+    def finetune(
+        self, placed: Mapping[str, PlacedPredictor], price: float, output: Path, config: PredictorConfig
+    ) -> None:
+        """Refused when the source is made: the engine computes no gradients."""
+        raise ConfigError("[fit-predictor] expected no fine-tuning of a model file, got some")
+
+
+def _name(layer: int) -> str:
+    """Name of the FFN in the Hugging Face model that such a file is made from."""
+    return f"model.layers.{layer}.mlp"
+
+
+def _check(config: PredictorConfig) -> None:
+    for field, allowed, got in (("inputs", _INPUTS, config.inputs), ("rivals", _RIVALS, config.rivals)):
+        if not set(got) <= set(allowed):
+            known = " and ".join(allowed)
+            raise ConfigError(f"[predictor.{field}] expected {known} for a model file, got {', '.join(got)}")
+    if config.finetune_steps:
+        raise ConfigError(
+            "[predictor.finetune_steps] expected 0 for a model file, since the engine computes no gradients, "
+            f"got {config.finetune_steps}"
+        )

@@ -1,0 +1,100 @@
+"""Predictors fitted from a model file: the engine sees what torch sees, and runs what was chosen."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.export.conftest import MakeDirectory
+from tests.tiny_hf import make_texts
+from tests.tiny_model import TinyModel, make_tiny_model
+from turbosparse import load
+from turbosparse.cli.main import main
+from turbosparse.errors import ConfigError, ModelFileError, TextError
+from turbosparse.export.draft import TypeChoice
+from turbosparse.export.predictor_source import ModelFileSource
+from turbosparse.export.run import ExportConfig, export_model, plan_export
+from turbosparse.models.registry import load_model
+from turbosparse.predict.capture import capture_inputs
+from turbosparse.predict.config import PredictorConfig
+from turbosparse.predict.layers import layers_of
+from turbosparse.runtime.model_file import ModelFile
+
+KINDS = ("ffn_norm", "residual")
+CONFIG = PredictorConfig(ranks=(32,), inputs=KINDS, rivals=("sign_bits",), predictor_type="F32")
+TEXT = " and the cat sat on the mat in the end" * 80
+
+
+def test_the_engine_captures_what_torch_captures(make_directory: MakeDirectory, tmp_path: Path) -> None:
+    directory, path = make_directory(activation="drelu"), tmp_path / "model.gguf"
+    config = ExportConfig(types=TypeChoice(weights="F32"), check=False)
+    export_model(plan_export(directory, config), path, TEXT, config)
+    source = ModelFileSource(path, TEXT, "", CONFIG, tokens=70, window=32, threads=1)
+    ours = source.capture(tmp_path / "ours", KINDS)
+    model = load_model(directory, dtype=torch.float32)
+    ids = load(path, threads=1).text_ids(TEXT)[:64]
+    windows = [{"input_ids": torch.tensor([ids[at : at + 32]])} for at in (0, 32)]
+    theirs = capture_inputs(model, windows, tmp_path / "theirs", KINDS)
+    layers = layers_of(model, "F32")
+    assert set(ours) == set(theirs) == set(source.layers) == set(layers)
+    for name, inputs in ours.items():
+        assert inputs.tokens_seen == theirs[name].tokens_seen == 64
+        for kind in KINDS:
+            expected = theirs[name].open(kind).astype(np.float32)
+            np.testing.assert_allclose(inputs.open(kind), expected, rtol=2e-3, atol=2e-3)
+        layer, expected_layer = source.layers[name], layers[name]
+        assert layer.row_bytes == expected_layer.row_bytes
+        for part in ("gate", "up", "down"):
+            assert torch.equal(getattr(layer, part), getattr(expected_layer, part))
+
+
+@pytest.mark.parametrize("thresholds", [True, False])
+def test_the_verb(thresholds: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, text = tmp_path / "model.gguf", make_texts(tmp_path)["text"]
+    limit = 0.1 if thresholds else None
+    make_tiny_model(path, TinyModel(activation="drelu", down_t=True, threshold=limit, gate_threshold=limit))
+    arguments = [str(path), f"--text={text}", f"--output={tmp_path / 'out'}", "--tokens=1500", "--ranks=32"]
+    arguments += [
+        "--steps=60",
+        "--batch-tokens=64",
+        "--sequence-length=64",
+        "--ppl-budget=20%",
+        "--threads=1",
+    ]
+    assert main(["fit-predictor", *arguments, "--inputs=ffn_norm,residual", "--predictor-type=F32"]) == 0
+    assert "cheaper: " in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text(encoding="utf-8"))
+    assert set(report["rivals"]) == {"low_rank_residual", "sign_bits"}
+    assert report["exact_bytes_ratio"] < (0.6 if thresholds else 0.7)
+    assert list(report["layers"]) == ["model.layers.0.mlp", "model.layers.1.mlp"]
+    out = tmp_path / "predicted.gguf"
+    assert main(["export", str(path), f"--output={out}", f"--predictor={tmp_path / 'out'}"]) == 0
+    assert "predicted" in ModelFile(out).modes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"inputs": ("previous",)}, r"\[predictor.inputs\] expected ffn_norm and residual for a model file"),
+        ({"rivals": ("oracle",)}, r"\[predictor.rivals\] expected sign_bits for a model file"),
+        ({"finetune_steps": 3}, r"\[predictor.finetune_steps\] expected 0 for a model file"),
+    ],
+)
+def test_what_a_model_file_cannot_hold(changes: dict[str, object], message: str, tmp_path: Path) -> None:
+    config = PredictorConfig(**{"rivals": (), **changes})  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=message):
+        ModelFileSource(tmp_path / "none.gguf", TEXT, "", config, tokens=64, window=32)
+
+
+def test_too_little_text(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model.gguf")
+    with pytest.raises(TextError, match="two held out, got 32 and 3 tokens"):
+        ModelFileSource(tmp_path / "model.gguf", "a" * 35, "", CONFIG, tokens=64, window=32)
+
+
+def test_a_file_without_gate(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model.gguf", TinyModel(activation="relu2", gated=False, down_t=True))
+    with pytest.raises(ModelFileError, match="expected a gated FFN"):
+        ModelFileSource(tmp_path / "model.gguf", TEXT, "", CONFIG, tokens=64, window=32)
