@@ -90,8 +90,8 @@ def test_what_a_model_file_cannot_hold(changes: dict[str, object], message: str,
 
 def test_too_little_text(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model.gguf")
-    with pytest.raises(TextError, match="two held out, got 32 and 3 tokens"):
-        ModelFileSource(tmp_path / "model.gguf", "a" * 35, "", CONFIG, tokens=64, window=32)
+    with pytest.raises(TextError, match="two held out, got 64 and 2 tokens"):
+        ModelFileSource(tmp_path / "model.gguf", "a" * 66, "", CONFIG, tokens=64, window=32)
 
 
 def test_a_file_without_gate(tmp_path: Path) -> None:

@@ -105,13 +105,13 @@ class ModelFileSource:
         types.append(file.tensor(down).type_name if file.neuron_major_down else default_down_type(file))
         stored = [f"blk.{layer}.{part}" for part in ("ffn_gate_threshold", "ffn_threshold")]
         thresholds = [
-            torch.from_numpy(file.dequantised(name)) if name in file.tensors else torch.zeros(())
+            torch.tensor(file.dequantised(name)) if name in file.tensors else torch.zeros(())
             for name in stored
         ]
         return FFNLayer(
-            gate=torch.from_numpy(file.dequantised(gate)),
-            up=torch.from_numpy(file.dequantised(up)),
-            down=torch.from_numpy(down_t(file, layer)).T,
+            gate=torch.tensor(file.dequantised(gate)),
+            up=torch.tensor(file.dequantised(up)),
+            down=torch.tensor(down_t(file, layer)).T,
             activation=Activation(
                 name=file.activation, threshold=float(file.metadata.get(KEY_ACTIVATION_PARAM, 0.0))
             ),

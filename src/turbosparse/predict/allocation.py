@@ -34,6 +34,17 @@ _HALVINGS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One predictor at one threshold, or none."""
+
+    kind: str
+    """`EXACT` for none."""
+    threshold: float
+    read_bytes: float
+    lost: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Tradeoff:
     """What a predictor costs and loses at each of K thresholds."""
 
@@ -43,6 +54,28 @@ class Tradeoff:
     """[K], per token that reaches the layer."""
     lost: NDArray[np.float64]
     """[K], share of the energy of the layer's output."""
+
+    def choice(self, kind: str, at: int) -> Choice:
+        """Name one of the points.
+
+        Parameters
+        ----------
+        kind : str
+            What this curve is called on the menu.
+        at : int
+            Index of the threshold.
+
+        Returns
+        -------
+        Choice
+            The predictor at that threshold.
+        """
+        return Choice(
+            kind=kind,
+            threshold=float(self.thresholds[at]),
+            read_bytes=float(self.read_bytes[at]),
+            lost=float(self.lost[at]),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,17 +90,6 @@ class Menu:
     """Of all tokens, those that reach the layer; below 1 for an expert."""
     weight: float = 1.0
     """How much what is lost here counts, against other layers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """One predictor at one threshold, or none."""
-
-    kind: str
-    """`EXACT` for none."""
-    threshold: float
-    read_bytes: float
-    lost: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,13 +191,7 @@ def _best(menu: Menu, price: float) -> Choice:
     for kind, curve in menu.curves.items():
         cost = menu.weight * curve.lost + price * curve.read_bytes
         at = int(cost.argmin())
-        choice = Choice(
-            kind=kind,
-            threshold=float(curve.thresholds[at]),
-            read_bytes=float(curve.read_bytes[at]),
-            lost=float(curve.lost[at]),
-        )
-        found.append((float(cost[at]), choice))
+        found.append((float(cost[at]), curve.choice(kind, at)))
     return min(found, key=lambda pair: pair[0])[1]
 
 

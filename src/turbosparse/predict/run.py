@@ -43,7 +43,7 @@ def fit_predictors(source: PredictorSource, output: Path, config: PredictorConfi
             _LOG.info("fitted %s (%d of %d)", name, len(fits), len(source.layers))
         selection = Selection(source, fits, config)
         if config.finetune_steps:
-            source.finetune(selection.placed, selection.price, output, config)
+            source.finetune(selection.to_train, selection.price, output, config)
             if config.finetune == "model":
                 captured = source.capture(directory, config.inputs)
             for name, fit in fits.items():

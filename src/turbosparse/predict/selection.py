@@ -58,17 +58,20 @@ class Selection:
         self._dense_bytes = sum(fit.menu.share * fit.layer.dense_bytes for fit in fits.values())
         weights = self._weights()
         self._menus = {name: replace(fit.menu, weight=weights[name]) for name, fit in fits.items()}
-        self._best, self._curve = self._choose(only(self._menus, self._usable))
+        tried, last = self._walk(only(self._menus, self._usable))
+        self._best = tried[last][0]
+        self._beyond = tried[min(last + 1, len(tried) - 1)][0]
+        self._curve = tuple(point for _, point in tried)
 
     @property
-    def placed(self) -> dict[str, PlacedPredictor]:
-        """Predictors as chosen, by layer; those without are left out."""
-        return self._place(self._best.choices)
+    def to_train(self) -> dict[str, PlacedPredictor]:
+        """What fine-tuning shall bring within the budget: the next point beyond the choice, by layer."""
+        return self._place(self._beyond.choices)
 
     @property
     def price(self) -> float:
-        """KL divergence that a byte per token is worth, in nats."""
-        return self._best.price
+        """KL divergence that a byte per token is worth there, in nats."""
+        return self._beyond.price
 
     def _place(self, choices: Mapping[str, Choice]) -> dict[str, PlacedPredictor]:
         placed = {name: self._fits[name].place(choice) for name, choice in choices.items()}
@@ -81,12 +84,7 @@ class Selection:
             curve = fit.menu.curves.get(self._usable[0])
             if curve is not None:
                 at = int(np.abs(curve.lost - _PROBED_LOSS).argmin())
-                groups.setdefault(_module(name), {})[name] = Choice(
-                    kind=self._usable[0],
-                    threshold=float(curve.thresholds[at]),
-                    read_bytes=float(curve.read_bytes[at]),
-                    lost=float(curve.lost[at]),
-                )
+                groups.setdefault(_module(name), {})[name] = curve.choice(self._usable[0], at)
         found = self._source.evaluate([self._place(choices) for choices in groups.values()], "probe")
         weights = {}
         for (module, choices), evaluation in zip(groups.items(), found, strict=True):
@@ -102,23 +100,27 @@ class Selection:
             for each, evaluation in zip(allocations, found, strict=True)
         ]
 
-    def _choose(self, menus: Mapping[str, Menu]) -> tuple[Allocation, list[CurvePoint]]:
-        """Measure from the exact mode to few bytes, then halve the step in which the budget is spent."""
+    def _walk(self, menus: Mapping[str, Menu]) -> tuple[list[tuple[Allocation, CurvePoint]], int]:
+        """Measure from the exact mode to few bytes, then halve the step in which the budget is spent.
+
+        Returns what was tried, by falling bytes, and the index of the cheapest within the budget.
+        """
         exact = allocate(menus, 0.0)
         found = [exact, *(within_bytes(menus, share * exact.read_bytes) for share in _SHARES_OF_EXACT)]
-        tried: dict[float, tuple[Allocation, CurvePoint]] = {}
+        tried: list[tuple[Allocation, CurvePoint]] = []
+        last = 0
         for _ in range(1 + _REFINEMENTS):
-            new = list({each.read_bytes: each for each in found if each.read_bytes not in tried}.values())
-            for allocation, point in zip(new, self._points(new, "choose"), strict=True):
-                tried[allocation.read_bytes] = (allocation, point)
-            dense = tried[exact.read_bytes][1].evaluation.perplexity
-            limit = dense * (1 + self._config.ppl_budget)
-            cheapest = min(at for at, (_, point) in tried.items() if point.evaluation.perplexity <= limit)
-            beyond = [at for at in tried if at < cheapest]
-            if not new or not beyond:
+            known = {each.read_bytes for each, _ in tried}
+            new = list({each.read_bytes: each for each in found if each.read_bytes not in known}.values())
+            tried += zip(new, self._points(new, "choose"), strict=True)
+            tried.sort(key=lambda pair: -pair[0].read_bytes)
+            perplexities = [point.evaluation.perplexity for _, point in tried]
+            limit = perplexities[0] * (1 + self._config.ppl_budget)
+            last = max(at for at, perplexity in enumerate(perplexities) if perplexity <= limit)
+            if not new or last == len(tried) - 1:
                 break
-            found = [within_bytes(menus, (cheapest + max(beyond)) / 2)]
-        return tried[cheapest][0], [tried[at][1] for at in sorted(tried, reverse=True)]
+            found = [within_bytes(menus, (tried[last][0].read_bytes + tried[last + 1][0].read_bytes) / 2)]
+        return tried, last
 
     def report(self) -> PredictorReport:
         """Describe the choice and its rivals.
@@ -147,7 +149,7 @@ class Selection:
             chosen=chosen,
             exact_bytes_ratio=exact.read_bytes / self._dense_bytes,
             cheaper="predicted" if best.read_bytes < exact.read_bytes else EXACT,
-            curve=tuple(self._curve),
+            curve=self._curve,
             rivals=rivals,
             config=self._config,
             layers={name: self._layer(name, choice, scores[name]) for name, choice in best.choices.items()},
