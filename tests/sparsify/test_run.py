@@ -14,9 +14,9 @@ from huggingface_hub import ModelCard
 from tests.sparsify.conftest import MakeRecipe
 from tests.tiny_hf import make_hf_model, make_tokenizer
 from turbosparse.errors import ConfigError, DataError, TrainingError
+from turbosparse.measure.divergence import logit_divergence
 from turbosparse.models.activations import Activation
 from turbosparse.models.registry import activation_of, load_model
-from turbosparse.sparsify import losses as losses_module
 from turbosparse.sparsify import trainer as trainer_module
 from turbosparse.sparsify.callbacks import RunCallback
 from turbosparse.sparsify.checkpoints import checkpoint_steps, latest_checkpoint
@@ -273,13 +273,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(
 ) -> None:
     recipe = make_recipe(DISTILLATION, checkpoint_minutes=1e-9)
     calls = iter(range(100))
-    original = losses_module.logit_divergence
+    original = logit_divergence
 
-    def divergence(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def counted(*args: Any, **kwargs: Any) -> torch.Tensor:
         loss = original(*args, **kwargs)
         return loss * (math.nan if next(calls) >= 5 else 1.0)  # two micro-batches per step
 
-    monkeypatch.setattr(trainer_module, "logit_divergence", divergence)
+    monkeypatch.setattr(trainer_module, "logit_divergence", counted)
     with pytest.raises(TrainingError, match=r"expected a finite loss, got nan at step 3"):
         run_recipe(recipe)
     assert checkpoint_steps(Path(recipe.output) / "stage0") == [1, 2]

@@ -14,12 +14,12 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turbosparse.cli.console import add_json_option, console, print_json, share_of
+from turbosparse.cli.console import add_json_option, print_json, share_of
+from turbosparse.cli.predictor_report import show_report
 from turbosparse.errors import ConfigError
 
 if TYPE_CHECKING:
     from turbosparse.predict.config import PredictorConfig
-    from turbosparse.predict.report import PredictorReport
     from turbosparse.predict.source import PredictorSource
 
 __all__ = ["add_arguments", "run"]
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("turbosparse").setLevel(logging.INFO)
     source = _model_file(args, config) if args.model.is_file() else _hugging_face(args, config)
     report = fit_predictors(source, args.output, config)
-    _show(report)
+    show_report(report)
     if args.json:
         record = dataclasses.asdict(report)
         del record["layers"]  # they are in the report
@@ -140,37 +140,4 @@ def _model_file(args: argparse.Namespace, config: "PredictorConfig") -> "Predict
         tokens=args.tokens,
         window=args.sequence_length,
         threads=args.threads,
-    )
-
-
-def _show(report: "PredictorReport") -> None:
-    from rich.table import Table
-
-    layers = Table(
-        "layer", "predictor", "recall", "norm kept", "CETT", "candidates", "bytes", "exact", box=None
-    )
-    for name, layer in report.layers.items():
-        score = layer.score
-        shares = (score.recall, score.norm_kept, score.cett, score.candidate_ratio, score.bytes_ratio)
-        layers.add_row(
-            name, layer.kind, *(f"{share:.1%}" for share in shares), f"{layer.exact_bytes_ratio:.1%}"
-        )
-    points = Table("", "bytes of the FFN", "perplexity", "KL", "same top-1", box=None)
-    rows = [*(("", point) for point in report.curve), ("chosen", report.chosen), *report.rivals.items()]
-    for name, point in rows:
-        found = point.evaluation
-        points.add_row(
-            name,
-            f"{point.bytes_ratio:.1%}",
-            f"{found.perplexity:.3f}",
-            f"{found.kl_divergence:.4f}",
-            f"{found.same_top1:.1%}",
-        )
-    out = console()
-    out.print(layers)
-    out.print(points)
-    out.print(
-        f"perplexity {report.perplexity:.3f}, with predictors {report.chosen.evaluation.perplexity:.3f} "
-        f"({report.ppl_rise:+.1%}); bytes of the FFN: predicted {report.chosen.bytes_ratio:.1%}, "
-        f"exact {report.exact_bytes_ratio:.1%}; cheaper: {report.cheaper}"
     )
