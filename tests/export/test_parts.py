@@ -1,5 +1,6 @@
 """Predictors and thresholds in the file, and model files as input."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from turbosparse.runtime.texts import CALIBRATION, read_text
 
 TEXT = read_text(CALIBRATION)[:3000]
 D, F = 32, 64
-HEADER = {"kind": "low_rank", "input": "ffn_norm"}
+HEADER = {"version": "1", "kind": "low_rank", "input": "ffn_norm"}
 
 
 def export(source: Path, out: Path, types: TypeChoice | None = None, **settings: Any) -> ModelFile:
@@ -45,6 +46,8 @@ def make_predictors(directory: Path, *, ranks: tuple[int, ...] = (5, 32), **chan
     header = HEADER | changes.pop("header", {})
     tensors = {name: t for name, t in (tensors | changes).items() if t is not None}
     save_file(tensors, directory / "predictors.safetensors", metadata=header)
+    scores = {f"model.layers.{layer}.mlp": {"score": {"recall": 0.9 + layer / 16}} for layer in (0, 1)}
+    (directory / "report.json").write_text(json.dumps({"layers": scores}), encoding="utf-8")
     return directory
 
 
@@ -67,6 +70,8 @@ def test_predictors_come_back(make_directory: MakeDirectory, tmp_path: Path, f32
     assert file.metadata["turbosparse.predictor.kind"] == "low_rank"
     assert file.metadata["turbosparse.predictor.input"] == "ffn_norm"
     assert file.metadata["turbosparse.predictor.threshold"] == [0.0, -0.5]
+    assert file.metadata["turbosparse.predictor.recall"] == pytest.approx([0.9, 0.9625])
+    assert "turbosparse.predictor.cett" not in file.metadata
     assert file.neuron_major_down
     ids = list(range(1, 40))
     expected = ReferenceEngine(file.path).forward(np.array(ids, np.int32), mode="predicted")
@@ -100,6 +105,7 @@ def test_predictors_of_another_type_in_a_model_file(tmp_path: Path) -> None:
         ({"model.layers.0.mlp.pred_a.weight": torch.ones(5, 16)}, r"got \[5, 16\] and \[64, 5\]"),
         ({"model.layers.0.mlp.pred_threshold": torch.tensor([torch.nan])}, "expected a finite number"),
         ({"model.layers.0.mlp.bias": torch.ones(4)}, "mlp.bias] expected a name as in"),
+        ({"header": {"version": "2"}}, r"version\] expected 1, got '2'"),
         ({"header": {"kind": "sign"}}, r"kind\] expected low_rank, got 'sign'"),
         ({"header": {"input": "previous"}}, r"input\] expected ffn_norm or residual, got 'previous'"),
     ],

@@ -1,7 +1,7 @@
 """Predictors that ``fit-predictor`` left in a directory, as tensors and keys of a model file."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +9,12 @@ from numpy.typing import NDArray
 
 from turbosparse.errors import ConfigError, ModelFileError
 from turbosparse.export.draft import Draft, Weight
-from turbosparse.export.weight_files import WeightFiles
+from turbosparse.export.weight_files import WeightFiles, read_json
 
 __all__ = ["with_predictors"]
 
-PREDICTOR_FILE = "predictors.safetensors"
+PREDICTOR_FILE, REPORT_FILE = "predictors.safetensors", "report.json"
+_SCORES = ("recall", "precision", "norm_kept", "cett", "candidate_ratio", "active_ratio")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _PARTS = ("pred_a.weight", "pred_b.weight", "pred_threshold")
 _KINDS, _INPUTS = ("low_rank",), ("ffn_norm", "residual")  # what a model file can hold
@@ -45,7 +46,7 @@ def with_predictors(draft: Draft, directory: Path) -> Draft:
     """
     files = WeightFiles(directory / PREDICTOR_FILE)
     header = files.metadata
-    for name, known in (("kind", _KINDS), ("input", _INPUTS)):
+    for name, known in (("version", ("1",)), ("kind", _KINDS), ("input", _INPUTS)):
         if header.get(name) not in known:
             raise ModelFileError(
                 f"[{files.path}: {name}] expected {' or '.join(known)}, got {str(header.get(name))[:80]!r}"
@@ -70,7 +71,18 @@ def with_predictors(draft: Draft, directory: Path) -> Draft:
             weights.append(Weight(name=name, shape=shape, values=_padded(files, layers[layer][part], shape)))
         thresholds.append(float(files.read(layers[layer]["pred_threshold"]).reshape(-1)[0]))
     keys = {"kind": header["kind"], "input": header["input"], "threshold": thresholds}
+    keys |= _scores(directory / REPORT_FILE, [layers[layer]["pred_a.weight"] for layer in sorted(layers)])
     return draft.adding({f"turbosparse.predictor.{name}": value for name, value in keys.items()}, weights)
+
+
+def _scores(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
+    """How good the predictors were when they were fitted, for people; nothing where no report says."""
+    entries = read_json(path).get("layers") if path.is_file() else None
+    if not isinstance(entries, dict):
+        return {}
+    scores = [entries.get(name.removesuffix(".pred_a.weight"), {}).get("score", {}) for name in names]
+    complete = [name for name in _SCORES if all(isinstance(score.get(name), float) for score in scores)]
+    return {name: [score[name] for score in scores] for name in complete}
 
 
 def _by_layer(files: WeightFiles) -> dict[int, dict[str, str]]:
