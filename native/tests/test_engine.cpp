@@ -72,7 +72,11 @@ void test_refusals() {
   expect("general.architecture", [](TinyGguf& g) { g.keys.erase("general.architecture"); });
   expect("block_count", number("block_count", 0));
   expect("block_count", number("block_count", 1U << 31));
-  expect("blk.2.attn_norm.weight", number("block_count", 3));
+  expect("predictor.threshold", number("block_count", 3));
+  expect("blk.2.attn_norm.weight", [&](TinyGguf& g) {
+    g.keys[arch + "block_count"] = std::uint32_t{3};
+    g.keys["turbosparse.predictor.threshold"] = std::vector<float>(3);
+  });
   expect("embedding_length", [&](TinyGguf& g) { g.keys.erase(arch + "embedding_length"); });
   expect("head_count_kv", number("attention.head_count_kv", 3));
   expect("expert_count", number("expert_count", 8));
