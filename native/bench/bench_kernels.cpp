@@ -152,6 +152,25 @@ void bench_prefill(const KernelTable& k, const Weights& weights, const Shape& fu
   }
 }
 
+/// Signs of a shape's rows against those of a vector; a bit is a weight.
+void bench_signs(const KernelTable& k, const Shape& shape, int threads) {
+  const std::int64_t words = sign_words(shape.cols);
+  const auto size = static_cast<std::size_t>(shape.rows * words);
+  const std::size_t copies = std::max<std::size_t>(1, kCopiesBytes / (size * sizeof(std::uint64_t)));
+  std::vector<std::uint64_t> rows(size * copies, 0x0123456789abcdef);
+  const std::vector<std::uint64_t> x(static_cast<std::size_t>(words), 0xfedcba9876543210);
+  std::vector<std::int32_t> out(static_cast<std::size_t>(shape.rows));
+  const bench::Times times = bench::measure(threads, kSeconds, [&](int t, std::size_t i) {
+    k.sign_differences(rows.data() + i % copies * size, words, x.data(), shape.rows * t / threads,
+                       shape.rows * (t + 1) / threads, out.data());
+  });
+  const double weights = static_cast<double>(shape.rows) * static_cast<double>(shape.cols);
+  const double bytes = static_cast<double>(size * sizeof(std::uint64_t));
+  std::printf("%-10s %-7s %-5s %-18s %d thread%s %8.1f G weights/s %7.1f GB/s, best %8.1f %7.1f\n", "signs",
+              k.isa, "bits", shape.name, threads, threads == 1 ? " " : "s", weights / times.median * 1e-9,
+              bytes / times.median * 1e-9, weights / times.best * 1e-9, bytes / times.best * 1e-9);
+}
+
 }  // namespace
 }  // namespace turbosparse
 
@@ -162,6 +181,11 @@ int main(int argc, char** argv) {
   if (argc > 2) filter.isa = argv[2];
   if (argc > 3) filter.type = argv[3];
   for (const Shape& shape : kShapes) {
+    for (const KernelTable* k : test::tables()) {
+      const bool wanted = Filter::matches(filter.kernel, "signs") && Filter::matches(filter.type, "bits");
+      if (!wanted || !Filter::matches(filter.isa, k->isa)) continue;
+      for (const int threads : {1, 2}) bench_signs(*k, shape, threads);
+    }
     for (const WeightType type : {WeightType::kQ4_0, WeightType::kQ8_0, WeightType::kF16}) {
       if (!Filter::matches(filter.type, weight_type_name(type))) continue;
       const Weights weights(type, shape);
