@@ -1,5 +1,10 @@
 // Which instruction sets there are, and the choice of one.
 #include <cstdlib>
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 #include "kernels/gemm_sizes.h"
 #include "kernels/tables.h"
@@ -8,29 +13,45 @@
 namespace turbosparse {
 namespace {
 
-bool cpu_has_avx2() {
 #if defined(__x86_64__)
+
+bool cpu_has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-#else
-  return false;
-#endif
 }
 
 bool cpu_has_avx512() {
-#if defined(__x86_64__)
   return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vnni");
+}
+
+#elif defined(__aarch64__)
+
+bool cpu_has_dotprod() {
+#if defined(__linux__)
+  return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  std::size_t bytes = sizeof has;
+  return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &bytes, nullptr, 0) == 0 && has != 0;
 #else
   return false;
 #endif
 }
 
+#endif
+
+/// Best first.
 std::vector<const KernelTable*> usable_tables() {
   std::vector<const KernelTable*> tables;
-  if (avx512_table() != nullptr && cpu_has_avx512()) tables.push_back(avx512_table());
-  if (avx2_table() != nullptr && cpu_has_avx2()) tables.push_back(avx2_table());
-  tables.push_back(scalar_table());
+#if defined(__x86_64__)
+  if (cpu_has_avx512()) tables.push_back(&kAvx512Table);
+  if (cpu_has_avx2()) tables.push_back(&kAvx2Table);
+#elif defined(__aarch64__)
+  if (cpu_has_dotprod()) tables.push_back(&kNeonDotprodTable);
+  tables.push_back(&kNeonTable);
+#endif
+  tables.push_back(&kScalarTable);
   return tables;
 }
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "kernels/gemm.inl"
+#include "kernels/quantize.inl"
 
 namespace turbosparse {
 namespace {
@@ -61,7 +62,7 @@ inline void quantize_tokens(const float* a, std::int64_t a_stride, std::int64_t 
         for (std::int64_t b = 0; b < blocks; ++b) {
           std::int8_t q[kBlock];
           std::int32_t sum;
-          Dot::quantize_block(a + (t0 + t) * a_stride + b * kBlock, q, &block[b].scale[t], &sum);
+          quantize_block<Dot>(a + (t0 + t) * a_stride + b * kBlock, q, &block[b].scale[t], &sum);
           for (int k = 0; k < 8; ++k) std::memcpy(block[b].q[k][t], q + 4 * k, 4);
           block[b].start[t] = -Dot::offset(WeightType::kQ8_0) * sum;
         }

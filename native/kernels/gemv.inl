@@ -20,9 +20,9 @@ inline constexpr std::int64_t kListAhead = 16;
 template <class Dot, WeightType kType, bool kFull>
 inline auto block_sums(const std::byte* row, const std::int8_t* q, std::int64_t first, std::int64_t n,
                        typename Dot::V correction) {
-  typename Dot::V p[8];
+  typename Dot::Products p[8];
   for (int b = 0; b < 8; b += 2) {
-    p[b] = p[b + 1] = typename Dot::V{};
+    p[b] = p[b + 1] = typename Dot::Products{};
     if (!kFull && b >= n) continue;
     const std::int8_t* x = q + (first + b) * kBlock;
     const bool pair = kFull || b + 1 < n;

@@ -7,6 +7,7 @@
 #include "kernels/gemm.inl"
 #include "kernels/gemm_t.inl"
 #include "kernels/gemv.inl"
+#include "kernels/quantize.inl"
 #include "kernels/sign.inl"
 #include "kernels/vector_ops.inl"
 

@@ -202,14 +202,11 @@ void attend(const float* q, const Cached* k, const Cached* v, std::int64_t n, st
 
 }  // namespace
 
-const KernelTable* scalar_table() noexcept {
-  static constexpr KernelTable kTable = {
-      "scalar",     quantize_q8,      dequantize_row, gemv,
-      gemv_rows,    axpy_rows,        gemm,           gemm_t,
-      sign_bits,    sign_differences, rms_norm,       add,
-      rope,         activate,         to_half,        attend<std::uint16_t>,
-      attend<float>};
-  return &kTable;
-}
+constinit const KernelTable kScalarTable = {
+    "scalar",     quantize_q8,      dequantize_row, gemv,
+    gemv_rows,    axpy_rows,        gemm,           gemm_t,
+    sign_bits,    sign_differences, rms_norm,       add,
+    rope,         activate,         to_half,        attend<std::uint16_t>,
+    attend<float>};
 
 }  // namespace turbosparse

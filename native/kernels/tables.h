@@ -1,12 +1,16 @@
-// The tables this build contains. Null where the build's target has no such instruction set.
+// The tables that a build for this processor family contains; which of them the CPU can run is found out in
+// dispatch.cpp.
 #pragma once
 
 #include "kernels/kernels.h"
 
 namespace turbosparse {
 
-const KernelTable* scalar_table() noexcept;
-const KernelTable* avx2_table() noexcept;
-const KernelTable* avx512_table() noexcept;
+extern const KernelTable kScalarTable;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Table, kAvx512Table;
+#elif defined(__aarch64__)
+extern const KernelTable kNeonTable, kNeonDotprodTable;
+#endif
 
 }  // namespace turbosparse

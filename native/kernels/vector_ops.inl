@@ -135,12 +135,5 @@ void to_half(const float* x, std::int64_t n, std::uint16_t* out) noexcept {
   for (; i < n; ++i) out[i] = float_to_half(x[i]);
 }
 
-template <class Isa>
-void quantize_q8(const float* x, std::int64_t n, std::int8_t* q, float* scale, std::int32_t* q_sum) noexcept {
-  for (std::int64_t b = 0; b < n / kBlock; ++b) {
-    Isa::Dot::quantize_block(x + b * kBlock, q + b * kBlock, scale + b, q_sum + b);
-  }
-}
-
 }  // namespace
 }  // namespace turbosparse

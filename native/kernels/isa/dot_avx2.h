@@ -11,13 +11,15 @@ namespace turbosparse {
 namespace {
 
 struct DotAvx2 {
-  using V = __m256i;
+  using V = __m256i;         // 32 bytes, or eight integers
+  using Products = __m256i;  // of a block, summed to eight lanes or sixteen
 
   /// What `bytes` adds to every weight; its part of a dot product is offset * (sum of the input's q).
   static constexpr int offset(WeightType type) { return type == WeightType::kQ4_0 ? 8 : 0; }
 
   static __m256 as_floats(V v) { return _mm256_castsi256_ps(v); }
   static void store(void* p, V v) { _mm256_storeu_si256(static_cast<V*>(p), v); }
+  /// Rounds to nearest even.
   static V to_integers(__m256 v) { return _mm256_cvtps_epi32(v); }
   /// The low bytes of four vectors, lane by lane.
   static V low_bytes(const V (&v)[4]) {
@@ -28,6 +30,18 @@ struct DotAvx2 {
         _mm256_or_si256(_mm256_slli_epi32(_mm256_and_si256(v[2], byte), 16), _mm256_slli_epi32(v[3], 24));
     return _mm256_or_si256(a, b);
   }
+  /// 32 integers within int8 as bytes, in order.
+  static void store_bytes(std::int8_t* p, const V (&v)[4]) {
+    const V bytes = _mm256_packs_epi16(_mm256_packs_epi32(v[0], v[1]), _mm256_packs_epi32(v[2], v[3]));
+    const V order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packs work within 128-bit lanes
+    store(p, _mm256_permutevar8x32_epi32(bytes, order));
+  }
+  static std::int32_t sum(const V (&v)[4]) {
+    const V eight = _mm256_add_epi32(_mm256_add_epi32(v[0], v[1]), _mm256_add_epi32(v[2], v[3]));
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+  }
   static V load(const void* p) { return _mm256_loadu_si256(static_cast<const V*>(p)); }
   /// 32 weights of a Q8_0 block in the form that `products` and `step` want.
   static V bytes(V w) { return w; }
@@ -37,14 +51,14 @@ struct DotAvx2 {
   // ---- a row against a vector: `products` of eight blocks, then `sum_each` of them ----
 
   template <WeightType kType>
-  static V products(V w, V x) {
+  static Products products(V w, V x) {
     if constexpr (kType == WeightType::kQ4_0) return _mm256_maddubs_epi16(w, x);
     return _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w)), ones());
   }
 
   /// Lane i = sum of block i, as a float less `correction` (offset * sum of q).
   template <WeightType kType>
-  static __m256 sum_each(const V (&p)[8], V correction) {
+  static __m256 sum_each(const Products (&p)[8], V correction) {
     V sums;
     if constexpr (kType == WeightType::kQ4_0) {
       const V a = _mm256_hadd_epi16(_mm256_hadd_epi16(p[0], p[1]), _mm256_hadd_epi16(p[2], p[3]));
@@ -91,41 +105,10 @@ struct DotAvx2 {
     return _mm256_cvtepi32_ps(sum);
   }
 
-  static V sum_each_int32(const V (&p)[8]) {
+  static V sum_each_int32(const Products (&p)[8]) {
     const V a = _mm256_hadd_epi32(_mm256_hadd_epi32(p[0], p[1]), _mm256_hadd_epi32(p[2], p[3]));
     const V b = _mm256_hadd_epi32(_mm256_hadd_epi32(p[4], p[5]), _mm256_hadd_epi32(p[6], p[7]));
     return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
-  }
-
-  /// Quantises 32 floats; see KernelTable::quantize_q8.
-  static void quantize_block(const float* x, std::int8_t* q, float* scale, std::int32_t* q_sum) {
-    const __m256 sign = _mm256_set1_ps(-0.0f);
-    const __m256 v[4] = {_mm256_loadu_ps(x), _mm256_loadu_ps(x + 8), _mm256_loadu_ps(x + 16),
-                         _mm256_loadu_ps(x + 24)};
-    __m256 largest = _mm256_setzero_ps(), bad = _mm256_setzero_ps();  // x * 0 is NaN for NaN and Inf
-    for (const __m256 part : v) {
-      largest = _mm256_max_ps(largest, _mm256_andnot_ps(sign, part));
-      bad = _mm256_add_ps(bad, _mm256_mul_ps(part, _mm256_setzero_ps()));
-    }
-    const bool finite = _mm256_movemask_ps(_mm256_cmp_ps(bad, bad, _CMP_UNORD_Q)) == 0;
-    __m128 top = _mm_max_ps(_mm256_castps256_ps128(largest), _mm256_extractf128_ps(largest, 1));
-    top = _mm_max_ps(top, _mm_movehl_ps(top, top));
-    top = _mm_max_ss(top, _mm_movehdup_ps(top));
-    const float most = _mm_cvtss_f32(top);
-    const bool zero = !(finite && most >= 1e-30f);  // below that the inverse could overflow
-    *scale = finite ? (zero ? 0.0f : most / 127.0f) : __builtin_nanf("");
-    const __m256 inverse = _mm256_set1_ps(127.0f / most);
-    V n[4];
-    for (int i = 0; i < 4; ++i) {
-      n[i] = zero ? _mm256_setzero_si256() : _mm256_cvtps_epi32(_mm256_mul_ps(v[i], inverse));
-    }
-    const V bytes = _mm256_packs_epi16(_mm256_packs_epi32(n[0], n[1]), _mm256_packs_epi32(n[2], n[3]));
-    const V order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // packs work within 128-bit lanes
-    _mm256_storeu_si256(reinterpret_cast<V*>(q), _mm256_permutevar8x32_epi32(bytes, order));
-    const V sums = _mm256_add_epi32(_mm256_add_epi32(n[0], n[1]), _mm256_add_epi32(n[2], n[3]));
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    *q_sum = _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
   }
 
  private:

@@ -13,11 +13,11 @@ struct DotVnni : DotAvx2 {
   static V bytes(V w) { return _mm256_xor_si256(w, _mm256_set1_epi8(-128)); }
 
   template <WeightType kType>
-  static V products(V w, V x) {
+  static Products products(V w, V x) {
     return _mm256_dpbusd_epi32(_mm256_setzero_si256(), w, x);
   }
   template <WeightType kType>
-  static __m256 sum_each(const V (&p)[8], V correction) {
+  static __m256 sum_each(const Products (&p)[8], V correction) {
     return _mm256_cvtepi32_ps(_mm256_sub_epi32(sum_each_int32(p), correction));
   }
   template <WeightType kType>

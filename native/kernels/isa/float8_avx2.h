@@ -52,6 +52,7 @@ struct Float8 {
   static V zero_where_less(V a, V b, V c) { return _mm256_andnot_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ), c); }
   /// Bit i = lane i is above 0.
   static int positive(V a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, zero(), _CMP_GT_OQ)); }
+  static bool has_nan(V a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)) != 0; }
   /// a * 2^n for whole n in [-126, 127].
   static V scale_by_power(V a, V n) {
     const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));

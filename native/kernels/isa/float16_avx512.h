@@ -1,7 +1,7 @@
 // Sixteen floats: the same vocabulary as Float8, with AVX-512F, as far as its users need it.
 #pragma once
 
-#include "kernels/isa/float8.h"
+#include "kernels/isa/float8_avx2.h"
 
 namespace turbosparse {
 namespace {
