@@ -39,7 +39,9 @@ struct Weights {
     constexpr std::size_t kHugePage = std::size_t{2} << 20;  // as the engine keeps its weights
     const std::size_t total = (count * bytes + kHugePage - 1) / kHugePage * kHugePage;
     memory.reset(static_cast<std::byte*>(std::aligned_alloc(kHugePage, total)));
+#if defined(MADV_HUGEPAGE)
     madvise(memory.get(), total, MADV_HUGEPAGE);
+#endif
     for (std::size_t at = 0; at < count * bytes; at += first.view.row_bytes) {
       std::memcpy(memory.get() + at, first.bytes.data() + at % first.bytes.size(), first.view.row_bytes);
     }

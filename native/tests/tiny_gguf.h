@@ -96,7 +96,7 @@ class TinyGguf {
   template <class T>
   static void put(std::vector<std::byte>& out, T value) {
     const auto* bytes = reinterpret_cast<const std::byte*>(&value);
-    out.insert(out.end(), bytes, bytes + sizeof value);
+    for (std::size_t i = 0; i < sizeof value; ++i) out.push_back(bytes[i]);  // insert: GCC 12 warns on ARM
   }
   static void put_text(std::vector<std::byte>& out, const std::string& text) {
     put(out, std::uint64_t{text.size()});

@@ -19,7 +19,9 @@ Arena::Arena(std::size_t bytes) {
       mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (region == MAP_FAILED) throw std::bad_alloc();
   data_ = static_cast<std::byte*>(region);
+#if defined(MADV_HUGEPAGE)
   madvise(region, size_, MADV_HUGEPAGE);  // advice: a kernel without huge pages may say no
+#endif
 }
 
 Arena::~Arena() {

@@ -1,6 +1,8 @@
 #include "util/thread_pool.h"
 
+#if defined(__linux__)
 #include <sched.h>
+#endif
 
 #include <algorithm>
 #include <chrono>
@@ -48,11 +50,11 @@ bool wait_while(const std::atomic<std::uint32_t>& value, std::uint32_t old, int 
 }  // namespace
 
 int physical_cores() {
+  const int logical = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+#if defined(__linux__)
   cpu_set_t allowed;
   CPU_ZERO(&allowed);
-  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) {
-    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
-  }
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return logical;
   std::set<std::string> cores;
   for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
     if (!CPU_ISSET(cpu, &allowed)) continue;
@@ -63,6 +65,9 @@ int physical_cores() {
     cores.insert(siblings);
   }
   return std::max(1, static_cast<int>(cores.size()));
+#else
+  return logical;
+#endif
 }
 
 int thread_count(int requested) {
