@@ -34,6 +34,22 @@ def test_table_json_and_result_file(model: Path, tmp_path: Path, capsys: pytest.
     assert json.loads(written.read_text()) == record
 
 
+def test_profile_shows_every_part(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(model), *QUICK, "--profile", "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    profiles = json.loads(lines[-1])["profiles"]
+    assert [(profile["test"], profile["mode"]) for profile in profiles] == [
+        (test, mode) for test in ("pp8", "tg4") for mode in ("dense", "threshold")
+    ]
+    for profile in profiles:
+        times = profile["us_per_token"]
+        assert all(times[part] > 0 for part in times if part != "predictor")
+        assert times["predictor"] < 0.1 * sum(times.values())
+    (begin,) = (n for n, line in enumerate(lines) if line.startswith("| us per token"))
+    shown = [line.split("|")[1].strip() for line in lines[begin + 2 : -1]]
+    assert shown == [*profiles[0]["us_per_token"], "sum"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

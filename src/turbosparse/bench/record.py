@@ -12,9 +12,17 @@ from typing import Any
 
 from turbosparse import __version__
 from turbosparse.bench.benchmark import Row
+from turbosparse.bench.profile import Profile
 from turbosparse.bench.roofline import ONE_IN, Roofline
 
-__all__ = ["as_table", "describe_machine", "result_record", "roofline_table", "unused_path"]
+__all__ = [
+    "as_table",
+    "describe_machine",
+    "profile_table",
+    "result_record",
+    "roofline_table",
+    "unused_path",
+]
 
 _MEBI, _GIBI = 2**20, 2**30
 _HEADER = (
@@ -104,6 +112,29 @@ def roofline_table(rooflines: Sequence[Roofline]) -> str:
         ),
     ]
     return _markdown(lines) + "\n"
+
+
+def profile_table(profiles: Sequence[Profile]) -> str:
+    """Lay profiles out as a Markdown table.
+
+    Parameters
+    ----------
+    profiles : sequence of Profile
+        At least one.
+
+    Returns
+    -------
+    str
+        A line per part, a column per test and mode: microseconds per token and their share of the sum.
+    """
+    sums = [sum(profile.us_per_token.values()) for profile in profiles]
+    names = [f"{p.model} {p.test} {p.mode}, {p.threads} thread{'s' * (p.threads > 1)}" for p in profiles]
+    lines: list[tuple[str, ...]] = [("us per token", *names)]
+    for part in profiles[0].us_per_token:
+        times = [profile.us_per_token[part] for profile in profiles]
+        cells = [f"{time:.1f} ({time / total:.0%})" for time, total in zip(times, sums, strict=True)]
+        lines.append((part, *cells))
+    return _markdown([*lines, ("sum", *(f"{total:.1f}" for total in sums))])
 
 
 def _markdown(lines: Sequence[tuple[str, ...]]) -> str:

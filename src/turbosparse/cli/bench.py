@@ -6,8 +6,10 @@ the dense mode and to llama.cpp. All sides take turns, run by run; speeds are me
 pairs. Prompts are real text.
 
 --roofline measures read bandwidth: as streams, and rows of some sizes, every tenth at random, as a sparse FFN
-reads them. --shape makes a model of a known shape with random weights, of which as many neurons are zero as
-stated: SYNTHETIC, for speed alone. Its files stay in ~/.cache/turbosparse/synthetic until you delete them.
+reads them. --profile shows where the time of a token goes: norms, projections, attention, predictor, gate,
+up, down, logits, waiting for other threads. --shape makes a model of a known shape with random weights, of
+which as many neurons are zero as stated: SYNTHETIC, for speed alone. Its files stay in
+~/.cache/turbosparse/synthetic until you delete them.
 
   turbosparse bench model.gguf -t 1,2
   turbosparse bench sparse.gguf --against llama.cpp --baseline-model plain.gguf --output benchmarks/results
@@ -56,7 +58,8 @@ def run(args: argparse.Namespace) -> int:
         Exit status.
     """
     from turbosparse.bench.benchmark import bench_model, runs_per_model
-    from turbosparse.bench.record import as_table, result_record, roofline_table, unused_path
+    from turbosparse.bench.profile import profile_model
+    from turbosparse.bench.record import as_table, profile_table, result_record, roofline_table, unused_path
     from turbosparse.bench.roofline import measure_roofline
 
     config, synthetic = bench_config(args), synthetic_model(args)
@@ -72,9 +75,13 @@ def run(args: argparse.Namespace) -> int:
             rows += bench_model(path, config, progress=lambda: advance(1))
     if rows:
         console().print(as_table(rows), markup=False, soft_wrap=True)
+    profiles = [profile for path in models for profile in profile_model(path, config)] if args.profile else []
+    if profiles:
+        console().print(profile_table(profiles), markup=False, soft_wrap=True)
     if args.output is not None or args.json:
         files = [*models, *([config.baseline_model] if config.baseline_model else [])]
         record = result_record(rows, rooflines, command=command_line(args), files=files)
+        record["profiles"] = [profile.as_record() for profile in profiles]
         if args.output is not None:
             name = "-".join(path.stem for path in models) or "roofline"
             path = unused_path(args.output, name + ("-vs-llama.cpp" if args.against else ""))

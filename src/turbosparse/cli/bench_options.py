@@ -46,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--baseline-model", type=Path, metavar="FILE", help="what llama.cpp reads, if not MODEL itself")
     add("--isa", default="", help="instruction set of our kernels (default: the best there is)")
     add("--roofline", action="store_true", help="measure how fast memory is read: as streams, and some rows")
+    add("--profile", action="store_true", help="also the time of each part of a token, in runs of its own")
     add("--output", type=Path, metavar="DIR", help="write DIR/DATE-NAME.json with all to repeat it")
     add_json_option(parser)
     group = parser.add_argument_group(
@@ -169,4 +170,6 @@ def command_line(args: argparse.Namespace) -> str:
         words += ["--isa", args.isa]
     if args.roofline:
         words += ["--roofline"]
+    if args.profile:
+        words += ["--profile"]
     return shlex.join(words)

@@ -1,0 +1,79 @@
+"""Where the time of a token goes, by part of the layers, as the engine's stopwatches have it."""
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from turbosparse import _native
+from turbosparse.bench.benchmark import BenchConfig, cases_of
+
+if TYPE_CHECKING:
+    from turbosparse._native import Mode
+    from turbosparse.bench.rounds import Case
+
+__all__ = ["Profile", "profile_model"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The parts of one test in one mode."""
+
+    model: str
+    threads: int
+    test: str
+    mode: str
+    us_per_token: dict[str, float]
+    """Microseconds by part, mean of the threads, median over rounds; ``barrier`` is waiting for others."""
+
+    def as_record(self) -> dict[str, Any]:
+        """Plain values for a JSON file."""
+        return asdict(self)
+
+
+def profile_model(path: Path, config: BenchConfig) -> Iterator[Profile]:
+    """Profile one model file.
+
+    Parameters
+    ----------
+    path : Path
+        Model file.
+    config : BenchConfig
+        Modes, threads, tests and rounds; llama.cpp takes no part.
+
+    Yields
+    ------
+    Profile
+        Per thread count, test and mode.
+    """
+    for threads in config.threads:
+        model = _native.Model(str(path), threads=threads, isa=config.isa)
+        for case in cases_of(path, config, model.info.context_length):
+            for mode in config.modes or model.info.modes:
+                rounds = [_parts(model, case, mode) for _ in range(config.rounds)]
+                yield Profile(
+                    model=path.stem,
+                    threads=model.threads,
+                    test=case.name,
+                    mode=mode,
+                    us_per_token={
+                        part: statistics.median(times[part] for times in rounds) for part in rounds[0]
+                    },
+                )
+
+
+def _parts(model: _native.Model, case: "Case", mode: "Mode") -> dict[str, float]:
+    """Microseconds per token by part of one run."""
+    session = model.session(len(case.warm) + len(case.timed))
+    if case.warm:
+        session.forward(np.array(case.warm, np.int32), mode=mode, logits="none")
+    session.reset_counters()
+    session.profiling = True
+    ids = np.array(case.timed, np.int32)
+    for piece in np.split(ids, len(ids)) if case.stepwise else [ids]:
+        session.forward(piece, mode=mode, logits="last")
+    times = session.counters["decode_ns" if case.stepwise or len(ids) == 1 else "batch_ns"]
+    return {part: ns / 1e3 / len(ids) for part, ns in times.items()}
