@@ -128,7 +128,9 @@ def profile_table(profiles: Sequence[Profile]) -> str:
         A line per part, a column per test and mode: microseconds per token and their share of the sum.
     """
     sums = [sum(profile.us_per_token.values()) for profile in profiles]
-    names = [f"{p.model} {p.test} {p.mode}, {p.threads} thread{'s' * (p.threads > 1)}" for p in profiles]
+    names = [f"{p.test} {p.mode}, {p.threads} thread{'s' * (p.threads > 1)}" for p in profiles]
+    if len({profile.model for profile in profiles}) > 1:
+        names = [f"{profile.model} {name}" for profile, name in zip(profiles, names, strict=True)]
     lines: list[tuple[str, ...]] = [("us per token", *names)]
     for part in profiles[0].us_per_token:
         times = [profile.us_per_token[part] for profile in profiles]
