@@ -53,7 +53,7 @@ $(VENV)/.base: $(VENV)/.pip $(SOURCES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) install -q -c constraints.txt -e '.[test,train,eval]'
+	$(PIP) install -q -c constraints.txt -e '.[test,train,eval,report]'
 	touch $@
 
 $(VENV)/.lint: $(VENV)/.base

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from turbosparse import _native
 from turbosparse.errors import ConfigError, TextError
-from turbosparse.runtime.perplexity import log_softmax
+from turbosparse.sparsity.quality import log_softmax
 from turbosparse.tokenizer import Tokenizer
 
 __all__ = [

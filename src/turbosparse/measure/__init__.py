@@ -1,1 +1,4 @@
-"""What sparsity does to a model: losses on held-out text (torch column)."""
+"""Measurements of sparsity: NumPy for any source of activations, torch for Hugging Face models; reports."""
+
+NUMBERS = "measurement.json"
+PAGE = "report.html"

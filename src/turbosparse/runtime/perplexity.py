@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from turbosparse.errors import ConfigError, TextError
 from turbosparse.runtime.predictors import CandidateQuality, candidate_quality
 from turbosparse.runtime.prefix_cache import active_per_layer, active_ratio
+from turbosparse.sparsity.quality import cut_windows, log_softmax
 
 if TYPE_CHECKING:
     from turbosparse._native import Mode, Model, Session
 
-__all__ = ["ModeComparison", "PerplexityResult", "compare_modes", "log_softmax", "perplexity"]
+__all__ = ["ModeComparison", "PerplexityResult", "compare_modes", "perplexity", "second_half"]
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +138,8 @@ def perplexity(
     """
     context = _window(len(ids), context)
     session, score = model.session(context), _Score()
-    for window in _windows(ids, context, bos_id):
-        for logits, targets in _predictions(session, window, mode):
+    for window in cut_windows(ids, context, bos_id):
+        for logits, targets in second_half(session, window, mode):
             score.add(log_softmax(logits), targets)
         advance(context)
     return score.result(context=context, mode=mode, session=session, model=model)
@@ -195,9 +196,9 @@ def compare_modes(
     score, base_score = _Score(), _Score()
     divergences: list[NDArray[np.float64]] = []
     same = 0
-    for window in _windows(ids, context, bos_id):
+    for window in cut_windows(ids, context, bos_id):
         both = zip(
-            _predictions(session, window, mode), _predictions(base_session, window, against), strict=True
+            second_half(session, window, mode), second_half(base_session, window, against), strict=True
         )
         for (logits, targets), (base_logits, _) in both:
             log_q, log_p = log_softmax(logits), log_softmax(base_logits)
@@ -228,40 +229,28 @@ def _window(tokens: int, context: int) -> int:
     return context
 
 
-def _windows(ids: Sequence[int], context: int, bos_id: int | None) -> Iterator[NDArray[np.int32]]:
-    for start in range(0, len(ids) - context + 1, context):
-        window = np.array(ids[start : start + context], dtype=np.int32)
-        if bos_id is not None:
-            window[0] = bos_id
-        yield window
-
-
-def _predictions(
+def second_half(
     session: "Session", window: NDArray[np.int32], mode: "Mode"
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32]]]:
-    """Logits [T, V] and the tokens that follow [T], of the second half in pieces."""
+    """Predict the second half of a window, which is what counts.
+
+    Parameters
+    ----------
+    session : turbosparse._native.Session
+        Has room for the window; its cache is emptied first.
+    window : int32, shape (T,)
+        Token ids.
+    mode : {"dense", "exact", "threshold", "predicted"}
+        How the feed-forward layers are computed.
+
+    Yields
+    ------
+    tuple
+        Logits, float32 of shape (n, V), and the tokens that follow, int32 of shape (n,), in pieces.
+    """
     first = len(window) // 2
     session.truncate(0)
     session.forward(window[:first], mode=mode, logits="none")
     for start in range(first, len(window) - 1, _CHUNK):
         end = min(start + _CHUNK, len(window) - 1)
         yield session.forward(window[start:end], mode=mode, logits="all"), window[start + 1 : end + 1]
-
-
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Turn logits into logarithms of probabilities.
-
-    Parameters
-    ----------
-    logits : float32, shape (T, V)
-        Any size of numbers.
-
-    Returns
-    -------
-    float32, shape (T, V)
-        Normalised with a float64 sum.
-    """
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    total = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
-    log_probs: NDArray[np.float32] = (shifted - np.log(total)).astype(np.float32)
-    return log_probs

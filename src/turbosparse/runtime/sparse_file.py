@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -12,7 +13,6 @@ from turbosparse.errors import ConfigError, ModelFileError
 from turbosparse.runtime.model_file import KEY_ACTIVATION_PARAM, KEY_CALIBRATION, KEY_CETT_TARGET, ModelFile
 from turbosparse.runtime.model_file_copy import copy_with, transposed_down, with_activation
 from turbosparse.runtime.model_file_writer import TensorSource
-from turbosparse.sparsity.thresholds import LayerThresholds
 
 __all__ = ["SparseDraft", "default_down_type", "down_t", "packed_type", "row_bytes"]
 
@@ -98,6 +98,18 @@ def down_t(source: ModelFile, layer: int) -> NDArray[np.float32]:
     return np.ascontiguousarray(source.dequantised(f"blk.{layer}.ffn_down.weight").T)
 
 
+class ThresholdPair(Protocol):
+    """The thresholds of one layer."""
+
+    @property
+    def gate_threshold(self) -> NDArray[np.float32]:
+        """Of stage 1, [F]."""
+
+    @property
+    def threshold(self) -> NDArray[np.float32]:
+        """Of stage 2, [F]."""
+
+
 class SparseDraft:
     """The new file with all its tensors, beside its final place, so that thresholds can be tried.
 
@@ -161,13 +173,13 @@ class SparseDraft:
         )
         self.file = ModelFile(path)
 
-    def set_thresholds(self, layers: Sequence[LayerThresholds]) -> None:
+    def set_thresholds(self, layers: Sequence[ThresholdPair]) -> None:
         """Write thresholds into the draft.
 
         Parameters
         ----------
-        layers : sequence of LayerThresholds
-            One per layer.
+        layers : sequence of ThresholdPair
+            One per layer, such as `LayerThresholds`.
         """
         with Path(self.file.path).open("r+b") as file:
             for number, layer in enumerate(layers):

@@ -357,13 +357,33 @@ class DroppedError:
 
     def __call__(self, kept: NDArray[np.bool_]) -> float:
         """Mean relative error when only the kept neurons, shape (T, F), are computed."""
+        return float(self.ratios(kept).mean())
+
+    def ratios(self, kept: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Relative error of each token.
+
+        Parameters
+        ----------
+        kept : bool, shape (T, F)
+            Neurons that are computed.
+
+        Returns
+        -------
+        float64, shape (T,)
+            What :func:`dropped_error` averages.
+
+        Raises
+        ------
+        ConfigError
+            When the shape does not fit.
+        """
         if kept.shape != self._activations.shape:
             raise ConfigError(f"[cett] expected kept of shape {self._activations.shape}, got {kept.shape}")
         lost = self._norms(~kept)
         zero = self._totals == 0
         ratios = np.divide(lost, self._totals, out=np.zeros_like(lost), where=~zero)
         ratios[zero & (lost > 0)] = np.inf
-        return float(ratios.mean())
+        return ratios
 
     def _norms(self, chosen: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Norm of the sum of the chosen neurons' outputs, [T]."""

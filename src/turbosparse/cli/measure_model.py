@@ -1,0 +1,164 @@
+"""Measuring one model for `turbosparse measure`: opens it in the column that can run it."""
+
+import argparse
+import datetime
+import importlib.metadata
+import logging
+import platform
+import resource
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import rich.table
+
+from turbosparse import __version__
+from turbosparse.bench.record import describe_machine
+from turbosparse.cli.console import console, progress
+from turbosparse.cli.model_options import read_text
+from turbosparse.errors import ConfigError, ModelFileError
+from turbosparse.measure import NUMBERS
+from turbosparse.measure.measurement import measure
+from turbosparse.measure.report import plain, read_measurement, write_numbers
+from turbosparse.measure.summary import Table
+
+if TYPE_CHECKING:
+    from turbosparse.measure.config import MeasureConfig
+    from turbosparse.measure.source import Source
+
+__all__ = ["brief", "measured", "show"]
+
+
+def measured(name: str, folder: Path, args: argparse.Namespace, config: "MeasureConfig") -> dict[str, Any]:
+    """Read a measurement, or make it.
+
+    Parameters
+    ----------
+    name : str
+        Directory of a measurement, model file, or Hugging Face directory or id.
+    folder : Path
+        Where the numbers of a new measurement go.
+    args : argparse.Namespace
+        Options of the verb.
+    config : MeasureConfig
+        What to measure.
+
+    Returns
+    -------
+    dict
+        The record, as `turbosparse.measure.report.read_measurement` gives it.
+    """
+    if (Path(name) / NUMBERS).exists():
+        return read_measurement(Path(name))
+    from turbosparse.runtime.texts import HELD_OUT
+
+    path = args.text or HELD_OUT
+    text = read_text(path)
+    started = time.monotonic()
+    source = _open(name, args)
+    try:
+        record = measure(source, text, config, _bar)
+        if args.predict_layers:
+            record["predictability"] = _predictability(source, text, record, args)
+    finally:
+        source.close()
+    record["text"]["name"] = path.name
+    record["run"] = {
+        "command": args.command,
+        "finished_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seconds": time.monotonic() - started,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "versions": _versions(source.description["kind"]),
+        "machine": describe_machine(),
+    }
+    record = plain(record)
+    write_numbers(record, folder)
+    return record
+
+
+def show(table: Table) -> None:
+    """Print a table of a report.
+
+    Parameters
+    ----------
+    table : Table
+        Nothing is printed if it has no rows.
+    """
+    if not table.rows:
+        return
+    shown = rich.table.Table(*table.header, title=table.title, title_justify="left", box=None)
+    for row in table.rows:
+        shown.add_row(*(cell.text for cell in row))
+    console().print(shown)
+
+
+def brief(record: dict[str, Any]) -> dict[str, Any]:
+    """Leave out of a record what belongs to single layers.
+
+    Parameters
+    ----------
+    record : dict
+        Of a measurement.
+
+    Returns
+    -------
+    dict
+        For one line of JSON.
+    """
+    return {key: value for key, value in record.items() if key not in ("units", "histograms", "routing")}
+
+
+def _bar(label: str) -> AbstractContextManager[Callable[[float], None]]:
+    return progress(1.0, label)
+
+
+def _open(name: str, args: argparse.Namespace) -> "Source":
+    path = Path(name)
+    if path.is_file():
+        from turbosparse.runtime.measured_file import MeasuredFile
+
+        return MeasuredFile(path, scratch=args.output, threads=args.threads)
+    if not path.is_dir() and (path.is_absolute() or name.count("/") != 1 or name.endswith(".gguf")):
+        raise ModelFileError(f"[{name}] expected a model file, directory or model id, got no such file")
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ModelFileError(
+            f"[{name}] expected a Hugging Face model (config.json) or a measurement ({NUMBERS}), got neither"
+        )
+    try:
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+    except ImportError as error:
+        raise ConfigError(
+            f"[{name}] expected torch and transformers for a Hugging Face model, got none; "
+            "pip install 'turbosparse[train]'"
+        ) from error
+    from turbosparse.measure.hugging_face import open_hugging_face
+
+    disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    return open_hugging_face(name, device=args.device)
+
+
+def _versions(kind: str) -> dict[str, str]:
+    packages = ["numpy", "matplotlib"] + (["torch", "transformers"] if "torch" in kind else [])
+    return {
+        "turbosparse": __version__,
+        "python": platform.python_version(),
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+
+
+def _predictability(
+    source: "Source", text: str, record: dict[str, Any], args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    from turbosparse.measure.hugging_face import HuggingFaceModel
+    from turbosparse.predict.predictability import predictability
+
+    if not isinstance(source, HuggingFaceModel):
+        raise ConfigError("[--predict-layers] expected a Hugging Face model, got a model file")
+    with progress(1.0, "fitting predictors") as advance:
+        return predictability(source, text, record, layers=args.predict_layers, advance=advance)

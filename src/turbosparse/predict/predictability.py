@@ -1,0 +1,134 @@
+"""How well a model's active neurons can be told beforehand: recall curves of predictors of equal bytes."""
+
+import logging
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from turbosparse.errors import ConfigError
+from turbosparse.measure.hugging_face import HuggingFaceModel
+from turbosparse.models.gated_ffn import GatedFFN, gated_ffns
+from turbosparse.predict.capture import capture_inputs
+from turbosparse.predict.config import PredictorConfig
+from turbosparse.predict.fit import fit_low_rank, rows_of
+from turbosparse.predict.layers import BYTES_PER_WEIGHT, FFNLayer, layers_of
+from turbosparse.predict.predictors import Predictor, SignBitPredictor
+from turbosparse.sparsity.cett import activation_ratio, neuron_output_norms
+from turbosparse.sparsity.quality import cut_windows
+from turbosparse.sparsity.recall import recall_curve
+
+__all__ = ["predictability"]
+
+logger = logging.getLogger(__name__)
+
+_SPARSITIES = tuple(round(0.05 * step, 2) for step in range(21))
+_HELD_OUT = 512  # tokens the curves are drawn on, the last ones
+_STEPS = 300
+_TYPE = "F16"  # of a low-rank predictor's weights; a sign is a bit
+_INPUT = "ffn_norm"
+
+
+def predictability(
+    source: HuggingFaceModel,
+    text: str,
+    record: dict[str, Any],
+    *,
+    layers: int,
+    advance: Callable[[float], None] = lambda share: None,
+) -> list[dict[str, Any]]:
+    """Draw recall curves of a low-rank and of a sign-bit predictor, for some layers.
+
+    Parameters
+    ----------
+    source : HuggingFaceModel
+        The model.
+    text : str
+        What it was measured on.
+    record : dict
+        Its measurement: which neurons are active, how much text.
+    layers : int
+        Layers to fit, evenly spread over the model, at least 1.
+    advance : callable, optional
+        Told shares of the work, 1 in all.
+
+    Returns
+    -------
+    list of dict
+        Per layer and predictor: ``name``, ``predictor``, ``bytes`` it reads per token, ``active_share``,
+        ``sparsity`` predicted and ``recall`` there.
+
+    Raises
+    ------
+    ConfigError
+        When the model has no dense FFN.
+
+    Notes
+    -----
+    Signs of the gate's rows (and of up's, where that is rectified too) cost one bit per weight [1]_; the
+    rank is chosen so that Linear(D, R), ReLU, Linear(R, F) with 16-bit weights has as many bytes. It is
+    fitted on the text but for its last 512 tokens, on which both are judged.
+
+    References
+    ----------
+    .. [1] Shin et al., "SparseInfer", arXiv:2411.12692.
+    """
+    names = [name for name, ffn in gated_ffns(source.model).items() if isinstance(ffn, GatedFFN)]
+    units = [unit for unit, description in enumerate(source.units) if description.expert is None]
+    if not names:
+        raise ConfigError("[predictability] expected dense FFNs, got none")
+    weights = layers_of(source.model, _TYPE)
+    last = len(names) - 1
+    chosen = sorted({round(last * (2 * at + 1) / (2 * layers)) for at in range(layers)})
+    windows = cut_windows(
+        source.text_ids(text)[: record["text"]["tokens"]], record["text"]["context"], source.bos_id
+    )
+    batches = ({"input_ids": torch.from_numpy(window[None].astype(np.int64))} for window in windows)
+    curves: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        captured = capture_inputs(source.model, batches, Path(folder))
+        for at in chosen:
+            bound = _active_bound(record, units[at])
+            drawn = _layer_curves(weights[names[at]], captured[names[at]].open(_INPUT), bound)
+            curves += [{"name": source.units[units[at]].name, **curve} for curve in drawn]
+            advance(1 / len(chosen))
+    return curves
+
+
+def _active_bound(record: dict[str, Any], unit: int) -> float:
+    """The norm from which on a neuron is active; the smallest where any that is not zero is."""
+    active = record["config"]["active"]
+    found = [entry["eps"] for entry in record["units"][unit]["thresholds"] if entry["target"] == active]
+    return found[0] if found else float(np.finfo(np.float32).tiny)
+
+
+def _layer_curves(layer: FFNLayer, inputs: NDArray[np.float16], bound: float) -> list[dict[str, Any]]:
+    hidden_size, neurons = layer.down.shape
+    signs = SignBitPredictor(layer)
+    rank = max(1, round(signs.read_bytes("") / (BYTES_PER_WEIGHT[_TYPE] * (neurons + hidden_size))))
+    config = PredictorConfig(ranks=(rank,), predictor_type=_TYPE, steps=_STEPS)
+    held_out = min(_HELD_OUT, len(inputs) // 4)
+    fitted = fit_low_rank(layer, {_INPUT: inputs[:-held_out]}, bound, config)
+    x = rows_of(inputs, slice(-held_out, None))
+    activations = layer.neurons(x).activations.numpy()
+    active = neuron_output_norms(activations, layer.down.T.numpy()) >= np.float32(bound)
+    predictors: list[tuple[str, Predictor]] = [("sign bits", signs)]
+    predictors += [(f"low rank {rank}", predictor) for predictor in fitted.values()]
+    curves = []
+    for label, predictor in predictors:
+        with torch.no_grad():
+            recall = recall_curve(predictor(x).numpy(), active, _SPARSITIES)
+        curves.append(
+            {
+                "predictor": label,
+                "bytes": predictor.read_bytes(_TYPE),
+                "active_share": activation_ratio(active),
+                "sparsity": list(_SPARSITIES),
+                "recall": recall.tolist(),
+            }
+        )
+    return curves

@@ -1,0 +1,274 @@
+"""A model file as a source of measurements: activations from the engine, quality with thresholds in a draft.
+
+What `turbosparse.measure` asks of a source, without knowing it: the serving column does not import that room.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turbosparse import _native
+from turbosparse.errors import ModelFileError
+from turbosparse.runtime.model_file import ModelFile
+from turbosparse.runtime.perplexity import second_half
+from turbosparse.runtime.sparse_file import SparseDraft, down_t
+from turbosparse.sparsity.selection import NormThresholds, Selection
+from turbosparse.tokenizer import Tokenizer
+
+__all__ = ["MeasuredFile"]
+
+_CHUNK_BYTES = 256 << 20  # of captured arrays at once
+
+
+class _FFNWatcher(Protocol):
+    """What looks at captured arrays."""
+
+    def on_ffn(self, unit: int, gate: NDArray[np.float32], up: NDArray[np.float32]) -> None:
+        """Look at f(gate) and g(up) of a layer, each [T, F]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileUnit:
+    """One layer's FFN."""
+
+    name: str
+    layer: int
+    neurons: int
+    expert: int | None = None
+    token_share: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Thresholds:
+    """Thresholds of one layer, each [F]."""
+
+    gate_threshold: NDArray[np.float32]
+    threshold: NDArray[np.float32]
+
+
+class MeasuredFile:
+    """A GGUF file that can be watched and thinned out.
+
+    Parameters
+    ----------
+    path : str or path
+        The file.
+    scratch : Path
+        Directory for a draft with thresholds, about the size of the file; removed by `close`.
+    threads : int
+        Threads of the engine; 0 means physical cores, at most 8.
+
+    Raises
+    ------
+    ModelFileError
+        When the file is broken, or its FFNs are not gated ones with a known activation.
+    """
+
+    def __init__(self, path: str | PathLike[str], *, scratch: Path, threads: int = 0) -> None:
+        self._file = ModelFile(path)
+        if self._file.activation is None or not self._file.gated:
+            raise ModelFileError(f"[{path}] expected gated FFNs with a known activation, got others")
+        self._engine = _native.Model(str(path), threads=threads)
+        self._info = self._engine.info
+        self._threads = threads
+        self._tokenizer = Tokenizer.from_metadata(self._file.metadata)
+        self._scratch = scratch
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._draft: SparseDraft | None = None
+        self._drafted: tuple[Selection | None, _native.Model] | None = None
+        self._session: tuple[_native.Model, _native.Session] | None = None
+        self.units = [
+            FileUnit(name=f"layer {layer}", layer=layer, neurons=self._info.intermediate_size)
+            for layer in range(self._info.num_hidden_layers)
+        ]
+
+    @property
+    def description(self) -> dict[str, Any]:
+        """Say what model this is.
+
+        Returns
+        -------
+        dict
+            Name, kind, activation, sizes, weight types.
+        """
+        info, path = self._info, Path(self._file.path)
+        return {
+            "name": path.name,
+            "title": str(self._file.metadata.get("general.name", path.stem)),
+            "kind": "model file, engine",
+            "architecture": info.architecture,
+            "activation": info.activation,
+            "hidden_size": info.hidden_size,
+            "intermediate_size": info.intermediate_size,
+            "num_hidden_layers": info.num_hidden_layers,
+            "num_experts": 0,
+            "weights": "/".join(dict.fromkeys(info.ffn_types)),
+            "bytes": path.stat().st_size,
+        }
+
+    @property
+    def context_length(self) -> int:
+        """Give the positions the model was trained for.
+
+        Returns
+        -------
+        int
+            Tokens.
+        """
+        return self._info.context_length
+
+    @property
+    def bos_id(self) -> int | None:
+        """Give the token that windows begin with.
+
+        Returns
+        -------
+        int or None
+            Where the file asks for one.
+        """
+        return self._tokenizer.bos_id if self._tokenizer.add_bos else None
+
+    def text_ids(self, text: str) -> list[int]:
+        """Turn a text into tokens.
+
+        Parameters
+        ----------
+        text : str
+            Control tokens are not read in it.
+
+        Returns
+        -------
+        list of int
+            Token ids.
+        """
+        return self._tokenizer.encode(text)
+
+    def experts(self, layer: int) -> int:
+        """Count the experts of a layer.
+
+        Parameters
+        ----------
+        layer : int
+            Index.
+
+        Returns
+        -------
+        int
+            0: the engine runs no mixtures.
+        """
+        del layer
+        return 0
+
+    def down_t(self, unit: int) -> NDArray[np.float32]:
+        """Give a layer's down projection, one row per neuron.
+
+        Parameters
+        ----------
+        unit : int
+            Index of the layer.
+
+        Returns
+        -------
+        float32, shape (F, D)
+            Dequantised from the file.
+        """
+        return down_t(self._file, unit)
+
+    def capture(self, window: NDArray[np.int32], watcher: _FFNWatcher) -> None:
+        """Run a window densely and show its FFNs.
+
+        Parameters
+        ----------
+        window : int32, shape (T,)
+            Token ids.
+        watcher : turbosparse.measure.source.Watcher
+            Sees every layer in pieces of the window.
+        """
+        session = self._session_of(self._engine, len(window))
+        layers = list(range(len(self.units)))
+        per_token = len(layers) * 8 * (self._info.intermediate_size + self._info.hidden_size)
+        chunk = max(16, _CHUNK_BYTES // per_token)
+        for begin in range(0, len(window), chunk):
+            arrays = session.capture(window[begin : begin + chunk], layers)
+            for layer in layers:
+                gate, up = arrays[layer][:2]
+                watcher.on_ffn(layer, gate, up)
+
+    def supports(self, selection: Selection) -> bool:
+        """Say whether the engine can leave out what a selection does.
+
+        Parameters
+        ----------
+        selection : Selection
+            Neurons to compute.
+
+        Returns
+        -------
+        bool
+            True for thresholds on norms: the engine has one threshold per neuron.
+        """
+        return isinstance(selection, NormThresholds)
+
+    def predictions(
+        self, window: NDArray[np.int32], selection: Selection | None
+    ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32]]]:
+        """Predict the second half of a window.
+
+        Parameters
+        ----------
+        window : int32, shape (T,)
+            Token ids.
+        selection : Selection or None
+            Neurons to compute; all if None. Both run on the draft, so on the same weights.
+
+        Yields
+        ------
+        tuple
+            Logits, float32 of shape (T, V), and the tokens that follow, int32 of shape (T,).
+        """
+        session = self._session_of(self._drafted_model(selection), len(window))
+        yield from second_half(session, window, "dense" if selection is None else "threshold")
+
+    def close(self) -> None:
+        """Remove the draft."""
+        self._drafted = self._session = self._draft = None
+        if self._folder is not None:
+            self._folder.cleanup()
+            self._folder = None
+
+    def _session_of(self, model: _native.Model, context: int) -> _native.Session:
+        """A session of this model with an empty cache; the last one is kept."""
+        if self._session is None or self._session[0] is not model or self._session[1].context < context:
+            self._session = model, model.session(context)
+        self._session[1].truncate(0)
+        return self._session[1]
+
+    def _drafted_model(self, selection: Selection | None) -> _native.Model:
+        if self._draft is None:
+            self._folder = tempfile.TemporaryDirectory(prefix=".turbosparse-", dir=self._scratch)
+            self._draft = SparseDraft(
+                self._file, Path(self._folder.name) / "draft.gguf", None, lambda share: None
+            )
+        if self._drafted is None or (selection is not None and selection is not self._drafted[0]):
+            self._drafted = None  # frees the model before the next one is loaded
+            if selection is not None:
+                assert isinstance(selection, NormThresholds)
+                self._draft.set_thresholds(_layer_thresholds(selection, self._info.num_hidden_layers))
+            self._drafted = selection, self._draft.load(self._threads)
+        return self._drafted[1]
+
+
+def _layer_thresholds(selection: NormThresholds, layers: int) -> list[_Thresholds]:
+    """tau_i = eps / ||W_down[:, i]|| on the activation alone, as the definition of CETT has it."""
+    thresholds = []
+    for layer in range(layers):
+        norms = np.maximum(selection.down_norms[layer], 1e-30).astype(np.float64)
+        tau = np.minimum(selection.eps.get(layer, 0.0) / norms, 3e38).astype(np.float32)
+        thresholds.append(_Thresholds(gate_threshold=np.zeros_like(tau), threshold=tau))
+    return thresholds

@@ -1,0 +1,144 @@
+"""`turbosparse measure` as a user types it."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.measure.twins import TEXT
+from tests.tiny_hf import make_hf_model, make_tokenizer
+from tests.tiny_model import TinyModel, make_tiny_model
+from turbosparse.cli.main import main
+
+OPTIONS = [
+    "-t",
+    "1",
+    "--tokens",
+    "256",
+    "--context",
+    "64",
+    "--quality-tokens",
+    "128",
+    "--sample-tokens",
+    "64",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("measure")
+    make_tiny_model(folder / "tiny.gguf", TinyModel(activation="drelu", down_t=True))
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return folder
+
+
+def measure(folder: Path, model: str, output: str, *options: str) -> int:
+    text = str(folder / "text.txt")
+    return main(
+        ["measure", str(folder / model), "--text", text, "-o", str(folder / output), *OPTIONS, *options]
+    )
+
+
+def read(folder: Path) -> dict[str, Any]:
+    record = json.loads((folder / "measurement.json").read_text(encoding="utf-8"))
+    assert isinstance(record, dict)
+    return record
+
+
+def test_a_report_of_a_model_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure(folder, "tiny.gguf", "one", "--json") == 0
+    out = capsys.readouterr().out
+    assert "sparsity at CETT 0.1" in out
+    brief = json.loads(out.splitlines()[-1])
+    [model] = brief["models"]
+    record = read(folder / "one")
+    assert model["overall"] == record["overall"]
+    assert 0.6 < record["overall"]["exact_zeros"]["value"] < 0.9
+    assert record["text"]["name"] == "text.txt"
+    assert record["run"]["command"].startswith("turbosparse ")
+    assert {path.suffix for path in (folder / "one").iterdir()} == {".json", ".html", ".png"}
+
+
+def test_the_page_needs_nothing_else(folder: Path) -> None:
+    assert measure(folder, "tiny.gguf", "page", "--quality-tokens", "0") == 0
+    page = (folder / "page" / "report.html").read_text(encoding="utf-8")
+    links = re.findall(r"""(?:src|href)=['"]([^'"]{0,40})""", page)
+    assert links
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in links)
+    assert "http" not in re.sub(r"data:[^'\"]*", "", page)
+    assert page.count("<figure") == len(list((folder / "page").glob("*.png")))
+    assert "What leaving out neurons costs" not in page  # not asked for
+    assert "nan" not in re.sub(r"data:[^'\"]*", "", page)
+
+
+def test_side_by_side(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    model = make_hf_model("qwen3_moe", max_position_embeddings=128)
+    model.save_pretrained(folder / "mixture")
+    make_tokenizer().save_pretrained(folder / "mixture")
+    assert measure(folder, "tiny.gguf", "first", "--quality-tokens", "0") == 0
+    capsys.readouterr()
+    others = [str(folder / "first"), str(folder / "mixture")]
+    text = ["--text", str(folder / "text.txt"), "-o", str(folder / "both")]
+    assert main(["measure", "--compare", *others, *text, *OPTIONS]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("tiny.gguf" in line and "mixture" in line for line in lines)
+    assert read(folder / "both" / "mixture")["model"]["num_experts"] == 4
+    page = (folder / "both" / "report.html").read_text(encoding="utf-8")
+    assert "Routing of mixture" in page
+    assert not (folder / "both" / "measurement.json").exists()
+
+
+def test_predictors(folder: Path) -> None:
+    pytest.importorskip("torch")
+    make_hf_model("llama", max_position_embeddings=128).save_pretrained(folder / "dense")
+    make_tokenizer().save_pretrained(folder / "dense")
+    assert measure(folder, "dense", "predicted", "--predict-layers", "1", "--tokens", "512") == 0
+    signs, low_rank = read(folder / "predicted")["predictability"]
+    assert signs["predictor"] == "sign bits"
+    assert low_rank["bytes"] == pytest.approx(signs["bytes"], rel=0.5)
+    for curve in (signs, low_rank):
+        assert curve["recall"][0] == 1
+        assert curve["recall"][-1] == 0
+    assert (folder / "predicted" / "predictability.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        ("tiny.gguf", ["--cett", "a"], "[--cett] expected numbers with commas between, got 'a'"),
+        ("tiny.gguf", ["--active", "0.15"], "[active] expected one of the CETT targets"),
+        ("tiny.gguf", ["--memory-mib", "0"], "expected --memory-mib of at least 1"),
+        (
+            "tiny.gguf",
+            ["--context", "128", "--tokens", "100"],
+            "[tokens] expected at least one window of 128",
+        ),
+        ("tiny.gguf", ["--predict-layers", "1"], "[--predict-layers] expected a Hugging Face model"),
+        ("missing.gguf", [], "expected a model file, directory or model id, got no such file"),
+        ("empty", [], "expected a Hugging Face model (config.json) or a measurement"),
+        ("text.txt", [], "text.txt"),
+    ],
+)
+def test_bad_input(
+    folder: Path, capsys: pytest.CaptureFixture[str], model: str, options: list[str], message: str
+) -> None:
+    (folder / "empty").mkdir(exist_ok=True)
+    assert measure(folder, model, "bad", "--force", *options) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("turbosparse: error: ")
+    assert message in line
+    assert not list((folder / "bad").glob("*")) if (folder / "bad").exists() else True
+
+
+def test_a_report_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "there").mkdir()
+    (folder / "there" / "measurement.json").write_text("{}", encoding="utf-8")
+    assert measure(folder, "tiny.gguf", "there") == 2
+    assert "expected no report there, got measurement.json; --force replaces it" in capsys.readouterr().err
+    assert main(["measure", "--compare", str(folder / "there"), "-o", str(folder / "new")]) == 2
+    assert "expected a measurement of version 1, got None" in capsys.readouterr().err
+    assert main(["measure", "-o", str(folder / "new")]) == 2
+    assert "expected a MODEL or --compare, got neither" in capsys.readouterr().err

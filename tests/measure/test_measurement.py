@@ -1,0 +1,224 @@
+"""Whole measurements: engine = torch = formulas on one array; mixtures; what cannot be measured."""
+
+import dataclasses
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from tests.measure.twins import TEXT, byte_tokenizer, make_twins
+from tests.tiny_hf import make_hf_model
+from turbosparse.errors import CalibrationError, ConfigError, TextError
+from turbosparse.measure.config import MeasureConfig
+from turbosparse.measure.hugging_face import HuggingFaceModel
+from turbosparse.measure.measurement import measure
+from turbosparse.measure.quality_points import budget_targets
+from turbosparse.runtime.measured_file import MeasuredFile
+from turbosparse.sparsity.hotness import batch_union, carrying_share
+from turbosparse.sparsity.quality import cut_windows
+from turbosparse.sparsity.reuse import reuse
+
+CONFIG = MeasureConfig(
+    tokens=512, context=64, quality_tokens=128, sample_tokens=128, ppl_budgets=(0.2,), pair_neurons=16
+)
+
+
+class Kept:
+    """A watcher that keeps everything."""
+
+    def __init__(self, units: int) -> None:
+        self.rows: list[list[NDArray[np.float32]]] = [[] for _ in range(units)]
+
+    def on_ffn(self, unit: int, gate: NDArray[np.float32], up: NDArray[np.float32]) -> None:
+        self.rows[unit].append(gate * up)
+
+    def on_routing(self, layer: int, chosen: NDArray[np.integer]) -> None:
+        pass
+
+
+def numbers(record: Any, place: str = "") -> dict[str, float]:
+    """Every number of a record by where it stands."""
+    if isinstance(record, dict):
+        return {k: v for name, item in record.items() for k, v in numbers(item, f"{place}.{name}").items()}
+    if isinstance(record, list):
+        return {k: v for at, item in enumerate(record) for k, v in numbers(item, f"{place}.{at}").items()}
+    return {place: float(record)} if isinstance(record, int | float) else {}
+
+
+@pytest.mark.parametrize("activation", ["silu", "drelu"])
+def test_engine_and_torch_agree(tmp_path: Path, activation: str) -> None:
+    twin = make_twins(tmp_path / "tiny.gguf", activation)
+    file = MeasuredFile(tmp_path / "tiny.gguf", scratch=tmp_path, threads=1)
+    ours, theirs = measure(file, TEXT, CONFIG), measure(twin, TEXT, CONFIG)
+    file.close()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny.gguf"]
+    for part in ("overall", "units"):
+        expected = numbers(theirs[part])
+        got = numbers(ours[part])
+        assert expected.keys() == got.keys()
+        # one neuron of 160 on the other side of a threshold moves a mean over 64 tokens by 1e-4
+        off = {
+            name: (value, expected[name])
+            for name, value in got.items()
+            if not math.isclose(value, expected[name], rel_tol=0.01, abs_tol=0.003)
+            and not (math.isnan(value) and math.isnan(expected[name]))
+        }
+        assert off == {}
+    for got_point, point in zip(ours["quality"], theirs["quality"], strict=False):
+        assert got_point["label"] == point["label"]
+        for name in ("perplexity", "dense_perplexity"):
+            assert got_point[name] == pytest.approx(point[name], rel=1e-3)
+        assert got_point["mean_kl"] == pytest.approx(point["mean_kl"], rel=0.02, abs=1e-4)
+
+
+def test_streaming_equals_the_formulas_on_whole_arrays(tmp_path: Path) -> None:
+    twin = make_twins(tmp_path / "tiny.gguf")
+    config = dataclasses.replace(CONFIG, quality_tokens=0)
+    record = measure(twin, TEXT, config)
+    windows = cut_windows(twin.text_ids(TEXT)[: config.tokens], config.context, None)
+    for unit, found in enumerate(record["units"]):
+        per_window = []
+        for window in windows:
+            watcher = Kept(len(twin.units))
+            twin.capture(window, watcher)
+            per_window.append(np.concatenate(watcher.rows[unit]))
+        activations = np.concatenate(per_window)
+        norms = np.abs(activations) * np.linalg.norm(twin.down_t(unit), axis=1)
+        at = record["cett_targets"].index(0.1)
+        eps = found["thresholds"][at]["eps"]
+        active = norms >= np.float32(eps)
+        counts = active.sum(axis=0)
+        assert found["tokens"] == len(activations) == 512
+        assert found["cett_sparsity"]["value"][at] == pytest.approx(1 - active.mean(), abs=1e-4)
+        assert found["active_share"]["value"] == pytest.approx(active.mean(), abs=1e-4)
+        assert found["carrying_80_percent"]["value"] == pytest.approx(carrying_share(counts), abs=0.01)
+        union = batch_union(counts, len(active), record["union_sizes"])
+        np.testing.assert_allclose(found["union_batch"]["value"], union, atol=1e-3)
+        by_window = [reuse(active[begin : begin + 64]) for begin in range(0, len(active), 64)]
+        np.testing.assert_allclose(found["reuse"]["value"], np.mean(by_window, axis=0), atol=0.01)
+
+
+def test_thresholds_meet_their_targets(tmp_path: Path) -> None:
+    record = measure(make_twins(tmp_path / "tiny.gguf"), TEXT, CONFIG)
+    for unit in record["units"]:
+        sparsities = unit["cett_sparsity"]["value"]
+        assert sparsities == sorted(sparsities)
+        for found in unit["thresholds"]:
+            assert 0.97 * found["target"] < found["cett"] <= found["target"]
+            assert found["checked_cett"] == pytest.approx(found["target"], rel=0.3)
+    divergences = [point["mean_kl"] for point in record["quality"] if point["kind"] == "cett"]
+    assert divergences == sorted(divergences)
+    zeros = record["quality"][-1]
+    assert (zeros["kind"], zeros["mean_kl"], zeros["same_top_1"]) == ("zeros", 0, 1)
+
+
+class Quadratic:
+    """Stands for a search and its runs: perplexity rises by the square of the CETT target."""
+
+    def selection(self, target: float) -> float:
+        return target
+
+    def run(self, target: float) -> SimpleNamespace:
+        return SimpleNamespace(perplexity_rise=0.001 + target**2, perplexity_rise_se=0.003)
+
+
+def test_budgets_are_met_or_said_not_to_be() -> None:
+    notes: list[str] = []
+    stub: Any = Quadratic()
+    found = budget_targets(stub, stub, (0.01, 0.0005, 0.05), notes)
+    assert found[0.01] == pytest.approx(0.095, rel=0.1)
+    assert found[0.05] == pytest.approx(0.221, rel=0.1)
+    assert sorted(found) == [0.01, 0.05]
+    assert notes[0].startswith(
+        "CETT-PPL-0.05%: [perplexity budget] expected a rise of at most 0.05%, got 0.10%"
+    )
+    assert notes[1] == "CETT-PPL-1%: the rise is known within 0.3 % only; give more quality tokens"
+    assert len(notes) == 2
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])
+def test_mixtures_are_measured_per_expert(model_type: str) -> None:
+    model = HuggingFaceModel(make_hf_model(model_type), byte_tokenizer(), name=model_type)
+    record = measure(model, TEXT, CONFIG)
+    experts = [unit for unit in record["units"] if unit["expert"] is not None]
+    assert len(experts) == 2 * 4
+    assert {unit["name"] for unit in experts} >= {"layer 0 expert 0", "layer 1 expert 3"}
+    assert sum(unit["tokens"] for unit in experts) == 2 * 512 * 2  # layers, tokens, experts per token
+    assert [layer["layer"] for layer in record["routing"]] == [0, 1]
+    for layer in record["routing"]:
+        assert sum(layer["load"]) == pytest.approx(2)
+        assert 0 < layer["entropy"] <= 1
+        assert layer["largest_load"] == pytest.approx(max(layer["load"]) * 4 / 2)
+        assert 0 < layer["reuse"]["value"][0] <= 1
+    shared = [unit for unit in record["units"] if "shared" in unit["name"]]
+    assert len(shared) == (2 if model_type == "qwen2_moe" else 0)
+
+
+def test_running_with_all_neurons_is_the_model_itself() -> None:
+    model = make_hf_model("mixtral")
+    ids = np.arange(32, dtype=np.int32)
+    with torch.no_grad():
+        expected = model(torch.arange(32)[None]).logits[0, 16:31].numpy()
+    source = HuggingFaceModel(model, byte_tokenizer(), name="mixtral")
+    [(logits, targets)] = source.predictions(ids, None)
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-4)
+    assert targets.tolist() == list(range(17, 32))
+
+
+def test_a_silent_layer_is_told_and_left_out(tmp_path: Path) -> None:
+    twin = make_twins(tmp_path / "tiny.gguf")
+    with torch.no_grad():
+        twin.model.model.layers[1].mlp.up_proj.weight.zero_()
+    record = measure(twin, TEXT, CONFIG)
+    assert "layer 1: no neuron is active on the sample, so CETT is undefined there" in record["notes"]
+    silent = record["units"][1]
+    assert silent["exact_zeros"]["value"] == 1
+    assert silent["thresholds"] == []
+    assert math.isnan(silent["reuse"]["value"][0])
+    np.testing.assert_allclose(record["overall"]["reuse"]["value"], record["units"][0]["reuse"]["value"])
+
+
+def test_nan_is_an_error_that_names_the_layer(tmp_path: Path) -> None:
+    twin = make_twins(tmp_path / "tiny.gguf")
+    with torch.no_grad():
+        twin.model.model.layers[1].mlp.up_proj.weight[3, 3] = math.nan
+    with pytest.raises(CalibrationError, match=r"layer 1.*NaN or Inf"):
+        measure(twin, TEXT, CONFIG)
+
+
+@pytest.mark.parametrize(("text", "message"), [("  \n", "white space"), ("short", "at least 64 tokens")])
+def test_too_little_text(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(TextError, match=message):
+        measure(make_twins(tmp_path / "tiny.gguf"), text, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"context": 8}, "[context] expected at least 16"),
+        ({"tokens": 32}, "[tokens] expected at least one window"),
+        ({"cett_targets": (0.1, 1.5)}, "[cett] expected targets above 0 and below 1"),
+        ({"active": 0.15}, "[active] expected one of the CETT targets"),
+        ({"top_k": (0.0,)}, "[top-k] expected shares"),
+        ({"ppl_budgets": (0.0,)}, "[ppl budgets] expected above 0"),
+        ({"sample_tokens": 2}, "[sample tokens] expected at least 16"),
+        ({"pair_neurons": 1}, "[pair neurons] expected at least 2"),
+        ({"quality_tokens": -1}, "[quality tokens] expected 0 or more"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(CONFIG, **settings)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_small_budget_shrinks_the_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    twin = make_twins(tmp_path / "tiny.gguf")
+    record = measure(twin, TEXT, dataclasses.replace(CONFIG, memory_bytes=1 << 16, quality_tokens=0))
+    assert record["units"][0]["sample_tokens"] < 30
+    assert "the memory budget has room for 25 of 160 sample tokens" in caplog.text
