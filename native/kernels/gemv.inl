@@ -9,8 +9,12 @@
 namespace turbosparse {
 namespace {
 
-/// How far ahead of their use rows in sequence are fetched.
-inline constexpr std::int64_t kPrefetchBytes = 4096;
+/// How rows in sequence are fetched ahead of their use. Rows of floats are long, and fetching them to L1 is
+/// up to three times as slow (docs/experiments.md).
+template <WeightType kType>
+inline constexpr Fetch kSequenceFetch = is_quantized(kType) ? Fetch::kNear : Fetch::kFar;
+template <WeightType kType>
+inline constexpr std::int64_t kSequenceAheadBytes = is_quantized(kType) ? 4096 : 32768;
 /// Rows of a list are computed side by side, for more misses at a time than one row has, and fetched this
 /// many ahead.
 inline constexpr int kListRows = 4;
@@ -120,10 +124,10 @@ inline void dot_rows(const Matrix& w, const RowGroup<kRows>& group, const Input&
 template <class Isa, WeightType kType>
 void gemv_type(const Matrix& w, const Input& x, std::int64_t row_begin, std::int64_t row_end, float* y) {
   const std::int64_t ahead =
-      std::max<std::int64_t>(1, kPrefetchBytes / static_cast<std::int64_t>(w.row_bytes));
+      std::max<std::int64_t>(1, kSequenceAheadBytes<kType> / static_cast<std::int64_t>(w.row_bytes));
   for (std::int64_t r = row_begin; r < row_end; ++r) {
     const RowGroup<1> group{{row_data(w, r)}, {row_data(w, std::min(r + ahead, row_end - 1))}};
-    dot_rows<Isa, kType, Fetch::kNear>(w, group, x, y + r);
+    dot_rows<Isa, kType, kSequenceFetch<kType>>(w, group, x, y + r);
   }
 }
 

@@ -8,9 +8,10 @@
 namespace turbosparse {
 namespace {
 
-/// Where a line is fetched to. Rows in sequence go to L1: the hardware's own streams have brought most of
-/// them to L2 by then. Rows of a list, and several rows at a time, go to L2: their misses would fill the few
-/// miss buffers of L1, and loads would wait behind them (2.3 times as slow, docs/experiments.md).
+/// Where a line is fetched to. Quantised rows in sequence go to L1: the hardware's own streams have brought
+/// most of them to L2 by then. Rows of a list, several rows at a time, and rows of floats go to L2: their
+/// misses would fill the few miss buffers of L1, and loads would wait behind them (2.3 times as slow,
+/// docs/experiments.md).
 enum class Fetch { kNear, kFar };
 
 /// Fetches `bytes` at p, which may lie past the matrix: a prefetch never faults.
