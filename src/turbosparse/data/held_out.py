@@ -3,9 +3,11 @@
 import hashlib
 from collections.abc import Collection
 
-from turbosparse.data.readers import Document
+from turbosparse.data.config import DataConfig
+from turbosparse.data.readers import Document, open_reader
+from turbosparse.errors import DataError
 
-__all__ = ["HeldOutSplit", "document_hash"]
+__all__ = ["HeldOutSplit", "document_hash", "split_of"]
 
 
 def document_hash(document: Document) -> str:
@@ -64,3 +66,30 @@ class HeldOutSplit:
         """
         digest = document_hash(document)
         return int(digest[:8], 16) < self._limit or digest in self._excluded
+
+
+def split_of(data: DataConfig) -> HeldOutSplit:
+    """Hold out a share of all documents, and every document of the evaluation sources.
+
+    Parameters
+    ----------
+    data : DataConfig
+        Its ``held_out_percent`` and ``held_out``; the latter are read as a whole.
+
+    Returns
+    -------
+    HeldOutSplit
+        The split.
+
+    Raises
+    ------
+    DataError
+        If an evaluation source is empty.
+    """
+    excluded: set[str] = set()
+    for source in data.held_out:
+        hashes = {document_hash(document) for document in open_reader(source)}
+        if not hashes:
+            raise DataError(f"[{source.path}] expected documents to hold out, got none")
+        excluded |= hashes
+    return HeldOutSplit(data.held_out_percent, excluded)

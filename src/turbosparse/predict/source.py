@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from turbosparse.data.config import DataConfig
 from turbosparse.data.encoding import make_encoder
-from turbosparse.data.held_out import HeldOutSplit
+from turbosparse.data.held_out import split_of
 from turbosparse.data.mixture import Mixture, PackedSequence, held_out_sequences
 from turbosparse.errors import DataError
 from turbosparse.measure.held_out_loss import batch_of
@@ -118,7 +118,7 @@ class HuggingFaceSource:
         self.layers = layers_of(self.model, weight_type)
         self._tokenizer = AutoTokenizer.from_pretrained(path)
         encode = make_encoder(self._tokenizer, data.document_end)
-        split = HeldOutSplit(data.held_out_percent)
+        split = split_of(data)
         mixture = Mixture(data, encode, split=split, seed=seed)
         count = max(tokens // data.sequence_length, 1)
         self.rows = [row for row, _ in zip(mixture, range(count), strict=False)]

@@ -20,10 +20,9 @@ from transformers.trainer_utils import set_seed
 
 from turbosparse.data.config import DataConfig, SourceConfig
 from turbosparse.data.encoding import make_encoder
-from turbosparse.data.held_out import HeldOutSplit, document_hash
+from turbosparse.data.held_out import HeldOutSplit, split_of
 from turbosparse.data.mixture import Encoder, Mixture, PackedSequence, held_out_sequences
-from turbosparse.data.readers import open_reader
-from turbosparse.errors import ConfigError, DataError
+from turbosparse.errors import ConfigError
 from turbosparse.measure.held_out_loss import batch_of, mean_loss
 from turbosparse.models.activations import parse_activation
 from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
@@ -79,8 +78,7 @@ class Stage:
         self.data = recipe.data_of(stage)
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.model)
         self.encode = make_encoder(self.tokenizer, self.data.document_end, answers_only=stage.answers_only)
-        excluded = {digest for source in self.data.held_out for digest in _document_hashes(source)}
-        self.split = HeldOutSplit(self.data.held_out_percent, excluded)
+        self.split = split_of(self.data)
         self.mixture = Mixture(self.data, self.encode, split=self.split, seed=recipe.seed)
         self.evaluation = _evaluation_text(recipe, self.data, self.encode, self.split)
         self.checkpoint = latest_checkpoint(directory) or from_checkpoint
@@ -344,14 +342,6 @@ def _evaluation_text(
         else:
             _LOG.warning("[%s] has less held-out text than one sequence; it is not evaluated", source.path)
     return texts
-
-
-def _document_hashes(source: SourceConfig) -> list[str]:
-    reader = open_reader(source)
-    hashes = [document_hash(document) for document in reader]
-    if not hashes:
-        raise DataError(f"[{source.path}] expected documents to hold out, got none")
-    return hashes
 
 
 def _file_hash(source: SourceConfig) -> str:
