@@ -85,7 +85,7 @@ def draw(records: Sequence[Record]) -> list[Plot]:
             if not axes.has_data():
                 continue
             if axes.get_legend_handles_labels()[0]:
-                columns = 3 if len(records) == 1 else 1
+                columns = 2 if len(records) == 1 else 1
                 figure.legend(loc="outside lower center", ncols=columns)
             plots.append(Plot(name=name, caption=caption, svg=_as(figure, "svg"), png=_as(figure, "png")))
     return plots

@@ -84,7 +84,7 @@ def html_page(
     plots : sequence of Plot
         Figures in order.
     tables : sequence of Table
-        The first two stand above the figures, the others below.
+        Those of whole models stand above the figures, those of layers below.
 
     Returns
     -------
@@ -97,11 +97,11 @@ def html_page(
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
         f"<h1>{escape(title)}</h1>",
         *(_opening(record) for record in records),
-        *(_table(table) for table in tables[:2]),
+        *(_table(table) for table in tables if not _of_layers(table)),
         "<h2>Figures</h2><div class=figures>",
         *(_figure(plot) for plot in plots),
         "</div>",
-        *(_table(table) for table in tables[2:]),
+        *(_table(table) for table in tables if _of_layers(table)),
         "<h2>How this was measured</h2>",
         *(_provenance(record) for record in records),
         f"<script>{_SCRIPT}</script></body></html>",
@@ -136,9 +136,13 @@ def _table(table: Table) -> str:
     head = "".join(f"<th scope=col><button>{escape(name)}</button></th>" for name in table.header)
     rows = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in table.rows)
     body = f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-    if len(table.rows) > _LONG and len(table.header) > 2 and table.header[0] in ("layer", ""):
+    if len(table.rows) > _LONG and _of_layers(table):
         body = f"<details><summary>{len(table.rows)} rows</summary>{body}</details>"
     return f"<section><h2>{escape(table.title)}</h2><p class=note>{escape(table.note)}</p>{body}</section>"
+
+
+def _of_layers(table: Table) -> bool:
+    return table.header[0] == "layer"
 
 
 def _cell(cell: Cell) -> str:
