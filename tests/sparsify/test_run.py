@@ -92,6 +92,18 @@ def test_two_stages_learn_and_leave_a_model(make_recipe: MakeRecipe) -> None:
     assert training == {"stage": "stage1", "tokens": 2 * longer["tokens"]}
 
 
+def test_the_initial_fit_loses_less(make_recipe: MakeRecipe) -> None:
+    plain, fitted = (
+        make_recipe(DISTILLATION),
+        make_recipe(DISTILLATION, output="fit", initial_fit_tokens=2048),
+    )
+    for recipe in (plain, fitted):
+        run_recipe(recipe)
+    before = [metrics(recipe, event="evaluation")[0]["perplexity_book"] for recipe in (plain, fitted)]
+    assert before[1] < before[0]
+    assert losses(fitted)[0] < 0.9 * losses(plain)[0]
+
+
 def test_embeddings_stay_when_told(make_recipe: MakeRecipe, base: Path) -> None:
     result = run_recipe(make_recipe(DISTILLATION | {"trainable": "all_but_embeddings"}))
     before, after = weights(base / "model"), weights(result.model)

@@ -206,8 +206,9 @@ class Recipe:
     """At least one, run in order."""
     from_scratch: bool = False
     """Start from random weights of the model's configuration instead of its own."""
-    align_signs: bool = True
-    """Before a swap to dReLU, flip neurons (up and down) whose output mostly has a negative up value."""
+    initial_fit_tokens: int = 16_384
+    """Before training, choose which halves of neurons a swap to dReLU keeps, and refit down projections to
+    the original outputs by least squares, on so many tokens in one pass; 0 leaves the weights as they are."""
     seed: int = 0
     """Of weights, data order and dropout."""
     precision: str = "auto"
@@ -234,6 +235,7 @@ class Recipe:
         _check(bool(self.model), "model", "a directory or model id", self.model)
         _check(bool(self.output), "output", "a directory", self.output)
         parse_activation(self.activation)
+        _check(self.initial_fit_tokens >= 0, "initial_fit_tokens", "at least 0", self.initial_fit_tokens)
         _check(bool(self.stages), "stages", "at least one stage", self.stages)
         names = [stage.name for stage in self.stages]
         _check(len(set(names)) == len(names), "stages.name", "different names", names)

@@ -101,7 +101,7 @@ def control_recipe(recipe: Recipe) -> Recipe:
         stages.append(
             dataclasses.replace(stage, loss=loss, trainable="all", blend_tokens=0, threshold_tokens=0)
         )
-    return dataclasses.replace(recipe, stages=tuple(stages), align_signs=False)
+    return dataclasses.replace(recipe, stages=tuple(stages), initial_fit_tokens=0)
 
 
 def _stages_from(stages: list[StageConfig], checkpoint: Path) -> list[StageConfig]:

@@ -29,17 +29,16 @@ from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
 from turbosparse.models.registry import activation_of, load_model, swap_activation
 from turbosparse.sparsify.callbacks import RunCallback
 from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, sync_files
+from turbosparse.sparsify.initial_fit import fit_swapped_ffns
 from turbosparse.sparsify.model_card import model_card
 from turbosparse.sparsify.recipe import Recipe, StageConfig, recipe_to_dict
 from turbosparse.sparsify.sharding import fsdp_arguments, shard_teacher
-from turbosparse.sparsify.signs import align_signs
 from turbosparse.sparsify.stream import DATA_STATE_FILE, SequenceStream
 from turbosparse.sparsify.trainer import StageTrainer
 
 __all__ = ["MODEL_DIRECTORY", "Stage"]
 
 _LOG = logging.getLogger(__name__)
-_CALIBRATION_SEQUENCES = 16
 MODEL_DIRECTORY = "model"
 METRICS_FILE = "metrics.jsonl"
 
@@ -89,7 +88,7 @@ class Stage:
         set_seed(self.recipe.seed)
         arguments = self._arguments()
         teacher = self._load_teacher(arguments.device)
-        model = self._load_model(teacher)
+        model = self._load_model(arguments.device)
         if teacher is not None and self.recipe.fsdp:
             shard_teacher(teacher)
         identity = {
@@ -179,8 +178,7 @@ class Stage:
 
     def _load_teacher(self, device: Any) -> Any:
         loss = self.stage.loss
-        needs_signs = self.recipe.align_signs and self._starts_fresh() and not self.recipe.from_scratch
-        if not (loss.needs_teacher or loss.ffn_output or needs_signs):
+        if not (loss.needs_teacher or loss.ffn_output):
             return None
         if self.recipe.from_scratch:
             raise ConfigError(
@@ -191,10 +189,7 @@ class Stage:
         replace_ffns(teacher, activation_of(teacher), activation_of(teacher))
         return teacher.requires_grad_(False).to(device)
 
-    def _starts_fresh(self) -> bool:
-        return self.previous is None and self.checkpoint is None
-
-    def _load_model(self, teacher: Any) -> Any:
+    def _load_model(self, device: Any) -> Any:
         recipe = self.recipe
         if self.previous is not None:
             model = load_model(self.previous, dtype=torch.float32)
@@ -212,18 +207,24 @@ class Stage:
             return model
         activation = parse_activation(recipe.activation)
         swap_activation(model, activation)
-        if recipe.align_signs and teacher is not None and self._starts_fresh() and activation.name == "drelu":
-            batches = [batch_of([row], teacher.device) for row in self._calibration()]
-            share = align_signs(model, teacher, batches)
-            _LOG.info(
-                "flipped %.1f %% of the neurons, so that most of their output has a positive up value",
-                share * 100,
-            )
+        if self.checkpoint is None and recipe.initial_fit_tokens and not self.stage.blend_tokens:
+            self._fit(model.to(device))
         return model
 
-    def _calibration(self) -> list[PackedSequence]:
+    def _fit(self, model: Any) -> None:
+        count = math.ceil(self.recipe.initial_fit_tokens / self.data.sequence_length)
         rows = Mixture(self.data, self.encode, split=self.split, seed=self.recipe.seed)
-        return [row for row, _ in zip(rows, range(_CALIBRATION_SEQUENCES), strict=False)]
+        text = [row for row, _ in zip(rows, range(count), strict=False)]
+        _LOG.info(
+            "[%s] fitting the swapped FFNs to the original ones on %d sequences", self.stage.name, count
+        )
+        errors = fit_swapped_ffns(model.eval(), batch_of(text, model.device))
+        if errors:
+            _LOG.info(
+                "[%s] squared error of the FFN outputs, relative, per layer: %s",
+                self.stage.name,
+                " ".join(f"{error:.2f}" for error in errors),
+            )
 
     def _evaluate(self, trainer: StageTrainer) -> None:
         model = trainer.model
