@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,10 @@ def read(folder: Path) -> dict[str, Any]:
     return record
 
 
-def test_a_report_of_a_model_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_report_of_a_model_file(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["turbosparse", "measure", "tiny.gguf"])
     assert measure(folder, "tiny.gguf", "one", "--json") == 0
     out = capsys.readouterr().out
     assert "sparsity at CETT 0.1" in out
@@ -57,7 +61,7 @@ def test_a_report_of_a_model_file(folder: Path, capsys: pytest.CaptureFixture[st
     assert model["overall"] == record["overall"]
     assert 0.6 < record["overall"]["exact_zeros"]["value"] < 0.9
     assert record["text"]["name"] == "text.txt"
-    assert record["run"]["command"].startswith("turbosparse ")
+    assert record["run"]["command"] == "turbosparse measure tiny.gguf"
     assert {path.suffix for path in (folder / "one").iterdir()} == {".json", ".html", ".png"}
 
 

@@ -63,42 +63,38 @@ def fit_swapped_ffns(model: nn.Module, batch: Mapping[str, Tensor], *, ridge: fl
 
 def _fit_ffn(ffn: GatedFFN, x: Tensor, ridge: float) -> float:
     """Fit one FFN to inputs [N, D]."""
-    chunks = x.split(_CHUNK)
-    expected = torch.cat([ffn.down_proj(ffn.original(*ffn.project(chunk))) for chunk in chunks])  # [N, D]
-    if ffn.activation.name == "drelu":
-        _keep_halves(ffn, _largest_halves(ffn, chunks))
     down = ffn.down_proj.weight
-    bias = 0.0 if ffn.down_proj.bias is None else ffn.down_proj.bias
     size = down.shape[1]
-    gram = torch.zeros(size, size, dtype=torch.float64, device=x.device)  # [F, F]
-    moment = torch.zeros(size, down.shape[0], dtype=torch.float64, device=x.device)  # [F, D]
-    for chunk, target in zip(chunks, expected.split(_CHUNK), strict=True):
-        h = ffn.activation(*ffn.project(chunk))  # [n, F]
-        gram += h.T @ h
-        moment += h.T @ (target - bias)
-    pull = ridge * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
-    gram.diagonal().add_(pull)
-    moment += pull * down.T
-    down.copy_(torch.linalg.solve(gram, moment).T)
-    outputs = torch.cat([ffn.down_proj(ffn.activation(*ffn.project(chunk))) for chunk in chunks])
-    return float((outputs - expected).square().sum() / expected.square().sum().clamp(min=1e-30))
-
-
-def _largest_halves(ffn: GatedFFN, chunks: tuple[Tensor, ...]) -> Tensor:
-    """Return the F halves with the largest outputs: i is neuron i where up is positive, F + i where not."""
-    energies = torch.zeros(2, ffn.down_proj.weight.shape[1], dtype=torch.float64, device=chunks[0].device)
+    bias = 0.0 if ffn.down_proj.bias is None else ffn.down_proj.bias
+    chunks = x.split(_CHUNK)
+    expected: list[Tensor] = []  # [n, D] each, without the bias
+    energies = torch.zeros(2, size, dtype=torch.float64, device=x.device)  # of the halves, up > 0 and up < 0
     for chunk in chunks:
         gate, up = ffn.project(chunk)
+        expected.append(ffn.down_proj(ffn.original(gate, up)) - bias)
         signed = torch.relu(gate).square() * up * up.abs()  # energy, with the sign of up
         energies[0] += signed.clamp(min=0).sum(0)
         energies[1] -= signed.clamp(max=0).sum(0)
-    energies *= ffn.down_proj.weight.square().sum(0)
-    size = energies.shape[1]
-    return energies.flatten().topk(size).indices.sort().values
+    if ffn.activation.name == "drelu":
+        energies *= down.square().sum(0)
+        _keep_halves(ffn, energies.flatten().topk(size).indices.sort().values)
+    gram = torch.zeros(size, size, dtype=torch.float64, device=x.device)  # [F, F]
+    moment = torch.zeros(size, down.shape[0], dtype=torch.float64, device=x.device)  # [F, D]
+    for chunk, target in zip(chunks, expected, strict=True):
+        h = ffn.activation(*ffn.project(chunk))  # [n, F]
+        gram += h.T @ h
+        moment += h.T @ target
+    pull = ridge * gram.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny)
+    regular = gram + pull * torch.eye(size, dtype=gram.dtype, device=x.device)
+    fitted = torch.linalg.solve(regular, moment + pull * down.T)  # [F, D]
+    down.copy_(fitted.T)
+    energy = sum(float(target.double().square().sum()) for target in expected)
+    error = energy + float((fitted * (gram @ fitted - 2 * moment)).sum())
+    return max(error, 0.0) / max(energy, 1e-30)
 
 
 def _keep_halves(ffn: GatedFFN, halves: Tensor) -> None:
-    """Make neuron i of the FFN what half ``halves[i]`` was."""
+    """Make neuron i of the FFN what half ``halves[i]`` was: i is up's positive side, F + i its negative."""
     down = ffn.down_proj.weight
     size = len(halves)
     neuron = halves % size
