@@ -214,3 +214,33 @@ sys.exit(main(["try"]))
     )
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "")
     assert (tmp_path / "cleaned").exists()
+
+
+@pytest.mark.parametrize(("package", "extra"), [("torch", "train"), ("lm_eval.api", "eval")])
+def test_a_missing_extra_is_one_line(
+    verb: Callable[[Run], None], capsys: pytest.CaptureFixture[str], package: str, extra: str
+) -> None:
+    verb(raising(ModuleNotFoundError(f"No module named {package!r}", name=package)))
+    assert main(["try"]) == 2
+    name = package.partition(".")[0]
+    expected = f"[{name}] expected this package, got none: pip install 'turbosparse[{extra}]'"
+    assert capsys.readouterr().err == f"turbosparse: error: {expected}\n"
+
+
+def test_a_missing_module_of_our_own_is_a_bug(verb: Callable[[Run], None]) -> None:
+    verb(raising(ModuleNotFoundError("No module named 'turbosparse.nothing'", name="turbosparse.nothing")))
+    with pytest.raises(ModuleNotFoundError):
+        main(["try"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["eval", "none.gguf", "--tasks", "hellaswag"],
+        ["fit-predictor", "no/such/model", "--text", "a.txt", "-o", "out"],
+        ["sparsify", "--model", "no/such/model", "--text", "a.txt", "--output", "out"],
+    ],
+)
+def test_a_model_that_is_not_there(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(arguments) == 2
+    assert "expected a model file, directory or model id, got no such file" in capsys.readouterr().err

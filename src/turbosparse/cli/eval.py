@@ -11,14 +11,13 @@ MODEL is a GGUF file, run by the engine, or a Hugging Face directory or id, run 
 
 import argparse
 import dataclasses
-import importlib.util
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
 from turbosparse.cli.console import add_json_option, console, print_json, progress
-from turbosparse.cli.model_options import add_model_options, describe, open_model
+from turbosparse.cli.model_options import add_model_options, check_model_name, describe, open_model
 from turbosparse.errors import ConfigError
 
 __all__ = ["add_arguments", "run"]
@@ -65,8 +64,7 @@ def run(args: argparse.Namespace) -> int:
     int
         Exit status.
     """
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ConfigError("[eval] expected lm-evaluation-harness, got none: pip install 'turbosparse[eval]'")
+    check_model_name(str(args.model))
     rounds = _rounds(args)
     scores: dict[str, list[Any]] = {}
     if args.model.is_dir() or not args.model.exists():

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbosparse.cli.console import add_json_option, print_json, share_of
+from turbosparse.cli.model_options import check_model_name
 from turbosparse.cli.predictor_report import show_report
 from turbosparse.errors import ConfigError
 
@@ -74,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
     int
         0.
     """
+    check_model_name(str(args.model))
     from turbosparse.predict.config import PredictorConfig
     from turbosparse.predict.predictors import RIVALS
     from turbosparse.predict.run import fit_predictors

@@ -24,6 +24,14 @@ __all__ = ["VERBS", "main"]
 
 PROGRAM = "turbosparse"
 
+# Packages that the base install lacks, and the extra that brings them.
+EXTRAS = {
+    **dict.fromkeys(("torch", "transformers", "accelerate", "datasets", "safetensors"), "train"),
+    **dict.fromkeys(("tensorboard", "huggingface_hub", "tomli"), "train"),
+    "lm_eval": "eval",
+    "matplotlib": "report",
+}
+
 # What `turbosparse --help` lists: the verb, its module, one line of help.
 VERBS: dict[str, tuple[str, str]] = {
     "demo": ("turbosparse.cli.demo", "watch a small model run dense and sparse, side by side"),
@@ -103,7 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         return 130
-    except (TurboSparseError, OSError, UnicodeDecodeError, MemoryError) as error:
+    except (TurboSparseError, OSError, UnicodeDecodeError, MemoryError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and _package(error) not in EXTRAS:
+            raise
         if debug:
             traceback.print_exc()
         print(f"{PROGRAM}: error: {_one_line(error)}", file=sys.stderr)  # noqa: T201 -- this is the edge
@@ -179,12 +189,19 @@ def _unknown_verb(name: str) -> str:
     return f"expected a verb, got {name!r}; {hint}"
 
 
+def _package(error: ModuleNotFoundError) -> str:
+    return (error.name or "").partition(".")[0]
+
+
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         text = f"[{error.filename}] {error.strerror}" if error.filename else error.strerror
     elif isinstance(error, UnicodeDecodeError):
         got = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
         text = str(TextError(f"[text] expected UTF-8, got {got}"))
+    elif isinstance(error, ModuleNotFoundError):
+        package = _package(error)
+        text = f"[{package}] expected this package, got none: pip install 'turbosparse[{EXTRAS[package]}]'"
     elif isinstance(error, MemoryError):
         text = "[memory] expected room for the model and its cache, got none: it does not fit this machine"
     else:

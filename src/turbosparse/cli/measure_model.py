@@ -17,7 +17,7 @@ import rich.table
 from turbosparse import __version__
 from turbosparse.bench.record import describe_machine
 from turbosparse.cli.console import console, progress
-from turbosparse.cli.model_options import read_text
+from turbosparse.cli.model_options import check_model_name, read_text
 from turbosparse.errors import ConfigError, ModelFileError
 from turbosparse.measure import NUMBERS
 from turbosparse.measure.measurement import measure
@@ -120,20 +120,14 @@ def _open(name: str, args: argparse.Namespace) -> "Source":
         from turbosparse.runtime.measured_file import MeasuredFile
 
         return MeasuredFile(path, scratch=args.output, threads=args.threads)
-    if not path.is_dir() and (path.is_absolute() or name.count("/") != 1 or name.endswith(".gguf")):
-        raise ModelFileError(f"[{name}] expected a model file, directory or model id, got no such file")
+    check_model_name(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise ModelFileError(
             f"[{name}] expected a Hugging Face model (config.json) or a measurement ({NUMBERS}), got neither"
         )
-    try:
-        import torch
-        from transformers.utils.logging import disable_progress_bar
-    except ImportError as error:
-        raise ConfigError(
-            f"[{name}] expected torch and transformers for a Hugging Face model, got none; "
-            "pip install 'turbosparse[train]'"
-        ) from error
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
     from turbosparse.measure.hugging_face import open_hugging_face
 
     disable_progress_bar()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbosparse.cli.console import progress
-from turbosparse.errors import TextError
+from turbosparse.errors import ModelFileError, TextError
 
 if TYPE_CHECKING:
     from turbosparse.runtime.engine import Model
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_model_options",
     "add_sampling_options",
+    "check_model_name",
     "describe",
     "open_model",
     "read_text",
@@ -128,6 +129,24 @@ def open_model(args: argparse.Namespace, *, context: int | None = None) -> "Mode
 
     with progress(None, f"loading {args.model.name}"):
         return load(args.model, threads=args.threads, context=context, isa=args.isa, transcode=args.transcode)
+
+
+def check_model_name(name: str) -> None:
+    """Refuse what is neither on this machine nor an id on the Hugging Face hub.
+
+    Parameters
+    ----------
+    name : str
+        File, directory or OWNER/NAME.
+
+    Raises
+    ------
+    ModelFileError
+        If there is no such file.
+    """
+    path = Path(name)
+    if not path.exists() and (path.is_absolute() or name.count("/") != 1 or name.endswith(".gguf")):
+        raise ModelFileError(f"[{name}] expected a model file, directory or model id, got no such file")
 
 
 def describe(model: "Model", mode: str | None) -> str:

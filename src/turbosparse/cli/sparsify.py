@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from turbosparse.cli.model_options import check_model_name
 from turbosparse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
         0 done, 130 stopped by a signal with a checkpoint written.
     """
     recipe = _recipe(args)
+    check_model_name(recipe.model)
     if args.dry_run:
         _print_estimate(recipe)
         return 0
