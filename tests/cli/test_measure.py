@@ -62,7 +62,21 @@ def test_a_report_of_a_model_file(
     assert 0.6 < record["overall"]["exact_zeros"]["value"] < 0.9
     assert record["text"]["name"] == "text.txt"
     assert record["run"]["command"] == "turbosparse measure tiny.gguf"
-    assert {path.suffix for path in (folder / "one").iterdir()} == {".json", ".html", ".png"}
+    assert {path.suffix for path in (folder / "one").iterdir()} >= {".json", ".html", ".png"}
+
+
+def test_parquet_has_the_numbers_of_the_json(folder: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert measure(folder, "tiny.gguf", "table", "--quality-tokens", "64") == 0
+    record = read(folder / "table")
+    rows = parquet.read_table(folder / "table" / "measurement.parquet").to_pylist()
+    values = {(row["section"], row["item"], row["number"]): row["value"] for row in rows}
+    assert {row["model"] for row in rows} == {"tiny.gguf"}
+    assert values["overall", "", "exact_zeros.value"] == record["overall"]["exact_zeros"]["value"]
+    unit = record["units"][1]
+    assert values["units", unit["name"], "cett_sparsity.value.0"] == unit["cett_sparsity"]["value"][0]
+    point = record["quality"][0]
+    assert values["quality", point["label"], "perplexity"] == point["perplexity"]
 
 
 def test_the_page_needs_nothing_else(folder: Path) -> None:

@@ -1,65 +1,28 @@
-"""Plots of a report, by matplotlib: one panel each, small enough to be read on a phone.
-
-Colours are those of Okabe and Ito, which people with any colour vision can tell apart; lines differ in
-style as well, so that they survive a black-and-white printer.
-"""
+"""Figures of a measurement."""
 
 import functools
-import io
-import logging
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
 
-__all__ = ["Plot", "draw"]
+from turbosparse.measure.plots import (
+    Figures,
+    Plot,
+    as_floats,
+    colour,
+    draw_plots,
+    line_style,
+    marker,
+    percent_axis,
+)
+
+__all__ = ["draw", "trade_off_lines"]
 
 Record = dict[str, Any]
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#8C8C8C")
-_STYLES = ("-", "--", "-.", ":")
-_SIZE = (5.2, 3.5)  # inches: 500 pixels of a page, so letters stay legible when a phone shrinks it
-_SETTINGS = {
-    "font.size": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#dddddd",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.6,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "turbosparse",
-}
 _DENSITY_POINTS = 300
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plot:
-    """A drawn figure."""
-
-    name: str
-    """File name without suffix."""
-    caption: str
-    svg: bytes
-    png: bytes
-
-    def save(self, folder: Path) -> None:
-        """Write the PNG.
-
-        Parameters
-        ----------
-        folder : Path
-            Where.
-        """
-        (folder / f"{self.name}.png").write_bytes(self.png)
 
 
 def draw(records: Sequence[Record]) -> list[Plot]:
@@ -75,78 +38,73 @@ def draw(records: Sequence[Record]) -> list[Plot]:
     list of Plot
         Those there are numbers for.
     """
-    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
-    plots = []
-    for name, caption, paint in _FIGURES:
-        with mpl.rc_context(_SETTINGS):
-            figure = Figure(figsize=_SIZE, layout="constrained")
-            axes = figure.add_subplot()
-            paint(axes, records)
-            if not axes.has_data():
-                continue
-            if axes.get_legend_handles_labels()[0]:
-                columns = 2 if len(records) == 1 else 1
-                figure.legend(loc="outside lower center", ncols=columns)
-            plots.append(Plot(name=name, caption=caption, svg=_as(figure, "svg"), png=_as(figure, "png")))
-    return plots
-
-
-def _as(figure: Figure, kind: str) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else None)
-    return buffer.getvalue()
-
-
-def _line(number: int) -> dict[str, Any]:
-    """Look of the n-th line."""
-    return {"color": _COLOURS[number % len(_COLOURS)], "linestyle": _STYLES[number % len(_STYLES)]}
-
-
-def _floats(values: Any) -> Any:
-    """An array with NaN for what has no number."""
-    return np.array(values, dtype=np.float64)
+    return draw_plots(_FIGURES, records, legend_columns=2 if len(records) == 1 else 1)
 
 
 def _name(record: Record) -> str:
     return str(record["model"]["name"])
 
 
-_KINDS = {"cett": "CETT", "top_k": "top-k", "gate": "gate > 0", "zeros": "nonzero"}
+_KINDS = {
+    "cett": "CETT",
+    "top_k": "top-k",
+    "gate_threshold": "gate threshold",
+    "gate": "gate > 0",
+    "zeros": "nonzero",
+}
 
 
-def _trade_off(axes: Any, records: Sequence[Record], value: str, error: str) -> None:
+def trade_off_lines(axes: Any, records: Sequence[Record], cost: str, loss: str) -> None:
+    """Draw what each way of leaving out neurons loses against what it computes.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        Drawn on.
+    records : sequence of dict
+        With ``model`` and ``quality`` as a measurement has them.
+    cost : str
+        Horizontal axis: a field of a quality point with ``value``.
+    loss : str
+        Vertical axis: a field beside which there is one with ``_se`` behind its name.
+    """
     number = 0
     for record in records:
         for kind, label in _KINDS.items():
             points = sorted(
                 (point for point in record["quality"] if point["kind"].split("_ppl")[0] == kind),
-                key=lambda point: point["sparsity"]["value"],
+                key=lambda point: point[cost]["value"],
             )
             if not points:
                 continue
-            x = _floats([point["sparsity"]["value"] for point in points])
-            y = _floats([point[value] for point in points])
-            spread = _floats([point[error] for point in points])
-            name = label if len(records) == 1 else f"{_name(record)}, {label}"
             axes.errorbar(
-                x, y, yerr=spread, marker="o^sD"[number % 4], label=name, capsize=2, **_line(number)
+                as_floats([point[cost]["value"] for point in points]),
+                as_floats([point[loss] for point in points]),
+                yerr=as_floats([point[f"{loss}_se"] for point in points]),
+                marker=marker(number),
+                label=label if len(records) == 1 else f"{_name(record)}, {label}",
+                capsize=2,
+                **line_style(number),
             )
             number += 1
-    axes.set_xlabel("sparsity")
-    axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    percent_axis(axes.xaxis)
+    if loss == "perplexity_rise":
+        axes.set_ylabel("rise of the perplexity")
+        axes.set_yscale("symlog", linthresh=0.1)
+        percent_axis(axes.yaxis)
+    else:
+        axes.set_ylabel("mean KL to dense, nats")
+        axes.set_yscale("symlog", linthresh=0.01)
 
 
 def _perplexity(axes: Any, records: Sequence[Record]) -> None:
-    _trade_off(axes, records, "perplexity_rise", "perplexity_rise_se")
-    axes.set_ylabel("rise of the perplexity")
-    axes.set_yscale("symlog", linthresh=0.1)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    trade_off_lines(axes, records, "sparsity", "perplexity_rise")
+    axes.set_xlabel("sparsity")
 
 
 def _divergence(axes: Any, records: Sequence[Record]) -> None:
-    _trade_off(axes, records, "mean_kl", "mean_kl_se")
-    axes.set_ylabel("mean KL to dense, nats")
-    axes.set_yscale("symlog", linthresh=0.01)
+    trade_off_lines(axes, records, "sparsity", "mean_kl")
+    axes.set_xlabel("sparsity")
 
 
 def _layer_means(record: Record, *path: str | int) -> tuple[Any, Any]:
@@ -154,7 +112,7 @@ def _layer_means(record: Record, *path: str | int) -> tuple[Any, Any]:
     layers = sorted({unit["layer"] for unit in record["units"]})
     means = []
     for layer in layers:
-        values = _floats(
+        values = as_floats(
             [
                 functools.reduce(operator.getitem, path, unit)
                 for unit in record["units"]
@@ -163,7 +121,7 @@ def _layer_means(record: Record, *path: str | int) -> tuple[Any, Any]:
         )
         values = values[~np.isnan(values)]
         means.append(values.mean() if len(values) else np.nan)
-    return layers, _floats(means)
+    return layers, as_floats(means)
 
 
 def _sparsity(axes: Any, records: Sequence[Record]) -> None:
@@ -174,18 +132,18 @@ def _sparsity(axes: Any, records: Sequence[Record]) -> None:
         for target in shown:
             at = record["cett_targets"].index(target)
             x, y = _layer_means(record, "cett_sparsity", "value", at)
-            axes.plot(x, y, label=f"{prefix}CETT {target:g}", **_line(number))
+            axes.plot(x, y, label=f"{prefix}CETT {target:g}", **line_style(number))
             number += 1
         x, y = _layer_means(record, "exact_zeros", "value")
-        axes.plot(x, y, label=f"{prefix}exact zeros", **_line(number))
+        axes.plot(x, y, label=f"{prefix}exact zeros", **line_style(number))
         number += 1
         if len(records) == 1:
             x, y = _layer_means(record, "gate_at_most_zero", "value")
-            axes.plot(x, y, label="gate ≤ 0", **_line(number))
+            axes.plot(x, y, label="gate ≤ 0", **line_style(number))
     axes.set_xlabel("layer")
     axes.set_ylabel("sparsity")
     axes.set_ylim(-0.02, 1.02)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    percent_axis(axes.yaxis)
 
 
 def _active_target(record: Record) -> float:
@@ -208,7 +166,7 @@ def _shown_histograms(records: Sequence[Record]) -> Iterator[tuple[str, Record]]
 def _density(axes: Any, records: Sequence[Record], kind: str) -> None:
     """Density over a linear axis, from bins whose width grows with the value."""
     for number, (label, layer) in enumerate(_shown_histograms(records)):
-        low, high, counts = (_floats(layer[kind][name]) for name in ("low", "high", "counts"))
+        low, high, counts = (as_floats(layer[kind][name]) for name in ("low", "high", "counts"))
         total = counts.sum()
         zeros = counts[low == high].sum() / total
         inside = np.cumsum(counts) / total
@@ -218,7 +176,7 @@ def _density(axes: Any, records: Sequence[Record], kind: str) -> None:
         density = np.diff(below) / total / np.diff(edges)
         middle = (edges[1:] + edges[:-1]) / 2
         name = f"{label} ({100 * zeros:.0f} % zero)" if zeros > 0.001 else label
-        axes.plot(middle, np.where(density > 0, density, np.nan), label=name, **_line(number))
+        axes.plot(middle, np.where(density > 0, density, np.nan), label=name, **line_style(number))
     axes.set_yscale("log")
     axes.set_ylabel("density")
 
@@ -251,47 +209,47 @@ def _shown_units(records: Sequence[Record]) -> Iterator[tuple[str, Record]]:
 def _norms(axes: Any, records: Sequence[Record]) -> None:
     for number, (label, unit) in enumerate(_shown_units(records)):
         shares = unit["norm_share_of_largest"]
-        axes.plot(np.linspace(0, 1, len(shares)), shares, label=label, **_line(number))
+        axes.plot(np.linspace(0, 1, len(shares)), shares, label=label, **line_style(number))
     axes.set_xlabel("neurons, those with the largest outputs first")
     axes.set_ylabel("share of summed ‖output‖")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        percent_axis(axis)
 
 
 def _hotness(axes: Any, records: Sequence[Record]) -> None:
     for number, (label, unit) in enumerate(_shown_units(records)):
-        axes.plot(np.linspace(0, 1, len(unit["hotness"])), unit["hotness"], label=label, **_line(number))
+        axes.plot(np.linspace(0, 1, len(unit["hotness"])), unit["hotness"], label=label, **line_style(number))
     axes.set_xlabel("neurons, hottest first")
     axes.set_ylabel("active on so many tokens")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        percent_axis(axis)
 
 
 def _reuse(axes: Any, records: Sequence[Record]) -> None:
     for number, record in enumerate(records):
         overall, windows = record["overall"], record["windows"]
-        colour = _COLOURS[number % len(_COLOURS)]
+        shade = colour(number)
         prefix = "" if len(records) == 1 else f"{_name(record)}, "
         reuse = overall["reuse"]
         axes.errorbar(
             windows,
-            _floats(reuse["value"]),
-            yerr=_floats(reuse["standard_error"]),
-            color=colour,
+            as_floats(reuse["value"]),
+            yerr=as_floats(reuse["standard_error"]),
+            color=shade,
             marker="o",
             markersize=3,
             label=f"{prefix}measured",
         )
-        chance = _floats(overall["chance_reuse"]["value"])
-        axes.plot(windows, chance, color=colour, linestyle=":", label=f"{prefix}by chance")
+        chance = as_floats(overall["chance_reuse"]["value"])
+        axes.plot(windows, chance, color=shade, linestyle=":", label=f"{prefix}by chance")
     axes.set_xlabel("tokens in the window, this one included")
     axes.set_ylabel("active neurons used before")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    percent_axis(axes.yaxis)
 
 
 def _union(axes: Any, records: Sequence[Record]) -> None:
     for number, record in enumerate(records):
-        colour = _COLOURS[number % len(_COLOURS)]
+        shade = colour(number)
         prefix = "" if len(records) == 1 else f"{_name(record)}, "
         for name, style, label in (
             ("union_batch", "-", "unrelated tokens"),
@@ -300,9 +258,9 @@ def _union(axes: Any, records: Sequence[Record]) -> None:
             union = record["overall"][name]
             axes.errorbar(
                 record["union_sizes"],
-                _floats(union["value"]),
-                yerr=_floats(union["standard_error"]),
-                color=colour,
+                as_floats(union["value"]),
+                yerr=as_floats(union["standard_error"]),
+                color=shade,
                 linestyle=style,
                 marker="o",
                 markersize=3,
@@ -312,7 +270,7 @@ def _union(axes: Any, records: Sequence[Record]) -> None:
     axes.set_xticks(records[0]["union_sizes"], [str(size) for size in records[0]["union_sizes"]])
     axes.set_xlabel("tokens at once")
     axes.set_ylabel("neurons needed")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    percent_axis(axes.yaxis)
 
 
 def _coactivation(axes: Any, records: Sequence[Record]) -> None:
@@ -321,11 +279,11 @@ def _coactivation(axes: Any, records: Sequence[Record]) -> None:
         prefix = "" if len(records) == 1 else f"{_name(record)}, "
         for key, label in (("partner", "most frequent partner"), ("average", "average neuron")):
             x, y = _layer_means(record, "coactivation", key)
-            axes.plot(x, y, marker="o", markersize=3, label=prefix + label, **_line(number))
+            axes.plot(x, y, marker="o", markersize=3, label=prefix + label, **line_style(number))
             number += 1
     axes.set_xlabel("layer")
     axes.set_ylabel("active with a neuron")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    percent_axis(axes.yaxis)
 
 
 def _predictability(axes: Any, records: Sequence[Record]) -> None:
@@ -334,12 +292,12 @@ def _predictability(axes: Any, records: Sequence[Record]) -> None:
         prefix = "" if len(records) == 1 else f"{_name(record)}, "
         for curve in record.get("predictability", []):
             label = f"{prefix}{curve['name']}, {curve['predictor']}"
-            axes.plot(curve["sparsity"], curve["recall"], label=label, **_line(number))
+            axes.plot(curve["sparsity"], curve["recall"], label=label, **line_style(number))
             number += 1
     axes.set_xlabel("predicted sparsity")
     axes.set_ylabel("recall of active neurons")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        percent_axis(axis)
 
 
 def _routing(axes: Any, records: Sequence[Record]) -> None:
@@ -348,11 +306,13 @@ def _routing(axes: Any, records: Sequence[Record]) -> None:
         prefix = "" if len(records) == 1 else f"{_name(record)}, "
         for layer in _spread(record["routing"]):
             load = sorted(layer["load"], reverse=True)
-            axes.plot(range(1, len(load) + 1), load, label=f"{prefix}layer {layer['layer']}", **_line(number))
+            axes.plot(
+                range(1, len(load) + 1), load, label=f"{prefix}layer {layer['layer']}", **line_style(number)
+            )
             number += 1
     axes.set_xlabel("experts, busiest first")
     axes.set_ylabel("share of tokens")
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    percent_axis(axes.yaxis)
 
 
 def _spread(layers: Sequence[Record]) -> Sequence[Record]:
@@ -360,7 +320,7 @@ def _spread(layers: Sequence[Record]) -> Sequence[Record]:
     return [layers[at] for at in sorted({0, len(layers) // 2, len(layers) - 1})] if layers else []
 
 
-_FIGURES: tuple[tuple[str, str, Callable[[Any, Sequence[Record]], None]], ...] = (
+_FIGURES: Figures = (
     (
         "perplexity",
         "Rise of the perplexity against sparsity, for each way of choosing neurons. Linear below 10 %.",

@@ -1,14 +1,15 @@
 """A report as one HTML page that needs nothing else: styles, script and figures are inside."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from turbosparse.measure.figures import Plot
+from turbosparse.measure.plots import Plot
 from turbosparse.measure.summary import Cell, Table
 
-__all__ = ["html_page"]
+__all__ = ["Page", "Provenance", "html_page"]
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -70,57 +71,61 @@ addEventListener("beforeprint", () => document.querySelectorAll("details").forEa
 _LONG = 12  # rows from which a table is folded
 
 
-def html_page(
-    title: str, records: Sequence[dict[str, Any]], plots: Sequence[Plot], tables: Sequence[Table]
-) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """How numbers came about."""
+
+    name: str
+    """What was measured."""
+    run: Mapping[str, Any]
+    """``command``, ``finished_at``, ``seconds``, ``peak_memory_gib``, ``versions``, ``machine``."""
+    note: str
+    """Text and settings."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """What stands on a page."""
+
+    title: str
+    opening: Sequence[str]
+    """Paragraphs."""
+    warnings: Sequence[str]
+    tables: Sequence[Table]
+    plots: Sequence[Plot]
+    provenance: Sequence[Provenance]
+
+
+def html_page(page: Page) -> str:
     """Lay out a report.
 
     Parameters
     ----------
-    title : str
-        Heading of the page.
-    records : sequence of dict
-        Measurements: what was run, notes, warnings.
-    plots : sequence of Plot
-        Figures in order.
-    tables : sequence of Table
-        Those of whole models stand above the figures, those of layers below.
+    page : Page
+        Its contents; tables of single layers come last.
 
     Returns
     -------
     str
-        The page, UTF-8.
+        HTML that fetches nothing.
     """
     parts = [
         "<!doctype html><html lang=en><head><meta charset=utf-8>",
         "<meta name=viewport content='width=device-width, initial-scale=1'>",
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body>",
-        f"<h1>{escape(title)}</h1>",
-        *(_opening(record) for record in records),
-        *(_table(table) for table in tables if not _of_layers(table)),
+        f"<title>{escape(page.title)}</title><style>{_STYLE}</style></head><body>",
+        f"<h1>{escape(page.title)}</h1>",
+        *(f"<p>{escape(text)}</p>" for text in page.opening),
+        *(f"<p class=warning>{escape(text)}</p>" for text in page.warnings),
+        *(_table(table) for table in page.tables if not _of_layers(table)),
         "<h2>Figures</h2><div class=figures>",
-        *(_figure(plot) for plot in plots),
+        *(_figure(plot) for plot in page.plots),
         "</div>",
-        *(_table(table) for table in tables if _of_layers(table)),
+        *(_table(table) for table in page.tables if _of_layers(table)),
         "<h2>How this was measured</h2>",
-        *(_provenance(record) for record in records),
+        *(_provenance(item) for item in page.provenance),
         f"<script>{_SCRIPT}</script></body></html>",
     ]
     return "\n".join(parts)
-
-
-def _opening(record: dict[str, Any]) -> str:
-    model, text = record["model"], record["text"]
-    experts = f", {model['num_experts']} experts" if model["num_experts"] else ""
-    lines = [
-        f"<p><b>{escape(model['name'])}</b> ({escape(model['title'])}): {escape(model['kind'])}, "
-        f"{escape(model['architecture'])}, activation {escape(model['activation'])}, "
-        f"{model['num_hidden_layers']} layers of {model['intermediate_size']} neurons{experts}, weights "
-        f"{escape(model['weights'])}. Measured on {text['tokens']:,} tokens of {escape(text['name'])} in "
-        f"{text['windows']} windows of {text['context']}.</p>"
-    ]
-    lines += [f"<p class=warning>{escape(note)}</p>" for note in record["notes"]]
-    return "".join(lines)
 
 
 def _figure(plot: Plot) -> str:
@@ -152,14 +157,13 @@ def _cell(cell: Cell) -> str:
     return f"<td data-key='{key}'>{escape(cell.text)}</td>"
 
 
-def _provenance(record: dict[str, Any]) -> str:
-    run, text, config = record["run"], record["text"], record["config"]
+def _provenance(item: Provenance) -> str:
+    run = item.run
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
-    settings = ", ".join(f"{key} {value}" for key, value in config.items())
     return (
-        f"<p><b>{escape(record['model']['name'])}</b>, finished {escape(run['finished_at'])} after "
+        f"<p><b>{escape(item.name)}</b>, finished {escape(run['finished_at'])} after "
         f"{run['seconds']:.0f} s, largest memory {run['peak_memory_gib']:.1f} GiB with the model.</p>"
-        f"<pre>{escape(run['command'])}</pre><p class=note>{escape(versions)}. {escape(machine)}. Text "
-        f"{escape(text['name'])}, SHA-256 {text['sha256']}. Settings: {escape(settings)}.</p>"
+        f"<pre>{escape(run['command'])}</pre><p class=note>{escape(versions)}. {escape(machine)}. "
+        f"{escape(item.note)}</p>"
     )

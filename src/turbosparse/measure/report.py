@@ -1,7 +1,9 @@
-"""Measurements on disk: one JSON file with every number, one page, and the figures as PNG."""
+"""Reports on disk: every number as JSON and Parquet, one page, and the figures as PNG."""
 
+import importlib.util
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +11,12 @@ from turbosparse.errors import ConfigError
 from turbosparse.measure import NUMBERS, PAGE
 from turbosparse.measure.figures import draw
 from turbosparse.measure.measurement import FORMAT_VERSION
-from turbosparse.measure.page import html_page
+from turbosparse.measure.page import Page, Provenance, html_page
 from turbosparse.measure.summary import tables
 
-__all__ = ["plain", "read_measurement", "write_numbers", "write_page"]
+__all__ = ["plain", "read_measurement", "save_page", "write_numbers", "write_page", "write_parquet"]
+
+logger = logging.getLogger(__name__)
 
 
 def plain(record: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +49,7 @@ def write_numbers(record: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / NUMBERS).write_text(text + "\n", encoding="utf-8")
+    write_parquet([record], (folder / NUMBERS).with_suffix(".parquet"))
 
 
 def read_measurement(folder: Path) -> dict[str, Any]:
@@ -93,10 +98,96 @@ def write_page(records: Sequence[dict[str, Any]], folder: Path) -> Path:
     """
     names = [str(record["model"]["name"]) for record in records]
     title = f"Sparsity of {names[0]}" if len(names) == 1 else f"Sparsity side by side: {', '.join(names)}"
+    page = Page(
+        title=title,
+        opening=[_opening(record) for record in records],
+        warnings=[note for record in records for note in record["notes"]],
+        tables=tables(records),
+        plots=draw(records),
+        provenance=[_provenance(record) for record in records],
+    )
+    return save_page(page, folder)
+
+
+def save_page(page: Page, folder: Path) -> Path:
+    """Write a page and its figures.
+
+    Parameters
+    ----------
+    page : Page
+        Any report.
+    folder : Path
+        Made if it is not there.
+
+    Returns
+    -------
+    Path
+        The page.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    plots = draw(records)
-    for plot in plots:
+    for plot in page.plots:
         plot.save(folder)
-    page = folder / PAGE
-    page.write_text(html_page(title, records, plots, tables(records)), encoding="utf-8")
-    return page
+    path = folder / PAGE
+    path.write_text(html_page(page), encoding="utf-8")
+    return path
+
+
+def write_parquet(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write all numbers as one table, where pyarrow is installed.
+
+    Parameters
+    ----------
+    records : sequence of dict
+        As `plain` made them; each with ``model.name``.
+    path : Path
+        The file. Its columns: ``model``, ``section`` (a record's first level), ``item`` (name or number of
+        what the section lists, else empty), ``number`` (where in it the value stands), ``value``.
+    """
+    if importlib.util.find_spec("pyarrow") is None:
+        logger.info("[%s] not written: pyarrow is not installed; it comes with turbosparse[train]", path)
+        return
+    import pyarrow  # noqa: PLC0415 -- brought by an extra
+    import pyarrow.parquet  # noqa: PLC0415
+
+    rows = [row for record in records for row in _rows(record)]
+    names = ("model", "section", "item", "number", "value")
+    columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+    pyarrow.parquet.write_table(pyarrow.table(columns), path, compression="zstd")
+
+
+def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str, str, str, float]]:
+    model = str(record["model"]["name"])
+    for section, content in record.items():
+        parts = enumerate(content) if isinstance(content, list) else [("", content)]
+        for at, part in parts:
+            named = isinstance(part, dict) and isinstance(content, list)
+            item = str(part.get("name", part.get("label", at)) if named else at)
+            for number, value in _leaves(part, ""):
+                yield model, section, item, number, value
+
+
+def _leaves(value: Any, place: str) -> Iterator[tuple[str, float]]:
+    """Numbers inside of a value, by where they stand."""
+    if isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(part, f"{place}.{name}" if place else str(name))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield place, float(value)
+
+
+def _opening(record: dict[str, Any]) -> str:
+    model, text = record["model"], record["text"]
+    experts = f", {model['num_experts']} experts" if model["num_experts"] else ""
+    return (
+        f"{model['name']} ({model['title']}): {model['kind']}, {model['architecture']}, activation "
+        f"{model['activation']}, {model['num_hidden_layers']} layers of {model['intermediate_size']} "
+        f"neurons{experts}, weights {model['weights']}. Measured on {text['tokens']:,} tokens of "
+        f"{text['name']} in {text['windows']} windows of {text['context']}."
+    )
+
+
+def _provenance(record: dict[str, Any]) -> Provenance:
+    text = record["text"]
+    settings = ", ".join(f"{key} {value}" for key, value in record["config"].items())
+    note = f"Text {text['name']}, SHA-256 {text['sha256']}. Settings: {settings}."
+    return Provenance(name=str(record["model"]["name"]), run=record["run"], note=note)

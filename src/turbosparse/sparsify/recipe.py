@@ -1,22 +1,15 @@
 """The recipe of a run: frozen settings, filled from a TOML file, ``field=value`` settings, or in Python."""
 
 import dataclasses
-import sys
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from turbosparse.config import apply_setting, fill, read_toml
 from turbosparse.data.config import DataConfig
 from turbosparse.errors import ConfigError
 from turbosparse.models.activations import parse_activation
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 __all__ = [
     "LossWeights",
@@ -32,8 +25,6 @@ SCHEDULES = ("wsd", "cosine", "constant")
 TRAINABLE = ("ffn", "all", "all_but_embeddings")
 PRECISIONS = ("auto", "bf16", "fp32")
 RAMPS = ("sine", "linear")
-
-_T = TypeVar("_T")
 
 
 def _check(condition: bool, place: str, expected: str, got: object) -> None:
@@ -280,7 +271,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     ConfigError
         If a field is unknown, missing, of another type or out of range.
     """
-    return _build(Recipe, values, "recipe")
+    return fill(Recipe, values, "recipe")
 
 
 def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
@@ -304,15 +295,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
     ConfigError
         If the file is missing or broken, or a field is wrong.
     """
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"[{path}] expected a recipe file, got: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"[{path}] expected TOML, got: {error}") from error
-    for setting in settings:
-        _apply(values, setting)
-    return recipe_from_dict(values)
+    return recipe_from_dict(read_toml(path, settings))
 
 
 def quick_recipe(texts: Sequence[str], tokens: int, settings: Sequence[str] = ()) -> Recipe:
@@ -359,68 +342,8 @@ def quick_recipe(texts: Sequence[str], tokens: int, settings: Sequence[str] = ()
         ],
     }
     for setting in settings:
-        _apply(values, setting)
+        apply_setting(values, setting)
     return recipe_from_dict(values)
-
-
-def _apply(values: dict[str, Any], setting: str) -> None:
-    key, equals, text = setting.partition("=")
-    if not equals:
-        raise ConfigError(f"[--set] expected FIELD=VALUE, got {setting!r}")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text
-    *path, last = key.strip().split(".")
-    table: Any = values
-    for name in path:
-        if isinstance(table, list):
-            table = next((item for item in table if item.get("name") == name), None)
-        else:
-            table = table.setdefault(name, {}) if isinstance(table, dict) else None
-        if table is None:
-            raise ConfigError(f"[--set] expected the name of a field or stage, got {name!r} in {setting!r}")
-    if not isinstance(table, dict):
-        raise ConfigError(f"[--set] expected the name of a stage before the field, got {setting!r}")
-    table[last] = value
-
-
-def _build(kind: type[_T], values: Mapping[str, Any], place: str) -> _T:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"[{place}] expected a table, got {values!r}")
-    hints = typing.get_type_hints(kind)
-    fields: dict[str, Any] = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise ConfigError(f"[{place}] expected fields of {', '.join(fields)}, got {', '.join(unknown)}")
-    missing = [
-        name
-        for name, item in fields.items()
-        if name not in values
-        and item.default is dataclasses.MISSING
-        and item.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise ConfigError(f"[{place}] expected the fields {', '.join(missing)}, got none")
-    return kind(**{name: _convert(hints[name], value, f"{place}.{name}") for name, value in values.items()})
-
-
-def _convert(hint: Any, value: Any, place: str) -> Any:
-    if typing.get_origin(hint) is types.UnionType:  # only X | None occurs
-        return None if value is None else _convert(typing.get_args(hint)[0], value, place)
-    if typing.get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple):
-            raise ConfigError(f"[{place}] expected a list, got {value!r}")
-        return tuple(
-            _convert(typing.get_args(hint)[0], item, f"{place}[{i}]") for i, item in enumerate(value)
-        )
-    if dataclasses.is_dataclass(hint):
-        return _build(typing.cast("type[Any]", hint), value, place)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise ConfigError(f"[{place}] expected {hint.__name__}, got {value!r}")
-    return value
 
 
 def recipe_to_dict(recipe: Recipe) -> dict[str, Any]:
