@@ -46,11 +46,12 @@ def launch(recipe: Recipe, directory: Path, *, processes: int, checkpoint: Path 
 )
 def test_two_processes_equal_one_and_one_goes_on(make_recipe: MakeRecipe, tmp_path: Path, fsdp: bool) -> None:
     step = 32 * 4
-    longer = DISTILLATION | {"tokens": 6 * step}
+    distillation = DISTILLATION | {"average_tokens": 2 * step}
+    longer = distillation | {"tokens": 6 * step}
     whole = make_recipe(REGRESSION | {"tokens": 3 * step}, longer, output="one")
     run_recipe(whole)
     two = make_recipe(
-        REGRESSION | {"tokens": 3 * step}, DISTILLATION | {"tokens": 3 * step}, output="two", fsdp=fsdp
+        REGRESSION | {"tokens": 3 * step}, distillation | {"tokens": 3 * step}, output="two", fsdp=fsdp
     )
     launch(two, tmp_path, processes=2)
     assert losses(two) == pytest.approx(losses(whole)[:6], rel=1e-4)

@@ -117,7 +117,7 @@ def test_embeddings_stay_when_told(make_recipe: MakeRecipe, base: Path) -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, stage: dict[str, Any]
 ) -> None:
-    schedule = {"warmup_tokens": 256, "decay_tokens": 384}
+    schedule = {"warmup_tokens": 256, "decay_tokens": 384, "average_tokens": 256}
     whole = make_recipe(stage | schedule, output="whole")
     run_recipe(whole)
     broken = make_recipe(stage | schedule, output="broken")
@@ -165,7 +165,7 @@ def test_the_recipe_decides_the_learning_rate_of_a_resumed_run(
     with monkeypatch.context() as patch:
         interrupt_at(patch, 2)
         run_recipe(make_recipe(DISTILLATION))
-    recipe = make_recipe(DISTILLATION | {"learning_rate": 1e-4})
+    recipe = make_recipe(DISTILLATION | {"learning_rate": 1e-4, "beta2": 0.99})
     run_recipe(recipe)
     assert [line["learning_rate"] for line in metrics(recipe)] == [3e-3] * 2 + [1e-4] * 4
 

@@ -90,6 +90,9 @@ class StageConfig:
     """Tokens of the final linear decay of wsd, at least 0."""
     final_learning_rate: float = 0.0
     """Learning rate at the end of the decay, at least 0."""
+    average_tokens: int = 0
+    """Evaluate and save an average of the weights over the last so many tokens: with it, a constant learning
+    rate does about as well as a decayed one. 0 takes the last weights."""
     weight_decay: float = 0.0
     """AdamW weight decay, at least 0."""
     beta1: float = 0.9
@@ -147,6 +150,7 @@ class StageConfig:
             "tokens",
             "warmup_tokens",
             "decay_tokens",
+            "average_tokens",
             "final_learning_rate",
             "weight_decay",
             "max_gradient_norm",

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from turbosparse.sparsify.recipe import Recipe, StageConfig, recipe_to_dict
 from turbosparse.sparsify.sharding import fsdp_arguments, shard_teacher
 from turbosparse.sparsify.stream import DATA_STATE_FILE, SequenceStream
 from turbosparse.sparsify.trainer import StageTrainer
+from turbosparse.sparsify.weight_average import WeightAverage
 
 __all__ = ["MODEL_DIRECTORY", "Stage"]
 
@@ -82,6 +84,11 @@ class Stage:
         self.evaluation = _evaluation_text(recipe, self.data, self.encode, self.split)
         self.checkpoint = latest_checkpoint(directory) or from_checkpoint
         self.stream = SequenceStream(self.mixture, stage.batch_sequences)
+        self.average = (
+            WeightAverage(max(stage.average_tokens / self._step_tokens(), 1.0), self.checkpoint)
+            if stage.average_tokens
+            else None
+        )
 
     def train(self) -> bool:
         """Train the stage to its end; False if a signal came first."""
@@ -113,13 +120,13 @@ class Stage:
             identity=identity,
             metrics_file=Path(self.recipe.output) / METRICS_FILE,
             keep_checkpoints=self.recipe.keep_checkpoints,
+            average=self.average,
             processing_class=self.tokenizer,
         )
         self._write_record(trainer.is_world_process_zero())
         if self.checkpoint is not None and trainer.is_world_process_zero():
             self._forget_metrics_after(_step_of(self.checkpoint))
-        step_tokens = self.stage.batch_sequences * self.data.sequence_length
-        callback = RunCallback(self.recipe, step_tokens, lambda: self._evaluate(trainer))
+        callback = RunCallback(self.recipe, self._step_tokens(), lambda: self._evaluate(trainer))
         trainer.remove_callback(PrinterCallback)  # the run logs its own lines
         trainer.add_callback(callback)
         if self.recipe.tensorboard:
@@ -235,7 +242,7 @@ class Stage:
             "event": "evaluation",
             "tokens": trainer.state.global_step * self._step_tokens(),
         }
-        with trainer.probes.watch():
+        with trainer.probes.watch(), self._averaged():
             record |= self._perplexities(trainer, model)
         zeros = trainer.probes.take_zeros()
         if any(zeros):
@@ -246,6 +253,9 @@ class Stage:
         self._report(trainer, record)
         if trainer.state.global_step == 0 and trainer.teacher is not None:
             self._report(trainer, {"event": "original", **self._perplexities(trainer, trainer.teacher)})
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.average is None else self.average.applied()
 
     def _perplexities(self, trainer: StageTrainer, model: Any) -> dict[str, float]:
         perplexities = {}
@@ -299,7 +309,8 @@ class Stage:
     def _save_model(self, trainer: StageTrainer) -> None:
         """Leave the stage's model as a Hugging Face directory, whole or not at all."""
         staging, final = self.directory / ".model", self.directory / MODEL_DIRECTORY
-        trainer.save_model(str(staging))
+        with self._averaged():
+            trainer.save_model(str(staging))
         if trainer.is_world_process_zero():
             self.stream.save(trainer.state.global_step, staging)
             drawn = json.loads((staging / DATA_STATE_FILE).read_text(encoding="utf-8"))["drawn"]

@@ -22,6 +22,7 @@ from turbosparse.sparsify.probes import ProbeSet
 from turbosparse.sparsify.recipe import StageConfig
 from turbosparse.sparsify.schedules import learning_rate_factor, ramp
 from turbosparse.sparsify.stream import SequenceStream
+from turbosparse.sparsify.weight_average import WeightAverage
 
 __all__ = ["StageTrainer"]
 
@@ -45,6 +46,8 @@ class StageTrainer(Trainer):
         Where JSON lines are appended.
     keep_checkpoints : int
         Checkpoints kept.
+    average : WeightAverage or None
+        Goes into the checkpoints.
     **trainer_arguments
         Of `transformers.Trainer`; ``model`` has `GatedFFN` modules unless it is a control.
     """
@@ -58,6 +61,7 @@ class StageTrainer(Trainer):
         identity: dict[str, Any],
         metrics_file: Path,
         keep_checkpoints: int,
+        average: WeightAverage | None,
         **trainer_arguments: Any,
     ) -> None:
         super().__init__(train_dataset=stream, **trainer_arguments)
@@ -70,6 +74,9 @@ class StageTrainer(Trainer):
         self._identity = identity
         self._metrics_file = metrics_file
         self._keep_checkpoints = keep_checkpoints
+        self._average = average
+        if average is not None:
+            self.add_callback(average)
         self._staging: str | None = None
         self._parts: dict[str, Tensor] = {}
         self._parts_steps = 0
@@ -205,13 +212,14 @@ class StageTrainer(Trainer):
         return self.lr_scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Load both, but let the recipe decide the learning rate, so that a run can go on with another."""
+        """Load both, but let the recipe decide the rates, so that a run can go on with others."""
         super()._load_optimizer_and_scheduler(checkpoint)
         scheduler = self.lr_scheduler
         peak = self.stage.learning_rate
         scheduler.base_lrs = [peak] * len(self.optimizer.param_groups)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = peak
+            group["betas"] = (self.args.adam_beta1, self.args.adam_beta2)
             group["lr"] = peak * scheduler.lr_lambdas[0](scheduler.last_epoch)
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
@@ -296,6 +304,8 @@ class StageTrainer(Trainer):
         self._staging = str(staging)
         try:
             super()._save_checkpoint(model, trial)
+            if self._average is not None:
+                self._average.save(staging / name)
             if is_main:
                 self.stream.save(self.state.global_step, staging / name)
                 (staging / name / COMPLETE_FILE).write_text(json.dumps(self._identity), encoding="utf-8")
