@@ -1,5 +1,6 @@
 """The fit before training: what it keeps, and that the down projection solves its least squares."""
 
+import math
 from typing import Any
 
 import pytest
@@ -54,6 +55,20 @@ class OneLayer(nn.Module):  # type: ignore[misc, unused-ignore]
         return y
 
 
+def errors_of(experts: nn.Module, *inputs: Tensor) -> list[float]:
+    class OnlyExperts(nn.Module):  # type: ignore[misc, unused-ignore]
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = experts
+
+        def forward(self, **_: object) -> Tensor:
+            y: Tensor = self.experts(*inputs)
+            return y
+
+    errors: list[float] = fit_swapped_ffns(OnlyExperts(), {})
+    return errors
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_largest_halves_are_kept(fused: bool) -> None:
     # Neuron 0 is large on both sides of up, neuron 1 on the side where the second input is negative, and
@@ -95,9 +110,28 @@ def test_an_unchanged_activation_stays_as_it_is() -> None:
     assert torch.allclose(logits(model), expected, atol=1e-4)
 
 
-def test_experts_are_left_alone() -> None:
+def test_each_expert_is_fitted_on_its_own_tokens() -> None:
+    model = make_hf_model("mixtral")
+    original = logits(model)
+    swap_activation(model, Activation(name="drelu"))
+    plain = float((logits(model) - original).square().sum())
+    errors = fit_swapped_ffns(model, batch())
+    experts = sum(ffn.num_experts for ffn in gated_ffns(model).values())
+    assert len(errors) == experts
+    assert all(error < 0.9 for error in errors)
+    fitted = float((logits(model) - original).square().sum())
+    assert fitted < 0.8 * plain
+
+
+def test_an_expert_without_tokens_stays_as_it_is() -> None:
     model = make_hf_model("mixtral")
     swap_activation(model, Activation(name="drelu"))
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    assert fit_swapped_ffns(model, batch()) == []
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    (experts, *_) = gated_ffns(model).values()
+    before = experts.down_proj.detach().clone()
+    x = torch.randn(40, 32)
+    chosen, weights = torch.zeros(40, 1, dtype=torch.int64), torch.ones(40, 1)
+    (error, *others) = errors_of(experts, x, chosen, weights)
+    assert error < 1
+    assert all(math.isnan(other) for other in others)
+    assert torch.equal(experts.down_proj[1:], before[1:])
+    assert not torch.equal(experts.down_proj[0], before[0])

@@ -303,7 +303,7 @@ def load_recipe(path: Path, settings: Sequence[str] = ()) -> Recipe:
 
 
 def quick_recipe(texts: Sequence[str], tokens: int, settings: Sequence[str] = ()) -> Recipe:
-    """Return a recipe for a first try: a tenth of the tokens as FFN regression, the rest as distillation.
+    """Return a recipe for a first try: distillation from the original model.
 
     Parameters
     ----------
@@ -328,20 +328,15 @@ def quick_recipe(texts: Sequence[str], tokens: int, settings: Sequence[str] = ()
         "data": {"sequence_length": 256, "sources": [{"path": text} for text in texts]},
         "stages": [
             {
-                "name": "regression",
-                "tokens": tokens // 10,
-                "loss": {"ffn_output": 1.0},
-                "learning_rate": 1e-3,
-                "batch_sequences": 4,
-            },
-            {
                 "name": "distillation",
-                "tokens": tokens - tokens // 10,
+                "tokens": tokens,
                 "loss": {"logits": 1.0},
-                "learning_rate": 5e-4,
+                "learning_rate": 2.5e-4,
+                "beta2": 0.99,
                 "batch_sequences": 8,
                 "trainable": "all_but_embeddings",
-                "decay_tokens": (tokens - tokens // 10) // 5,
+                "average_tokens": tokens // 5,
+                "decay_tokens": tokens // 5,
             },
         ],
     }

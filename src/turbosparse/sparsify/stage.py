@@ -226,12 +226,15 @@ class Stage:
             "[%s] fitting the swapped FFNs to the original ones on %d sequences", self.stage.name, count
         )
         errors = fit_swapped_ffns(model.eval(), batch_of(text, model.device))
-        if errors:
-            _LOG.info(
-                "[%s] squared error of the FFN outputs, relative, per layer: %s",
-                self.stage.name,
-                " ".join(f"{error:.2f}" for error in errors),
-            )
+        known = [error for error in errors if not math.isnan(error)]
+        _LOG.info(
+            "[%s] squared error of %d FFN outputs, relative: mean %.2f, worst %.2f%s",
+            self.stage.name,
+            len(known),
+            sum(known) / len(known),
+            max(known),
+            f"; {len(errors) - len(known)} experts saw no token" if len(known) < len(errors) else "",
+        )
 
     def _evaluate(self, trainer: StageTrainer) -> None:
         model = trainer.model
