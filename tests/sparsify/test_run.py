@@ -176,6 +176,15 @@ def test_checkpoints_by_time_and_only_the_last_are_kept(make_recipe: MakeRecipe)
     assert checkpoint_steps(Path(recipe.output) / "stage0") == [5, 6]
 
 
+def test_evaluations_do_not_depend_on_stops(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(REGRESSION, evaluate_tokens=32 * 4 * 2)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 3)
+        run_recipe(recipe)
+    run_recipe(recipe)
+    assert [line["step"] for line in metrics(recipe, event="evaluation")] == [0, 2, 4, 6]
+
+
 def test_control_trains_the_original_activation_on_the_same_tokens(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(REGRESSION, DISTILLATION, output="control")
     result = run_recipe(recipe, control=True)

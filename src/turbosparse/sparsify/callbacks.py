@@ -37,13 +37,11 @@ class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._step_tokens = step_tokens
         self._evaluate = evaluate
         self._saved = time.monotonic()
-        self._evaluated_tokens = 0
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock and take the signals over."""
         self._saved = time.monotonic()
-        self._evaluated_tokens = state.global_step * self._step_tokens
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
         if state.global_step == 0:
@@ -69,12 +67,15 @@ class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self._saved = time.monotonic()
         if self.interrupted:
             control.should_training_stop = True
-        tokens = state.global_step * self._step_tokens
-        interval = self._recipe.evaluate_tokens
-        if finished or (interval and tokens - self._evaluated_tokens >= interval):
-            self._evaluated_tokens = tokens
+        if finished or self._evaluation_due(state.global_step):
             self._evaluate()
         return control
+
+    def _evaluation_due(self, step: int) -> bool:
+        """Whether this step passed a multiple of the interval, however often the run was stopped."""
+        interval = self._recipe.evaluate_tokens
+        before, now = ((step - 1) * self._step_tokens, step * self._step_tokens)
+        return interval > 0 and now // interval > before // interval
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give the signals back."""
