@@ -146,6 +146,7 @@ nb::dict counters(const Session& self) {
   out["candidates"] = per_layer(&LayerCounts::candidates);
   out["gate_passed"] = per_layer(&LayerCounts::gate_passed);
   out["active"] = per_layer(&LayerCounts::active);
+  out["refined"] = per_layer(&LayerCounts::refined);
   out["wanted"] = per_layer(&LayerCounts::wanted);
   out["found"] = per_layer(&LayerCounts::found);
   out["bytes_read"] = counters.bytes_read;

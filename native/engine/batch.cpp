@@ -137,6 +137,61 @@ LayerCounts drop_neurons(const Step& step, const LayerWeights& w, Range rows, co
   return counts;
 }
 
+/// Computes with the rests, and lists, the neurons of token t whose products are largest.
+std::int64_t refine(const Step& step, const LayerWeights& w, Range rows, std::int64_t t, int index) {
+  const ModelConfig& config = step.config();
+  const KernelTable& kernels = step.kernels();
+  const bool gated = config.gated;
+  const std::int64_t F = config.intermediate_size;
+  Scratch& s = step.scratch;
+  float* product = s.ffn_input.row(t, F);
+  float* raw = s.raw.data();
+  float* up = s.up.data() + t * F;
+  float* values = step.thread(index).values.data();
+  std::int32_t* list = s.refined.data() + t * F + rows.begin;
+  const float* limit = thresholds(step, w).neuron;
+  std::int64_t n = 0;
+  for (std::int64_t r = rows.begin; r < rows.end; ++r) {
+    list[n] = static_cast<std::int32_t>(r);
+    n += static_cast<std::int64_t>(product[r] != 0.0F) &
+         static_cast<std::int64_t>(std::fabs(product[r]) >= config.refine.neurons * limit[r]);
+  }
+  const Input input = s.input.view(t, config.hidden_size);
+  kernels.gemv_rows(w.first(gated), input, list, n, raw);
+  add_rest_rows(step, w.first_rest(gated), input, list, n, raw);
+  if (gated) add_rest_rows(step, w.up_rest, input, list, n, up);
+  for (std::int64_t i = 0; i < n; ++i) values[i] = raw[list[i]];
+  kernels.activate(config.activation, config.activation_parameter, values, n, values);
+  const bool relu_up = config.activation == Activation::kDRelu;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float factor = relu_up ? std::max(up[list[i]], 0.0F) : up[list[i]];
+    product[list[i]] = gated ? values[i] * factor : values[i];
+  }
+  s.refined_counts[static_cast<std::size_t>(t * step.thread_count() + index)] = n;
+  return n;
+}
+
+/// This thread's columns of what the rest of down adds, all tokens.
+void add_down_rest(const Step& step, const LayerWeights& w, Range columns, int index) {
+  if (w.down_rest.rows == 0) return;
+  const std::int64_t D = step.config().hidden_size;
+  const std::int64_t F = step.config().intermediate_size;
+  Scratch& s = step.scratch;
+  if (!step.refines()) {
+    step.kernels().gemm_t(w.down_rest, s.ffn_input.row(0, F), F, step.T, columns.begin, columns.end,
+                          s.out.data(), D, step.thread(index).gemm.data());
+    return;
+  }
+  for (std::int64_t t = 0; t < step.T; ++t) {
+    for (int other = 0; other < step.thread_count(); ++other) {
+      const std::int32_t* list = s.refined.data() + t * F + share(step, F, other).begin;
+      const std::int64_t n = s.refined_counts[static_cast<std::size_t>(t * step.thread_count() + other)];
+      step.kernels().axpy_rows(w.down_rest, list, n, s.ffn_input.row(t, F), columns.begin, columns.end,
+                               s.out.data() + t * D);
+    }
+  }
+}
+
 /// gate and up of this thread's neurons become activations, and their product, masked, lands in the FFN
 /// input.
 LayerCounts combine(const Step& step, const LayerWeights& w, Range rows, const Capture& capture,
@@ -181,11 +236,17 @@ void ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
   if (step.predicted()) predict_all(step, w, layer, index);
   thread.watch.lap(Part::kPredictor);
   const Range rows = project(step, w.first(gated), s.input.view(), s.gate.data(), index);
+  if (!step.refines())
+    add_rest_batch(step, w.first_rest(gated), s.input.view(), step.T, rows, s.gate.data(), F, index);
   thread.watch.lap(Part::kGate);
-  if (gated) project(step, w.up, s.input.view(), s.up.data(), index);
+  if (gated) {
+    project(step, w.up, s.input.view(), s.up.data(), index);
+    if (!step.refines()) add_rest_batch(step, w.up_rest, s.input.view(), step.T, rows, s.up.data(), F, index);
+  }
   thread.counts = {};
   for (std::int64_t t = 0; t < step.T; ++t) {
     thread.counts += combine(step, w, rows, capture, t);
+    if (step.refines()) thread.counts.refined += refine(step, w, rows, t, index);
     if (!neuron_major && is_quantized(w.down.type)) {
       s.ffn_input.quantize(step.kernels(), t, F, rows.begin, rows.end);
     }
@@ -198,6 +259,7 @@ void ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
       std::fill_n(s.out.data() + t * D + columns.begin, columns.size(), 0.0F);
     step.kernels().gemm_t(w.down, s.ffn_input.row(0, F), F, step.T, columns.begin, columns.end, s.out.data(),
                           D, thread.gemm.data());
+    add_down_rest(step, w, columns, index);
   } else {
     columns = project(step, w.down, s.ffn_input.view(), s.out.data(), index);
   }

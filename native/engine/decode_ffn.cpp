@@ -21,13 +21,36 @@ void combine(const Step& step, Range rows) {
   }
 }
 
-/// This thread's columns of the residual: x += sum of coef[i] * down_t[i] over `rows`.
-void add_neurons(const Step& step, const Matrix& down, const std::int32_t* rows, std::int64_t n, int index) {
-  const Range columns = share(step, down.cols, index);
+/// Neurons by number.
+struct List {
+  const std::int32_t* rows;
+  std::int64_t n;
+};
+
+/// This thread's columns of the residual: x += sum of coef[i] * down_t[i] over `neurons`, and of the rest's
+/// rows over `refined`.
+void add_neurons(const Step& step, const LayerWeights& w, List neurons, List refined, int index) {
+  const Range columns = share(step, w.down.cols, index);
+  const float* coef = step.scratch.gate.data();
   float* out = step.scratch.out.data();
   std::fill(out + columns.begin, out + columns.end, 0.0F);
-  step.kernels().axpy_rows(down, rows, n, step.scratch.gate.data(), columns.begin, columns.end, out);
+  step.kernels().axpy_rows(w.down, neurons.rows, neurons.n, coef, columns.begin, columns.end, out);
+  if (w.down_rest.rows > 0)
+    step.kernels().axpy_rows(w.down_rest, refined.rows, refined.n, coef, columns.begin, columns.end, out);
   step.kernels().add(out + columns.begin, columns.size(), step.scratch.x.data() + columns.begin);
+}
+
+/// What multiplies a neuron's row of down, from f(gate) and up.
+float coefficient(const ModelConfig& config, float gate, float up) {
+  if (!config.gated) return gate;
+  return gate * (config.activation == Activation::kDRelu ? std::max(up, 0.0F) : up);
+}
+
+/// values[i] = f(raw[list[i]])
+void activate_list(const Step& step, const std::int32_t* list, std::int64_t n, float* values) {
+  const ModelConfig& config = step.config();
+  for (std::int64_t i = 0; i < n; ++i) values[i] = step.scratch.raw[static_cast<std::size_t>(list[i])];
+  step.kernels().activate(config.activation, config.activation_parameter, values, n, values);
 }
 
 void dense_ffn(const Step& step, const LayerWeights& w, int index) {
@@ -38,13 +61,18 @@ void dense_ffn(const Step& step, const LayerWeights& w, int index) {
   const Range rows = share(step, config.intermediate_size, index);
   float* gate = s.gate.data() + rows.begin;
   kernels.gemv(w.first(config.gated), input, rows.begin, rows.end, s.gate.data());
+  add_rest(step, w.first_rest(config.gated), input, rows, s.gate.data());
   kernels.activate(config.activation, config.activation_parameter, gate, rows.size(), gate);
   step.thread(index).watch.lap(Part::kGate);
-  if (config.gated) kernels.gemv(w.up, input, rows.begin, rows.end, s.up.data());
+  if (config.gated) {
+    kernels.gemv(w.up, input, rows.begin, rows.end, s.up.data());
+    add_rest(step, w.up_rest, input, rows, s.up.data());
+  }
   combine(step, rows);
   if (step.model.weights->neuron_major) {
     step.finish(index, Part::kUp);
-    add_neurons(step, w.down, s.all.data(), config.intermediate_size, index);
+    const List all{s.all.data(), config.intermediate_size};
+    add_neurons(step, w, all, all, index);
     return;
   }
   std::copy_n(gate, rows.size(), s.ffn_input.row(0, 0) + rows.begin);
@@ -91,21 +119,25 @@ const KeptNeurons& list_candidates(const Step& step, const LayerWeights& w, std:
   return thread.candidates;
 }
 
-/// Lists in `passed` which of n neurons have a large enough f(gate), and leaves that in `gate`.
+/// Lists in `passed` which of n neurons have a large enough f(gate), and leaves that in `gate`, and what f
+/// was applied to in `raw`.
 void pass_gate(const Step& step, const LayerWeights& w, Range rows, const std::int32_t* list, std::int64_t n,
                int index) {
   const KernelTable& kernels = step.kernels();
   const ModelConfig& config = step.config();
   ThreadScratch& thread = step.thread(index);
+  const Input input = thread.input.view();
   float* gate = step.scratch.gate.data();
+  float* raw = step.scratch.raw.data();
   float* values = thread.values.data();
   if (n == rows.size()) {
-    kernels.gemv(w.first(config.gated), thread.input.view(), rows.begin, rows.end, gate);
-    kernels.activate(config.activation, config.activation_parameter, gate + rows.begin, n, values);
+    kernels.gemv(w.first(config.gated), input, rows.begin, rows.end, raw);
+    if (!step.refines()) add_rest(step, w.first_rest(config.gated), input, rows, raw);
+    kernels.activate(config.activation, config.activation_parameter, raw + rows.begin, n, values);
   } else {
-    kernels.gemv_rows(w.first(config.gated), thread.input.view(), list, n, gate);
-    for (std::int64_t i = 0; i < n; ++i) values[i] = gate[list[i]];
-    kernels.activate(config.activation, config.activation_parameter, values, n, values);
+    kernels.gemv_rows(w.first(config.gated), input, list, n, raw);
+    if (!step.refines()) add_rest_rows(step, w.first_rest(config.gated), input, list, n, raw);
+    activate_list(step, list, n, values);
   }
   const float* limit = thresholds(step, w).gate;
   thread.passed.count = 0;
@@ -115,10 +147,33 @@ void pass_gate(const Step& step, const LayerWeights& w, Range rows, const std::i
   }
 }
 
+/// Adds the rests of gate and up to the neurons of `list` whose coefficients are largest, computes these
+/// anew, and lists the neurons at `refined`; returns how many they are.
+std::int64_t refine(const Step& step, const LayerWeights& w, List list, std::int32_t* refined, int index) {
+  const ModelConfig& config = step.config();
+  Scratch& s = step.scratch;
+  ThreadScratch& thread = step.thread(index);
+  const float* limit = thresholds(step, w).neuron;
+  std::int64_t n = 0;
+  for (std::int64_t i = 0; i < list.n; ++i) {
+    const std::int32_t r = list.rows[i];
+    refined[n] = r;
+    n += std::fabs(s.gate[static_cast<std::size_t>(r)]) >= config.refine.neurons * limit[r];
+  }
+  add_rest_rows(step, w.first_rest(config.gated), thread.input.view(), refined, n, s.raw.data());
+  if (config.gated) add_rest_rows(step, w.up_rest, thread.input.view(), refined, n, s.up.data());
+  activate_list(step, refined, n, thread.values.data());
+  for (std::int64_t i = 0; i < n; ++i) {
+    const auto r = static_cast<std::size_t>(refined[i]);
+    s.gate[r] = coefficient(config, thread.values[static_cast<std::size_t>(i)], s.up[r]);
+  }
+  return n;
+}
+
 /// From the neurons `rows` to their coefficients, in `gate`, and a list of the active ones, in `kept`;
 /// returns how many these are.
-std::int64_t compute_piece(const Step& step, const LayerWeights& w, std::int64_t layer, Range rows,
-                           int index) {
+std::int64_t compute_piece(const Step& step, const LayerWeights& w, std::int64_t layer, std::int64_t piece,
+                           Range rows, int index) {
   const ModelConfig& config = step.config();
   Scratch& s = step.scratch;
   ThreadScratch& thread = step.thread(index);
@@ -133,21 +188,26 @@ std::int64_t compute_piece(const Step& step, const LayerWeights& w, std::int64_t
   pass_gate(step, w, rows, list, n, index);
   thread.watch.lap(Part::kGate);
   const std::int32_t* passed = thread.passed.rows.data();
-  if (config.gated)
+  if (config.gated) {
     step.kernels().gemv_rows(w.up, thread.input.view(), passed, thread.passed.count, s.up.data());
+    if (!step.refines())
+      add_rest_rows(step, w.up_rest, thread.input.view(), passed, thread.passed.count, s.up.data());
+  }
   const float* limit = thresholds(step, w).neuron;
-  const bool relu_up = config.activation == Activation::kDRelu;
   std::int32_t* kept = s.kept.data() + rows.begin;
   std::int64_t active = 0;
   for (std::int64_t i = 0; i < thread.passed.count; ++i) {
     const std::int32_t r = passed[i];
-    float& coefficient = s.gate[static_cast<std::size_t>(r)];
-    const float up = s.up[static_cast<std::size_t>(r)];
-    if (config.gated) coefficient *= relu_up ? std::max(up, 0.0F) : up;
+    float& value = s.gate[static_cast<std::size_t>(r)];
+    value = coefficient(config, value, s.up[static_cast<std::size_t>(r)]);
     kept[active] = r;
-    active += !below(coefficient, limit[r]);
+    active += !below(value, limit[r]);
   }
-  thread.counts += {.candidates = n, .gate_passed = thread.passed.count, .active = active};
+  std::int64_t refined = 0;
+  if (step.refines()) refined = refine(step, w, {kept, active}, s.refined.data() + rows.begin, index);
+  s.refined_counts[static_cast<std::size_t>(piece)] = refined;
+  thread.counts +=
+      {.candidates = n, .gate_passed = thread.passed.count, .active = active, .refined = refined};
   thread.watch.lap(Part::kUp);
   return active;
 }
@@ -161,16 +221,24 @@ void sparse_ffn(Step& step, const LayerWeights& w, std::int64_t layer, int index
   };
   thread.counts = {};
   for (std::int64_t piece; (piece = s.next_piece.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
-    s.kept_counts[static_cast<std::size_t>(piece)] = compute_piece(step, w, layer, range_of(piece), index);
+    s.kept_counts[static_cast<std::size_t>(piece)] =
+        compute_piece(step, w, layer, piece, range_of(piece), index);
   }
   step.finish(index, Part::kUp);
-  std::int64_t active = 0;
-  for (std::int64_t piece = 0; piece < pieces; ++piece) {
-    const std::int64_t n = s.kept_counts[static_cast<std::size_t>(piece)];
-    std::copy_n(s.kept.data() + range_of(piece).begin, n, thread.active.data() + active);
-    active += n;
-  }
-  add_neurons(step, w.down, thread.active.data(), active, index);
+  const auto gather = [&](const std::vector<std::int32_t>& lists, const std::vector<std::int64_t>& counts,
+                          std::int32_t* to) -> List {
+    std::int64_t total = 0;
+    for (std::int64_t piece = 0; piece < pieces; ++piece) {
+      const std::int64_t n = counts[static_cast<std::size_t>(piece)];
+      std::copy_n(lists.data() + range_of(piece).begin, n, to + total);
+      total += n;
+    }
+    return {to, total};
+  };
+  const List active = gather(s.kept, s.kept_counts, thread.active.data());
+  const List refined =
+      step.refines() ? gather(s.refined, s.refined_counts, thread.refined.rows.data()) : active;
+  add_neurons(step, w, active, refined, index);
   if (index != 0) return;
   s.next_piece.store(0, std::memory_order_relaxed);  // nobody takes a piece before the next barrier
   for (const ThreadScratch& other : s.threads) {

@@ -186,6 +186,21 @@ void read_predictor(const GgufFile& file, ModelConfig& config) {
                       .thresholds = read_predictor_thresholds(file, config.num_hidden_layers)};
 }
 
+void read_refine(const GgufFile& file, ModelConfig& config) {
+  const std::string rest = tensor_with(file, "_rest.");
+  const auto read = [&](const std::string& key, double low) {
+    const std::optional<double> value = file.get_float(key);
+    const std::string expected = "a finite number of at least " + std::to_string(low) + " with " + rest;
+    if (value && rest.empty()) fail(key, "no such key where no tensor has a rest", std::to_string(*value));
+    if (!value && !rest.empty()) fail(key, expected, "no such key");
+    if (value && !(*value >= low && std::isfinite(static_cast<float>(*value))))
+      fail(key, expected, std::to_string(*value));
+    return static_cast<float>(value.value_or(0));
+  };
+  config.refine = {.neurons = read("turbosparse.refine.neurons", 1),
+                   .logits = read("turbosparse.refine.logits", 0)};
+}
+
 }  // namespace
 
 ModelConfig read_model_config(const GgufFile& file) {
@@ -214,6 +229,7 @@ ModelConfig read_model_config(const GgufFile& file) {
   read_rope(file, read, config);
   read_activation(file, prefixed, config);
   read_predictor(file, config);
+  read_refine(file, config);
   // Attention over a sliding window equals full attention as long as the window holds everything.
   const std::int64_t window = read.integer("attention.sliding_window", 0, 1 << 26, 0);
   if (window > 0 && window < config.context_length) config.context_length = window;

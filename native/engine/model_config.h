@@ -19,6 +19,13 @@ struct PredictorConfig {
   std::vector<float> thresholds;  // per layer
 };
 
+/// What threshold mode computes with all bits of weights that the file keeps in two parts; see
+/// docs/format.md.
+struct RefineConfig {
+  float neurons = 0;  // kept neurons whose |activation| is at least this times their threshold
+  float logits = 0;   // those at most this far below the largest, in nats
+};
+
 struct ModelConfig {
   std::string architecture;  // as the file has it: llama, qwen2, qwen3, or turbosparse- before it
   std::int64_t num_hidden_layers = 0;
@@ -39,6 +46,7 @@ struct ModelConfig {
   float activation_parameter = 0;
   bool gated = true;
   PredictorConfig predictor;
+  RefineConfig refine;
 };
 
 /// Throws ModelFileError for an architecture or a feature that the engine does not compute, and for a value

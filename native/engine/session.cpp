@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 #include <utility>
 
 #include "engine/predictor.h"
@@ -204,8 +205,7 @@ void Session::run_decode(Step& step, float* logits) {
   counters_.decode_tokens += 1;
   counters_.bytes_read += token_bytes(step, before);
   if (logits != nullptr) {
-    counters_.bytes_read +=
-        static_cast<std::int64_t>(model_->weights->output.row_bytes) * model_->config.vocab_size;
+    counters_.bytes_read += logit_bytes(step);
   }
 }
 
@@ -253,6 +253,19 @@ void Session::finish(const Step& step, const float* logits, std::int64_t rows) {
   counters_.tokens += step.T;
 }
 
+/// Bytes of weights that a decode step's logits have read.
+std::int64_t Session::logit_bytes(const Step& step) const {
+  const Weights& w = *model_->weights;
+  const std::int64_t V = model_->config.vocab_size;
+  std::int64_t refined = w.output_rest.rows;
+  if (step.refines() && refined > 0) {
+    const std::vector<std::int64_t>& counts = step.scratch.refined_logits;
+    refined = std::accumulate(counts.begin(), counts.end(), std::int64_t{0});
+  }
+  return V * static_cast<std::int64_t>(w.output.row_bytes) +
+         refined * static_cast<std::int64_t>(w.output_rest.row_bytes);
+}
+
 /// Bytes of weights and cache that a decode step has read up to the last layer.
 std::int64_t Session::token_bytes(const Step& step, const std::vector<LayerCounts>& before) const {
   const ModelConfig& config = model_->config;
@@ -269,6 +282,11 @@ std::int64_t Session::token_bytes(const Step& step, const std::vector<LayerCount
     bytes += candidates * row_bytes(w.first(config.gated));
     if (config.gated) bytes += passed * row_bytes(w.up);
     bytes += (model_->weights->neuron_major ? active : config.hidden_size) * row_bytes(w.down);
+    const std::int64_t refined = counters_.layers[n].refined - before[n].refined;
+    const bool refines = step.refines();
+    bytes += (refines ? refined : candidates) * row_bytes(w.first_rest(config.gated));
+    if (config.gated) bytes += (refines ? refined : passed) * row_bytes(w.up_rest);
+    bytes += (refines ? refined : active) * row_bytes(w.down_rest);
     if (step.mode == Mode::kThreshold || (step.predicted() && model_->weights->has_thresholds))
       bytes += (candidates + passed) * kThresholdBytes;
   }

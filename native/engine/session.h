@@ -86,6 +86,7 @@ class Session {
   void finish(const Step& step, const float* logits, std::int64_t rows);
   Scratch& scratch(std::int64_t tokens);
   void add_times(PartTimes& times);
+  std::int64_t logit_bytes(const Step& step) const;
   std::int64_t token_bytes(const Step& step, const std::vector<LayerCounts>& before) const;
 
   std::shared_ptr<const Model> model_;

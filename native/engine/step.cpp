@@ -26,6 +26,15 @@ std::int64_t largest_rank(const Weights& weights) {
 constexpr int kPiecesPerThread = 8;
 std::int64_t pieces(int threads) { return threads == 1 ? 1 : kPiecesPerThread * threads; }
 
+/// Outputs of one token that may have a rest added.
+std::int64_t widest_refined(const Model& model) {
+  if (!model.weights->has_rests) return 0;
+  return std::max(model.config.intermediate_size, model.config.vocab_size);
+}
+
+/// Outputs of a rest that a thread computes for many tokens at a time.
+constexpr std::int64_t kSlab = 128;
+
 std::int64_t blocks(std::int64_t cols) { return (cols + kBlock - 1) / kBlock; }
 
 }  // namespace
@@ -51,21 +60,24 @@ LayerCounts& LayerCounts::operator+=(const LayerCounts& other) {
   candidates += other.candidates;
   gate_passed += other.gate_passed;
   active += other.active;
+  refined += other.refined;
   wanted += other.wanted;
   found += other.found;
   return *this;
 }
 
-ThreadScratch::ThreadScratch(const ModelConfig& config, std::int64_t context)
-    : input(1, widest(config)),
+ThreadScratch::ThreadScratch(const Model& model, std::int64_t context, std::int64_t tokens)
+    : input(1, widest(model.config)),
       scores(count(context)),
-      out(count(widest(config))),
-      candidates{std::vector<std::int32_t>(count(config.intermediate_size))},
-      passed{std::vector<std::int32_t>(count(config.intermediate_size))},
-      values(count(config.intermediate_size)),
-      active(count(config.intermediate_size)),
-      predictor(config, 1),
-      gemm(gemm_scratch_bytes(std::max(widest(config), config.intermediate_size))) {}
+      out(count(widest(model.config))),
+      candidates{std::vector<std::int32_t>(count(model.config.intermediate_size))},
+      passed{std::vector<std::int32_t>(count(model.config.intermediate_size))},
+      values(count(model.config.intermediate_size)),
+      active(count(model.config.intermediate_size)),
+      refined{std::vector<std::int32_t>(count(widest_refined(model)))},
+      slab(model.weights->has_rests ? count(tokens, kSlab) : 0),
+      predictor(model.config, 1),
+      gemm(gemm_scratch_bytes(std::max(widest(model.config), model.config.intermediate_size))) {}
 
 Scratch::Scratch(const Model& model, std::int64_t context, std::int64_t tokens)
     : capacity(tokens),
@@ -86,9 +98,15 @@ Scratch::Scratch(const Model& model, std::int64_t context, std::int64_t tokens)
       differences(count(model.config.intermediate_size, model.weights->sign_rows)),
       kept(count(model.config.intermediate_size)),
       kept_counts(count(pieces(model.pool.size()))),
+      raw(count(model.config.intermediate_size)),
+      rest(count(widest_refined(model))),
+      refined(model.weights->has_rests ? gate.size() : 0),
+      refined_counts(count(tokens, pieces(model.pool.size()))),
+      largest(count(tokens, model.pool.size())),
+      refined_logits(count(model.pool.size())),
       all(count(model.config.intermediate_size)),
       zeros(all.size()) {
-  for (int index = 0; index < model.pool.size(); ++index) threads.emplace_back(model.config, context);
+  for (int index = 0; index < model.pool.size(); ++index) threads.emplace_back(model, context, tokens);
   std::iota(all.begin(), all.end(), 0);
 }
 
@@ -133,6 +151,36 @@ bool all_finite(const float* x, std::int64_t n) {
   return broken == 0;
 }
 
+void add_rest(const Step& step, const Matrix& rest, const Input& x, Range rows, float* y) {
+  if (rest.rows == 0) return;
+  float* more = step.scratch.rest.data();
+  step.kernels().gemv(rest, x, rows.begin, rows.end, more);
+  step.kernels().add(more + rows.begin, rows.size(), y + rows.begin);
+}
+
+void add_rest_rows(const Step& step, const Matrix& rest, const Input& x, const std::int32_t* rows,
+                   std::int64_t n, float* y) {
+  if (rest.rows == 0) return;
+  float* more = step.scratch.rest.data();
+  step.kernels().gemv_rows(rest, x, rows, n, more);
+  for (std::int64_t i = 0; i < n; ++i) y[rows[i]] += more[rows[i]];
+}
+
+void add_rest_batch(const Step& step, const Matrix& rest, const Input& x, std::int64_t T, Range rows,
+                    float* y, std::int64_t y_stride, int index) {
+  if (rest.rows == 0) return;
+  ThreadScratch& thread = step.thread(index);
+  for (std::int64_t r = rows.begin; r < rows.end; r += kSlab) {
+    const std::int64_t n = std::min(kSlab, rows.end - r);
+    Matrix some = rest;
+    some.data += r * static_cast<std::int64_t>(rest.row_bytes);
+    some.rows = n;
+    step.kernels().gemm(some, x, T, 0, n, thread.slab.data(), kSlab, thread.gemm.data());
+    for (std::int64_t t = 0; t < T; ++t)
+      step.kernels().add(thread.slab.data() + t * kSlab, n, y + t * y_stride + r);
+  }
+}
+
 void normalize(const Step& step, const std::vector<float>& weight, bool quantized, std::int64_t stage,
                std::int64_t t, InputBuffer& input, std::int64_t to, int index) {
   const std::int64_t D = step.config().hidden_size;
@@ -147,31 +195,6 @@ Thresholds thresholds(const Step& step, const LayerWeights& w) {
   const bool stored = step.mode == Mode::kThreshold || (step.predicted() && !w.threshold.empty());
   if (stored) return {w.gate_threshold.data(), w.threshold.data()};
   return {step.scratch.zeros.data(), step.scratch.zeros.data()};
-}
-
-void output_logits(Step& step, std::int64_t first, float* logits, int index) noexcept {
-  const Weights& weights = *step.model.weights;
-  const ModelConfig& config = step.config();
-  const bool quantized = is_quantized(weights.output.type);
-  const std::int64_t stage = attention_stage(config.num_hidden_layers);
-  const Range rows = share(step, config.vocab_size, index);
-  if (step.T - first == 1) {
-    InputBuffer& input = step.thread(index).input;
-    normalize(step, weights.output_norm, quantized, stage, first, input, 0, index);
-    step.thread(index).watch.lap(Part::kNorm);
-    step.kernels().gemv(weights.output, input.view(), rows.begin, rows.end, logits);
-    step.finish(index, Part::kLmHead);
-    return;
-  }
-  InputBuffer& input = step.scratch.input;
-  const Range tokens = split(step.T - first, 1, index, step.thread_count());
-  for (std::int64_t t = tokens.begin; t < tokens.end; ++t) {
-    normalize(step, weights.output_norm, quantized, stage, first + t, input, t, index);
-  }
-  step.finish(index, Part::kNorm);
-  step.kernels().gemm(weights.output, input.view(), step.T - first, rows.begin, rows.end, logits,
-                      config.vocab_size, step.thread(index).gemm.data());
-  step.finish(index, Part::kLmHead);
 }
 
 }  // namespace turbosparse

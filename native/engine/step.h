@@ -29,6 +29,11 @@ class InputBuffer {
   void quantize(const KernelTable& kernels, std::int64_t t, std::int64_t cols, std::int64_t begin,
                 std::int64_t end);
   Input view() const { return {x_.data(), q_.data(), scale_.data(), q_sum_.data()}; }
+  /// Row t alone.
+  Input view(std::int64_t t, std::int64_t cols) const {
+    const std::int64_t block = t * cols / kBlock;
+    return {x_.data() + t * cols, q_.data() + t * cols, scale_.data() + block, q_sum_.data() + block};
+  }
 
  private:
   AlignedVector<float> x_;
@@ -60,6 +65,7 @@ struct LayerCounts {
   std::int64_t candidates = 0;   // whose row of gate (without a gate: of up) was needed
   std::int64_t gate_passed = 0;  // whose row of up was needed
   std::int64_t active = 0;       // whose row of down was needed
+  std::int64_t refined = 0;      // of which the rests were needed too, where the weights have any
   // In predicted mode, tokens that came together: there every neuron is computed, so that one can tell.
   std::int64_t wanted = 0;  // that the mode's thresholds keep, candidates or not
   std::int64_t found = 0;   // those of them that were candidates
@@ -68,7 +74,7 @@ struct LayerCounts {
 
 /// Memory of one thread.
 struct ThreadScratch {
-  ThreadScratch(const ModelConfig& config, std::int64_t context);
+  ThreadScratch(const Model& model, std::int64_t context, std::int64_t capacity);
   InputBuffer input;                 // one vector
   AlignedVector<float> scores;       // [context]
   AlignedVector<float> out;          // [max(D, H * C)]
@@ -76,6 +82,8 @@ struct ThreadScratch {
   KeptNeurons passed;                // those whose |f(gate)| was enough
   AlignedVector<float> values;       // [F] f(gate) of a list of neurons
   std::vector<std::int32_t> active;  // [F] what all threads kept
+  KeptNeurons refined;               // of the piece of neurons at hand; of all, when `down` is computed
+  AlignedVector<float> slab;         // [T, kSlab] outputs of a rest
   PredictorInput predictor;          // one token
   AlignedVector<std::byte> gemm;     // scratch of the kernels
   Stopwatch watch;
@@ -104,8 +112,15 @@ struct Scratch {
   std::atomic<std::int64_t> next_piece = 0;
   std::vector<std::int32_t> kept;         // [F] active neurons of a piece, from where the piece begins
   std::vector<std::int64_t> kept_counts;  // [pieces]
-  std::vector<std::int32_t> all;          // [F] 0, 1, 2 ...
-  std::vector<float> zeros;               // [F] thresholds of the exact mode
+  AlignedVector<float> raw;               // [F] of one token: what f is applied to
+  // Weights with rests.
+  AlignedVector<float> rest;                 // [max(F, V)] of one token: products of a rest
+  std::vector<std::int32_t> refined;         // [T, F] refined neurons of a piece or a thread, like `kept`
+  std::vector<std::int64_t> refined_counts;  // [T, pieces or threads]
+  std::vector<float> largest;                // [T, threads] largest logit of each thread's share
+  std::vector<std::int64_t> refined_logits;  // [threads] how many of the last token's were refined
+  std::vector<std::int32_t> all;             // [F] 0, 1, 2 ...
+  std::vector<float> zeros;                  // [F] thresholds of the exact mode
 };
 
 /// Where `capture` wants the FFN of one layer; row t of the step is row `first + t`.
@@ -136,6 +151,8 @@ struct Step {
   bool profiled = false;
 
   bool predicted() const { return mode == Mode::kPredicted; }
+  /// Whether rests count only where it matters; else they are always added.
+  bool refines() const { return mode == Mode::kThreshold && model.weights->has_rests; }
   const ModelConfig& config() const { return model.config; }
   const KernelTable& kernels() const { return model.kernels; }
   int thread_count() const { return model.pool.size(); }
@@ -182,6 +199,13 @@ void normalize(const Step& step, const std::vector<float>& weight, bool quantize
 void place_heads(const Step& step, const std::vector<float>& norm, std::int64_t t, std::int64_t n_heads,
                  float* heads);
 bool all_finite(const float* x, std::int64_t n);
+/// y[r] += dot(rest[r], x) for the rows of a range, or of a list; nothing where there is no rest.
+void add_rest(const Step& step, const Matrix& rest, const Input& x, Range rows, float* y);
+void add_rest_rows(const Step& step, const Matrix& rest, const Input& x, const std::int32_t* rows,
+                   std::int64_t n, float* y);
+/// y[t * y_stride + r] += dot(rest[r], x[t]) for T tokens.
+void add_rest_batch(const Step& step, const Matrix& rest, const Input& x, std::int64_t T, Range rows,
+                    float* y, std::int64_t y_stride, int index);
 /// Whether neurons with this value are skipped; false for NaN, which must not vanish. Without a branch: a
 /// mispredicted one costs more than reading two of these.
 inline bool below(float value, float threshold) {

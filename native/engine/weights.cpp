@@ -72,6 +72,13 @@ class Binder {
     bytes_ += target->row_bytes * static_cast<std::size_t>(rows);
   }
 
+  /// The same where there is such a tensor; returns whether there is.
+  bool optional_matrix(const std::string& name, std::int64_t rows, std::int64_t cols, Matrix* target) {
+    if (find(name) == nullptr) return false;
+    matrix(name, rows, cols, target);
+    return true;
+  }
+
   /// Values of a vector, which may have any float type.
   std::vector<float> vector(const std::string& name, std::int64_t size) {
     const GgufTensor& found = tensor(name, {size});
@@ -163,6 +170,16 @@ void bind_ffn(Binder& binder, const std::string& block, const ModelConfig& confi
   if (!layer.threshold.empty()) layer.gate_threshold.resize(static_cast<std::size_t>(F), 0.0F);
 }
 
+/// What is added to the matrices of the FFN; returns whether there is anything.
+bool bind_rests(Binder& binder, const std::string& block, const ModelConfig& config, LayerWeights& layer) {
+  const std::int64_t D = config.hidden_size;
+  const std::int64_t F = config.intermediate_size;
+  bool any = config.gated && binder.optional_matrix(block + "ffn_gate_rest.weight", F, D, &layer.gate_rest);
+  any |= binder.optional_matrix(block + "ffn_up_rest.weight", F, D, &layer.up_rest);
+  any |= binder.optional_matrix(block + "ffn_down_t_rest.weight", F, D, &layer.down_rest);
+  return any;
+}
+
 void bind_predictor(Binder& binder, const std::string& block, const ModelConfig& config, float threshold,
                     LayerPredictor& predictor) {
   predictor.threshold = threshold;
@@ -217,6 +234,7 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
     const std::string block = "blk." + std::to_string(n) + ".";
     bind_attention(binder, block, config, layers[n]);
     bind_ffn(binder, block, config, neuron_major, layers[n]);
+    if (neuron_major) has_rests |= bind_rests(binder, block, config, layers[n]);
     const bool thresholds = !layers[n].threshold.empty();
     if (n > 0 && thresholds != has_thresholds)
       fail(block + "ffn_threshold", "thresholds in all layers or none", "some");
@@ -227,6 +245,7 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
   embedding_ = &binder.tensor("token_embd.weight", {config.vocab_size, D});
   const bool tied = file_->tensor("output.weight") == nullptr;
   binder.matrix(tied ? "token_embd.weight" : "output.weight", config.vocab_size, D, &output);
+  has_rests |= binder.optional_matrix("output_rest.weight", config.vocab_size, D, &output_rest);
   output_norm = binder.vector("output_norm.weight", D);
   rope_freqs = binder.optional_vector("rope_freqs.weight", config.rotary_dim / 2);
   binder.refuse_unknown();

@@ -37,15 +37,18 @@ struct LayerWeights {
   Matrix o;                                   // [D, H * C]
   Matrix gate, up;                            // [F, D]; gate is empty in a model without
   Matrix down;                                // [D, F], or [F, D] where Weights::neuron_major
+  Matrix gate_rest, up_rest, down_rest;       // [F, D], added to the above, or empty
   std::vector<float> threshold;               // [F], or empty
   std::vector<float> gate_threshold;          // [F] where there are thresholds, else empty
   LayerPredictor predictor;
 
   /// The projection that f is applied to.
   const Matrix& first(bool gated) const { return gated ? gate : up; }
+  const Matrix& first_rest(bool gated) const { return gated ? gate_rest : up_rest; }
   /// Whether a product reads the 8-bit form of the FFN's input.
   bool quantized_ffn_input() const {
-    return is_quantized(gate.type) || is_quantized(up.type) || is_quantized(predictor.a.type);
+    return is_quantized(gate.type) || is_quantized(up.type) || is_quantized(predictor.a.type) ||
+           is_quantized(gate_rest.type) || is_quantized(up_rest.type);
   }
 };
 
@@ -62,9 +65,11 @@ class Weights {
   std::vector<LayerWeights> layers;
   std::vector<float> output_norm;  // [D]
   Matrix output;                   // [V, D]; the embedding where the file has no other
+  Matrix output_rest;              // [V, D], added to it, or empty
   std::vector<float> rope_freqs;   // [rotary / 2], frequencies are divided by it; or empty
   bool neuron_major = false;       // whether `down` has one row per neuron
   bool has_thresholds = false;
+  bool has_rests = false;                         // whether any matrix has one
   std::int64_t sign_rows = 0;                     // per neuron in a sign predictor: one, with dReLU two
   std::size_t bytes = 0;                          // of all matrices, as packed
   std::map<std::string, std::string> transcoded;  // type in the file -> type in memory
