@@ -42,6 +42,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--tokens", type=int, default=4096, help="tokens of the text to use; half as many more are held out")
     add("--stages", type=int, choices=(1, 2), default=2, help="2: drop by the gate first; 1: only behind up")
     add("--down-type", metavar="TYPE", help="weight type of the transposed down projection, such as Q8_0")
+    add(
+        "--refine",
+        type=float,
+        metavar="K",
+        help="keep weights in two parts of 4 bits; read the second for neurons at K times their threshold, "
+        "and for the largest logits (1: all active neurons; 6 is usual)",
+    )
     add("-t", "--threads", type=int, default=0, help="threads (default: physical cores, at most 8)")
     add("--force", action="store_true", help="replace OUT.gguf if it exists")
     add_json_option(parser)
@@ -62,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
     """
     from turbosparse.runtime.calibration import calibrate
     from turbosparse.runtime.calibration_report import CalibrationConfig
+    from turbosparse.runtime.sparse_file import Refinement
     from turbosparse.runtime.texts import CALIBRATION, read_text
 
     config = CalibrationConfig(
@@ -70,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         tokens=args.tokens,
         stages=args.stages,
         down_type=args.down_type,
+        refine=None if args.refine is None else Refinement(neurons=args.refine),
         threads=args.threads,
     )
     text = read_text(args.text or CALIBRATION)

@@ -101,7 +101,9 @@ def calibrate(
         dense = windows.perplexities(engine, "dense", advance)
     with tempfile.TemporaryDirectory(prefix=".turbosparse-", dir=out.parent) as folder:
         with progress("transposing the down projections") as advance:
-            draft = SparseDraft(source, Path(folder) / "draft.gguf", config.down_type, advance)
+            draft = SparseDraft(
+                source, Path(folder) / "draft.gguf", config.down_type, advance, refine=config.refine
+            )
         search = _Search(source, engine, windows, draft.down_type, config, progress)
         if config.cett is not None:
             target, layers = config.cett, search.thresholds(config.cett)

@@ -8,6 +8,7 @@ import numpy as np
 from turbosparse import __version__
 from turbosparse.errors import ConfigError
 from turbosparse.runtime.model_file import KEY_CALIBRATION, KEY_CETT_TARGET
+from turbosparse.runtime.sparse_file import Refinement
 from turbosparse.sparsity.thresholds import LayerThresholds
 
 __all__ = ["CalibrationConfig", "CalibrationReport", "Perplexities"]
@@ -33,6 +34,9 @@ class CalibrationConfig:
     """1: drop by the activation alone; 2: by the gate first, which saves rows of up too."""
     down_type: str | None = None
     """Weight type of the transposed down projection; by default that of ffn_down, but at least 8 bits."""
+    refine: Refinement | None = None
+    """Store weights in two parts of 4 bits, and read the second for the largest neurons and logits alone. The
+    down projection has no ``down_type`` of its own then."""
     threads: int = 0
     """Threads of the engine; 0 means physical cores, at most 8."""
     memory_bytes: int | None = None
@@ -53,6 +57,10 @@ class CalibrationConfig:
             raise ConfigError(f"[calibration window] expected at least 32, got {self.window}")
         if self.stages not in (1, 2):
             raise ConfigError(f"[calibration stages] expected 1 or 2, got {self.stages}")
+        if self.down_type is not None and self.refine is not None:
+            raise ConfigError(
+                f"[calibration down_type] expected none with weights in two parts, got {self.down_type}"
+            )
         if self.down_type is not None and self.down_type not in _NATIVE_TYPES:
             expected = ", ".join(_NATIVE_TYPES)
             raise ConfigError(f"[calibration down_type] expected one of {expected}, got {self.down_type!r}")

@@ -12,7 +12,7 @@ from turbosparse.runtime.predictors import read_predictors
 
 __all__ = ["describe"]
 
-FFN_TENSOR = re.compile(r"blk\.\d+\.ffn_(gate|up|down|down_t)(_exps|_shexp)?\.weight")
+FFN_TENSOR = re.compile(r"blk\.\d+\.ffn_(gate|up|down|down_t)(_rest)?(_exps|_shexp)?\.weight")
 
 
 def describe(file: ModelFile, *, tensors: bool) -> dict[str, Any]:

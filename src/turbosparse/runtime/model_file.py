@@ -29,6 +29,7 @@ __all__ = [
     "KEY_CETT_TARGET",
     "KEY_GATED",
     "KEY_PREDICTOR",
+    "KEY_REFINE",
     "KEY_VERSION",
     "ModelFile",
     "StoredValue",
@@ -45,6 +46,7 @@ KEY_GATED = "turbosparse.gated"
 KEY_CETT_TARGET = "turbosparse.cett_target"
 KEY_CALIBRATION = "turbosparse.calibration."  # prefix of the calibration's record
 KEY_PREDICTOR = "turbosparse.predictor."  # prefix of all keys of the predictors
+KEY_REFINE = "turbosparse.refine."  # prefix of the rules by which second parts of weights are read
 
 # Architectures that the engine runs, and the activation that a reader assumes where none is written.
 ARCHITECTURES = {"llama": "silu", "qwen2": "silu", "qwen3": "silu"}

@@ -6,7 +6,8 @@ thread and no kernel here. What it computes is the definition of each mode:
 - ``dense``: every neuron of the feed-forward network (FFN).
 - ``exact``: the same numbers, leaving out neurons whose activation is zero.
 - ``threshold``: a neuron is dropped where ``|f(gate)| < ffn_gate_threshold`` or
-  ``|f(gate) * g(up)| < ffn_threshold`` (a neuron that equals its threshold is kept).
+  ``|f(gate) * g(up)| < ffn_threshold`` (a neuron that equals its threshold is kept). Where weights are in two
+  parts, all of that is computed with the first ones, then the largest neurons and logits with both.
 - ``predicted``: a neuron that is no candidate of the layer's predictor is dropped; of the others those that
   ``threshold`` drops, where the file has thresholds.
 """
@@ -21,7 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from turbosparse._native import GgufFile
 from turbosparse.errors import ModelFileError
-from turbosparse.runtime.model_file import ARCHITECTURES, KEY_PREDICTOR
+from turbosparse.runtime.model_file import ARCHITECTURES, KEY_PREDICTOR, KEY_REFINE
 
 __all__ = ["FfnTrace", "ReferenceEngine"]
 
@@ -54,6 +55,10 @@ def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
     )
 
 
+def _keys_under(prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
+    return {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Shape:
     """Hyper-parameters under their names in the file."""
@@ -71,6 +76,7 @@ class _Shape:
     activation_param: float
     gated: bool
     predictor: dict[str, Any]  # the keys turbosparse.predictor.*, without that
+    refine: dict[str, Any]  # the keys turbosparse.refine.*, likewise
 
     @classmethod
     def read(cls, metadata: dict[str, Any]) -> "_Shape":
@@ -91,11 +97,8 @@ class _Shape:
             activation=metadata.get("turbosparse.activation", "silu"),
             activation_param=metadata.get("turbosparse.activation_param", 0.0),
             gated=metadata.get("turbosparse.gated", True),
-            predictor={
-                key.removeprefix(KEY_PREDICTOR): value
-                for key, value in metadata.items()
-                if key.startswith(KEY_PREDICTOR)
-            },
+            predictor=_keys_under(KEY_PREDICTOR, metadata),
+            refine=_keys_under(KEY_REFINE, metadata),
         )
 
 
@@ -208,19 +211,18 @@ class ReferenceEngine:
             if trace is not None:
                 trace.append(ffn)
         x = _rms_norm(x, weights["output_norm.weight"], shape.eps)
-        return x @ weights.get("output.weight", weights["token_embd.weight"]).T
+        output = "output.weight" if "output.weight" in weights else "token_embd.weight"
+        logits = x @ weights[output].T
+        if "output_rest.weight" not in weights:
+            return logits
+        refined = logits >= logits.max(axis=-1, keepdims=True) - np.float32(shape.refine["logits"])
+        more = x @ weights["output_rest.weight"].T
+        return np.asarray(logits + np.where(refined | (mode != "threshold"), more, 0), np.float32)
 
     def _ffn(self, layer: int, residual: Array, mode: Mode) -> FfnTrace:
         block = f"blk.{layer}.ffn"
         x = _rms_norm(residual, self._weights[f"{block}_norm.weight"], self._shape.eps)
-        if self._shape.gated:
-            gate = self._activate(x @ self._weights[f"{block}_gate.weight"].T)
-            up = x @ self._weights[f"{block}_up.weight"].T
-        else:
-            gate = self._activate(x @ self._weights[f"{block}_up.weight"].T)
-            up = np.ones_like(gate)
-        if self._shape.activation == "drelu":  # ReLU on both factors: Turbo Sparse, arXiv:2406.05955
-            up = _relu(up)
+        gate, up = self._gate_and_up(block, x, whole=mode != "threshold")
         kept = candidates = np.ones(gate.shape, np.bool_)
         if mode == "predicted":
             read = residual if self._shape.predictor["input"] == "residual" else x
@@ -231,9 +233,35 @@ class ReferenceEngine:
             first = self._weights.get(f"{block}_gate_threshold", np.zeros_like(neuron))
             kept = kept & (np.abs(gate) >= first) & (np.abs(gate * up) >= neuron)
         product = np.where(kept, gate * up, np.float32(0))
-        transposed = self._weights.get(f"{block}_down_t.weight")
-        down = self._weights[f"{block}_down.weight"].T if transposed is None else transposed
-        return FfnTrace(gate=gate, up=up, candidates=candidates, product=product, out=product @ down)
+        if f"{block}_down.weight" in self._weights:
+            out = product @ self._weights[f"{block}_down.weight"].T
+        else:
+            out = product @ self._matrix(f"{block}_down_t", whole=mode != "threshold")
+        if mode == "threshold" and self._shape.refine:
+            assert neuron is not None, "the engine refuses files without thresholds"
+            refined = kept & (np.abs(product) >= np.float32(self._shape.refine["neurons"]) * neuron)
+            gate, up = self._gate_and_up(block, x, whole=True)
+            changed = np.where(refined, gate * up, np.float32(0))
+            unchanged = np.where(refined, np.float32(0), product)
+            product = changed + unchanged
+            out = unchanged @ self._matrix(f"{block}_down_t", whole=False)
+            out += changed @ self._matrix(f"{block}_down_t", whole=True)
+        return FfnTrace(gate=gate, up=up, candidates=candidates, product=product, out=out)
+
+    def _matrix(self, name: str, *, whole: bool) -> Array:
+        """A matrix, or where it is in two parts the first one; `whole`: their sum."""
+        rest = self._weights.get(f"{name}_rest.weight")
+        first = self._weights[f"{name}.weight"]
+        return first + rest if whole and rest is not None else first
+
+    def _gate_and_up(self, block: str, x: Array, *, whole: bool) -> tuple[Array, Array]:
+        """f(gate) and g(up), [T, F] each; without a gate f(up) and ones."""
+        up = x @ self._matrix(f"{block}_up", whole=whole).T
+        if not self._shape.gated:
+            return self._activate(up), np.ones_like(up)
+        gate = self._activate(x @ self._matrix(f"{block}_gate", whole=whole).T)
+        # ReLU on both factors: Turbo Sparse, arXiv:2406.05955
+        return gate, _relu(up) if self._shape.activation == "drelu" else up
 
     def _candidates(self, layer: int, x: Array) -> NDArray[np.bool_]:
         """Neurons [T, F] that the layer's predictor names for the states x [T, D]."""

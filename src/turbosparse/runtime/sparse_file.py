@@ -1,6 +1,8 @@
 """A model file that can skip neurons, in the making: down projections transposed, thresholds to come."""
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -10,11 +12,19 @@ from numpy.typing import NDArray
 
 from turbosparse import _native
 from turbosparse.errors import ConfigError, ModelFileError
-from turbosparse.runtime.model_file import KEY_ACTIVATION_PARAM, KEY_CALIBRATION, KEY_CETT_TARGET, ModelFile
+from turbosparse.runtime.model_file import (
+    KEY_ACTIVATION_PARAM,
+    KEY_CALIBRATION,
+    KEY_CETT_TARGET,
+    KEY_REFINE,
+    ModelFile,
+    StoredValue,
+)
 from turbosparse.runtime.model_file_copy import copy_with, transposed_down, with_activation
 from turbosparse.runtime.model_file_writer import TensorSource
+from turbosparse.runtime.weight_parts import PART_TYPE, rest_name, weights_in_parts
 
-__all__ = ["SparseDraft", "default_down_type", "down_t", "packed_type", "row_bytes"]
+__all__ = ["Refinement", "SparseDraft", "default_down_type", "down_t", "packed_type", "row_bytes"]
 
 _NATIVE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
@@ -94,8 +104,25 @@ def down_t(source: ModelFile, layer: int) -> NDArray[np.float32]:
     """
     name = f"blk.{layer}.ffn_down_t.weight"
     if name in source.tensors:
-        return source.dequantised(name)
+        first, rest = source.dequantised(name), rest_name(name)
+        return first + source.dequantised(rest) if rest in source.tensors else first
     return np.ascontiguousarray(source.dequantised(f"blk.{layer}.ffn_down.weight").T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refinement:
+    """When threshold mode reads the second part of a weight."""
+
+    neurons: float
+    """For neurons whose activation is at least this times their threshold, 1 or more: 1 takes all active."""
+    logits: float = 8.0
+    """For logits at most this far below the largest, 0 or more, in nats."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.neurons < math.inf:
+            raise ConfigError(f"[refine] expected a ratio of at least 1, got {self.neurons}")
+        if not 0 <= self.logits < math.inf:
+            raise ConfigError(f"[refine logits] expected 0 or more nats, got {self.logits}")
 
 
 class ThresholdPair(Protocol):
@@ -121,6 +148,8 @@ class SparseDraft:
         Where the draft is written.
     down_type : str or None
         Weight type of the transposed down projection; None takes :func:`default_down_type`.
+    refine : Refinement or None
+        Store weights in two parts, and when the second counts; None leaves them whole.
     progress : callable
         Told which share of the file was written.
 
@@ -133,7 +162,13 @@ class SparseDraft:
     """
 
     def __init__(
-        self, source: ModelFile, path: Path, down_type: str | None, progress: Callable[[float], None]
+        self,
+        source: ModelFile,
+        path: Path,
+        down_type: str | None,
+        progress: Callable[[float], None],
+        *,
+        refine: Refinement | None = None,
     ) -> None:
         activation = source.activation
         if activation is None or not source.gated:
@@ -152,6 +187,9 @@ class SparseDraft:
                 raise ConfigError(
                     f"[calibration down_type] expected {self.down_type}, which the file has, got {down_type}"
                 )
+        elif refine is not None:
+            self.down_type = PART_TYPE
+            drop = [f"blk.{layer}.ffn_down.weight" for layer in layers]
         else:
             self.down_type = down_type or default_down_type(source)
             tensors += [transposed_down(source, layer, self.down_type) for layer in layers]
@@ -161,6 +199,10 @@ class SparseDraft:
             for key, value in source.stored_metadata().items()
             if key != KEY_CETT_TARGET and not key.startswith(KEY_CALIBRATION)
         }
+        if refine is not None:
+            tensors += weights_in_parts(source)
+            metadata[f"{KEY_REFINE}neurons"] = StoredValue("float32", refine.neurons)
+            metadata[f"{KEY_REFINE}logits"] = StoredValue("float32", refine.logits)
         parameter = source.metadata.get(KEY_ACTIVATION_PARAM)
         metadata = with_activation(metadata, activation, parameter=parameter)
         copy_with(
