@@ -25,6 +25,9 @@ def write(directory: Path, kind: str) -> SourceConfig:
 
         path = directory / "a.parquet"
         parquet.write_table(pyarrow.table({"text": TEXTS, "other": list(range(12))}), path, row_group_size=5)
+        if kind == "hub":  # a directory stands for a repository of the hub
+            pytest.importorskip("datasets")
+            return SourceConfig(path=str(directory))
     return SourceConfig(path=str(path))
 
 
@@ -35,7 +38,7 @@ def read_all(reader: DocumentReader) -> list[str]:
 EXPECTED = [text.strip() for text in TEXTS]
 
 
-@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet", "hub"])
 def test_every_document_and_every_position(kind: str, tmp_path: Path) -> None:
     config = write(tmp_path, kind)
     reader = open_reader(config)

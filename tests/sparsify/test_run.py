@@ -157,6 +157,7 @@ def test_a_decayed_copy_from_a_checkpoint(make_recipe: MakeRecipe) -> None:
     lines = metrics(decayed)
     assert [line["step"] for line in lines] == [7, 8, 9]
     assert lines[-1]["learning_rate"] < lines[0]["learning_rate"]
+    assert len(metrics(decayed, event="original")) == 1  # what the copy is compared with
 
 
 def test_the_recipe_decides_the_learning_rate_of_a_resumed_run(

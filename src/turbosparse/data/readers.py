@@ -256,7 +256,8 @@ def open_reader(config: SourceConfig, max_corrupt_percent: float = 1.0) -> Docum
     Parameters
     ----------
     config : SourceConfig
-        What to read. A path without a known ending that is no file is taken for a dataset id.
+        What to read. A path without a known ending that is no file is taken for a dataset: its directory, or
+        its id on the hub.
     max_corrupt_percent : float, default 1.0
         Unreadable records tolerated, in percent of those read (of 100, as long as fewer were read).
 
@@ -274,5 +275,5 @@ def open_reader(config: SourceConfig, max_corrupt_percent: float = 1.0) -> Docum
     if kind == "auto":
         matches = _glob(config.path)
         name = Path(matches[0] if matches else config.path)
-        kind = _BY_SUFFIX.get(name.suffix, "text" if matches else "hub")
+        kind = _BY_SUFFIX.get(name.suffix, "text" if name.is_file() else "hub")
     return _BY_FORMAT[kind](config, max_corrupt_percent)

@@ -86,6 +86,7 @@ class Stage:
         self.evaluation = _evaluation_text(recipe, self.data, self.encode, self.split)
         self.checkpoint = latest_checkpoint(directory) or from_checkpoint
         self.stream = SequenceStream(self.mixture, stage.batch_sequences)
+        self.original_is_known = _has_original(Path(recipe.output) / METRICS_FILE)
         self.average = (
             WeightAverage(max(stage.average_tokens / self._step_tokens(), 1.0), self.checkpoint)
             if stage.average_tokens
@@ -259,7 +260,8 @@ class Stage:
         trainer.probes.put_counts(training_counts)
         model.train(was_training)
         self._report(trainer, record)
-        if trainer.state.global_step == 0 and trainer.teacher is not None:
+        if trainer.teacher is not None and not self.original_is_known:
+            self.original_is_known = True
             self._report(trainer, {"event": "original", **self._perplexities(trainer, trainer.teacher)})
 
     def _averaged(self) -> AbstractContextManager[None]:
@@ -362,6 +364,11 @@ def _evaluation_text(
         else:
             _LOG.warning("[%s] has less held-out text than one sequence; it is not evaluated", source.path)
     return texts
+
+
+def _has_original(metrics: Path) -> bool:
+    """Whether the run has evaluated the original model."""
+    return metrics.is_file() and '"event": "original"' in metrics.read_text(encoding="utf-8")
 
 
 def _file_hash(source: SourceConfig) -> str:
