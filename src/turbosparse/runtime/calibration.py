@@ -1,8 +1,9 @@
 """Calibration on the engine: run a text, find the thresholds that meet a target, write a sparse file.
 
-The target is a CETT (error of each FFN's output), or a perplexity budget: CETT-PPL-p% of arXiv:2402.03804,
-the largest CETT whose perplexity on the calibration text is at most p % above the dense model's. Tokens that
-follow take no part in either; they show what the thresholds cost on text they were not found on.
+The target is a CETT (error of each FFN's output, the same in all layers), or a perplexity budget: the largest
+CETT whose perplexity on the calibration text is at most p % above the dense model's, as in CETT-PPL-p% of
+arXiv:2402.03804, but with less of it for layers whose errors matter more (`sensitivity`). Tokens that follow
+take no part in either; they show what the thresholds cost on text they were not found on.
 """
 
 import hashlib
@@ -30,6 +31,7 @@ from turbosparse.runtime.model_file import ModelFile
 from turbosparse.runtime.model_file_copy import copy_with
 from turbosparse.runtime.model_file_writer import check_output
 from turbosparse.runtime.perplexity import perplexity
+from turbosparse.runtime.sensitivity import layer_divergences, relative_targets
 from turbosparse.runtime.sparse_file import SparseDraft, down_t, row_bytes
 from turbosparse.sparsity.budget import largest_cett_within
 from turbosparse.sparsity.thresholds import ONE_STAGE, TWO_STAGES, LayerThresholds, find_layer_thresholds
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
 __all__ = ["Progress", "calibrate"]
 
 logger = logging.getLogger(__name__)
+
+_WEIGHED_AT = 0.15  # CETT at which layers are compared
+_LARGEST_CETT = 0.9  # of a layer, whatever its share of the target
 
 Progress = Callable[[str], AbstractContextManager[Callable[[float], None]]]
 """Given a label, opens a bar of length 1 that the yielded function advances."""
@@ -109,6 +114,7 @@ def calibrate(
             target, layers = config.cett, search.thresholds(config.cett)
             draft.set_thresholds(layers)
         else:
+            search.weigh_layers(draft.load(config.threads))
             target, layers = _meet_budget(search, draft, windows, dense[0], config)
         sparse_engine = draft.load(config.threads)
         with progress("perplexity of the sparse model") as advance:
@@ -223,8 +229,20 @@ class _Search:
         self._layers = engine.info.num_hidden_layers
         self._splits: list[Sequence[float]] = [TWO_STAGES if config.stages == 2 else ONE_STAGE] * self._layers
         memory = default_memory_bytes() if config.memory_bytes is None else config.memory_bytes
-        self._captures = Captures(engine, windows.arrays(), memory_bytes=memory)
+        self._windows = windows.arrays()
+        self._captures = Captures(engine, self._windows, memory_bytes=memory)
         self._progress = progress
+        self._relative_targets = np.ones(self._layers)
+
+    def weigh_layers(self, engine: _native.Model) -> None:
+        """From here on, layers get shares of the target by what their errors do to the predictions."""
+        tried = self.thresholds(_WEIGHED_AT)
+        with self._progress("what each layer's error costs") as advance:
+            divergences = layer_divergences(engine, self._windows[0], self._captures, tried, advance)
+        errors = np.array([layer.cett for layer in tried])
+        self._relative_targets = relative_targets(divergences, errors)
+        for layer, relative in enumerate(self._relative_targets):
+            logger.info("blk.%d: KL %.5f, %.2f of the CETT target", layer, divergences[layer], relative)
 
     def thresholds(self, target: float) -> list[LayerThresholds]:
         found = []
@@ -236,7 +254,7 @@ class _Search:
                             gate,
                             up,
                             down_t(self._source, layer),
-                            target,
+                            min(target * float(self._relative_targets[layer]), _LARGEST_CETT),
                             splits=self._splits[layer],
                             row_bytes=self._row_bytes,
                         )
