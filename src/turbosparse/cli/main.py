@@ -59,6 +59,10 @@ VERBS: dict[str, tuple[str, str]] = {
         "turbosparse.cli.measure",
         "measure sparsity of every kind and what it costs; write a report",
     ),
+    "study": (
+        "turbosparse.cli.study",
+        "compare rules, activations, scales or swaps by one recipe; write a report",
+    ),
     "perplexity": ("turbosparse.cli.perplexity", "measure how well a model predicts a text"),
     "eval": ("turbosparse.cli.eval", "ask it the questions of lm-evaluation-harness"),
     "bench": ("turbosparse.cli.bench", "measure speed: tokens, bytes and bandwidth per mode"),

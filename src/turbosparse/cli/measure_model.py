@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from turbosparse.measure.config import MeasureConfig
     from turbosparse.measure.source import Source
 
-__all__ = ["brief", "measured", "show"]
+__all__ = ["brief", "measured", "open_source", "run_record", "show"]
 
 
 def measured(name: str, folder: Path, args: argparse.Namespace, config: "MeasureConfig") -> dict[str, Any]:
@@ -57,7 +57,7 @@ def measured(name: str, folder: Path, args: argparse.Namespace, config: "Measure
     path = args.text or HELD_OUT
     text = read_text(path)
     started = time.monotonic()
-    source = _open(name, args)
+    source = open_source(name, scratch=args.output, threads=args.threads, device=args.device)
     try:
         record = measure(source, text, config, _bar)
         if args.predict_layers:
@@ -65,14 +65,8 @@ def measured(name: str, folder: Path, args: argparse.Namespace, config: "Measure
     finally:
         source.close()
     record["text"]["name"] = path.name
-    record["run"] = {
-        "command": args.command,
-        "finished_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "seconds": time.monotonic() - started,
-        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-        "versions": _versions(source.description["kind"]),
-        "machine": describe_machine(),
-    }
+    seconds = time.monotonic() - started
+    record["run"] = run_record(args.command, seconds, torch="torch" in source.description["kind"])
     record = plain(record)
     write_numbers(record, folder)
     return record
@@ -114,12 +108,67 @@ def _bar(label: str) -> AbstractContextManager[Callable[[float], None]]:
     return progress(1.0, label)
 
 
-def _open(name: str, args: argparse.Namespace) -> "Source":
+def run_record(command: str, seconds: float, *, torch: bool) -> dict[str, Any]:
+    """Say how a report came about.
+
+    Parameters
+    ----------
+    command : str
+        As it was typed.
+    seconds : float
+        How long it took.
+    torch : bool
+        Whether torch ran the model.
+
+    Returns
+    -------
+    dict
+        As `turbosparse.measure.page.Provenance` has it.
+    """
+    packages = ["numpy", "matplotlib"] + (["torch", "transformers"] if torch else [])
+    return {
+        "command": command,
+        "finished_at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "seconds": seconds,
+        "peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "versions": {
+            "turbosparse": __version__,
+            "python": platform.python_version(),
+            **{package: importlib.metadata.version(package) for package in packages},
+        },
+        "machine": describe_machine(),
+    }
+
+
+def open_source(name: str, *, scratch: Path, threads: int, device: str) -> "Source":
+    """Open a model in the column that can run it.
+
+    Parameters
+    ----------
+    name : str
+        Model file, or Hugging Face directory or id.
+    scratch : Path
+        Directory for what a model file needs beside it.
+    threads : int
+        0 means physical cores, at most 8.
+    device : str
+        Where torch runs.
+
+    Returns
+    -------
+    Source
+        To be closed.
+
+    Raises
+    ------
+    ModelFileError
+        If there is no such model.
+    """
     path = Path(name)
     if path.is_file():
         from turbosparse.runtime.measured_file import MeasuredFile
 
-        return MeasuredFile(path, scratch=args.output, threads=args.threads)
+        return MeasuredFile(path, scratch=scratch, threads=threads)
     check_model_name(name)
     if path.is_dir() and not (path / "config.json").exists():
         raise ModelFileError(
@@ -132,18 +181,9 @@ def _open(name: str, args: argparse.Namespace) -> "Source":
 
     disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    return open_hugging_face(name, device=args.device)
-
-
-def _versions(kind: str) -> dict[str, str]:
-    packages = ["numpy", "matplotlib"] + (["torch", "transformers"] if "torch" in kind else [])
-    return {
-        "turbosparse": __version__,
-        "python": platform.python_version(),
-        **{package: importlib.metadata.version(package) for package in packages},
-    }
+    if threads:
+        torch.set_num_threads(threads)
+    return open_hugging_face(name, device=device)
 
 
 def _predictability(

@@ -62,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         0 done, 130 stopped by a signal with a checkpoint written.
     """
     recipe = _recipe(args)
-    check_model_name(recipe.model)
+    if recipe.fresh is None:
+        check_model_name(recipe.model)
     if args.dry_run:
         _print_estimate(recipe)
         return 0
@@ -103,7 +104,9 @@ def _recipe(args: argparse.Namespace) -> "Recipe":
 def _print_estimate(recipe: "Recipe") -> None:
     from turbosparse.cli.console import console
     from turbosparse.sparsify.estimate import estimate_run, measure_flops
+    from turbosparse.sparsify.fresh_model import start_fresh
 
+    recipe = start_fresh(recipe)
     flops = measure_flops(bf16=recipe.precision != "fp32")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     out = console()

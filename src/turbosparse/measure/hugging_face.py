@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from turbosparse.errors import ConfigError, TokenizerError
 from turbosparse.measure.source import Watcher
-from turbosparse.models.gated_ffn import GatedExperts, GatedFFN, gated_ffns, replace_ffns
+from turbosparse.models.gated_ffn import GatedExperts, GatedFFN, PlainFFN, gated_ffns, replace_ffns
 from turbosparse.models.registry import activation_of, load_model
 from turbosparse.sparsity.selection import Selection
 
@@ -75,7 +75,7 @@ class HuggingFaceModel:
     Parameters
     ----------
     model : PreTrainedModel
-        With gated FFNs; they are replaced by `GatedFFN` modules that compute the same.
+        Its FFNs are replaced by `GatedFFN` modules that compute the same.
     tokenizer : PreTrainedTokenizer
         Of the model.
     name : str
@@ -85,6 +85,8 @@ class HuggingFaceModel:
     ----------
     model : PreTrainedModel
         The model itself.
+    tokenizer : PreTrainedTokenizer
+        Of the model.
 
     Raises
     ------
@@ -94,7 +96,7 @@ class HuggingFaceModel:
 
     def __init__(self, model: Any, tokenizer: Any, *, name: str) -> None:
         self.model = model.eval()
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._name = name
         if not gated_ffns(model):
             replace_ffns(model, activation_of(model), activation_of(model))
@@ -148,6 +150,7 @@ class HuggingFaceModel:
             "kind": "Hugging Face model, torch",
             "architecture": str(config.model_type),
             "activation": str(activation_of(self.model)),
+            "gated": not any(isinstance(ffn, PlainFFN) for ffn in self._ffns.values()),
             "hidden_size": config.hidden_size,
             "intermediate_size": max(unit.neurons for unit in self.units),
             "num_hidden_layers": config.num_hidden_layers,
@@ -176,8 +179,8 @@ class HuggingFaceModel:
         int or None
             Where the tokenizer puts one before every text.
         """
-        bos = self._tokenizer.bos_token_id
-        return bos if bos is not None and self._tokenizer("a").input_ids[:1] == [bos] else None
+        bos = self.tokenizer.bos_token_id
+        return bos if bos is not None and self.tokenizer("a").input_ids[:1] == [bos] else None
 
     def text_ids(self, text: str) -> list[int]:
         """Turn a text into tokens.
@@ -192,7 +195,7 @@ class HuggingFaceModel:
         list of int
             Token ids.
         """
-        return list(self._tokenizer(text, verbose=False).input_ids)
+        return list(self.tokenizer(text, verbose=False).input_ids)
 
     def experts(self, layer: int) -> int:
         """Count the experts of a layer.
@@ -280,6 +283,18 @@ class HuggingFaceModel:
         for begin in range(first, len(window) - 1, _PIECE):
             end = min(begin + _PIECE, len(window) - 1)
             yield _array(logits[begin - first : end - first]), window[begin + 1 : end + 1]
+
+    @contextmanager
+    def thinned(self, selection: Selection | None) -> Iterator[None]:
+        """Leave neurons out of whatever the model computes within this block.
+
+        Parameters
+        ----------
+        selection : Selection or None
+            Neurons to compute; all if None.
+        """
+        with self._probes(None, selection):
+            yield
 
     def close(self) -> None:
         """Do nothing: there is nothing to remove."""

@@ -22,7 +22,7 @@ from turbosparse.sparsity.quality import cut_windows
 from turbosparse.sparsity.reuse import UNION_SIZES, WINDOWS
 from turbosparse.sparsity.selection import NonZero, PositiveGate, Selection, TopK
 
-__all__ = ["FORMAT_VERSION", "Progress", "measure"]
+__all__ = ["FORMAT_VERSION", "Progress", "measure", "text_windows"]
 
 FORMAT_VERSION = 1
 Progress = Callable[[str], AbstractContextManager[Callable[[float], None]]]
@@ -71,7 +71,7 @@ def measure(
     Costs one dense pass over the text, a part of one for the sample, and a run over the quality tokens per
     point. Memory: the samples, counts per neuron, and dense predictions, each within ``config.memory_bytes``.
     """
-    ids, windows = _windows(source, text, config)
+    ids, windows = text_windows(source, text, config)
     notes: list[str] = []
     with progress("sampling activations") as advance:
         search = take_sample(source, windows, config)
@@ -118,7 +118,30 @@ def measure(
     }
 
 
-def _windows(source: Source, text: str, config: MeasureConfig) -> tuple[list[int], list[NDArray[np.int32]]]:
+def text_windows(
+    source: Source, text: str, config: MeasureConfig
+) -> tuple[list[int], list[NDArray[np.int32]]]:
+    """Cut a text into windows of tokens.
+
+    Parameters
+    ----------
+    source : Source
+        Whose tokenizer and context.
+    text : str
+        Any text.
+    config : MeasureConfig
+        Its ``tokens`` and ``context``.
+
+    Returns
+    -------
+    list of int, list of int32 arrays
+        All tokens of the text, and the windows.
+
+    Raises
+    ------
+    TextError
+        When the text has fewer tokens than a window.
+    """
     if not text.strip():
         raise TextError("[text] expected text, got nothing but white space")
     ids = source.text_ids(text)

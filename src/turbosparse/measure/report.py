@@ -36,8 +36,8 @@ def plain(record: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def write_numbers(record: dict[str, Any], folder: Path) -> None:
-    """Write the numbers of a measurement.
+def write_numbers(record: dict[str, Any], folder: Path, *, name: str = NUMBERS) -> None:
+    """Write the numbers of a measurement or of a study.
 
     Parameters
     ----------
@@ -45,11 +45,13 @@ def write_numbers(record: dict[str, Any], folder: Path) -> None:
         As `plain` made it.
     folder : Path
         Made if it is not there.
+    name : str
+        File name; the table in Parquet has the same with another suffix.
     """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / NUMBERS).write_text(text + "\n", encoding="utf-8")
-    write_parquet([record], (folder / NUMBERS).with_suffix(".parquet"))
+    (folder / name).write_text(text + "\n", encoding="utf-8")
+    write_parquet([record], (folder / name).with_suffix(".parquet"))
 
 
 def read_measurement(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,6 @@
-"""Gated FFN modules with an activation of choice, put in place of those of a built Hugging Face model.
+"""FFN modules with an activation of choice, put in place of those of a built Hugging Face model.
+
+A plain FFN is a gated one whose up projection is 1: what holds for gates holds for its only projection.
 
 The modules adopt the projections of the module they replace under the same names, so that a state dict is the
 same before and after. A *probe* may look at the input, the intermediate state and the output of each call;
@@ -16,7 +18,16 @@ from torch.nn import functional
 from turbosparse.errors import ConfigError
 from turbosparse.models.activations import Activation
 
-__all__ = ["FFNProbe", "GatedExperts", "GatedFFN", "gated_ffns", "is_gated_ffn", "replace_ffns"]
+__all__ = [
+    "FFNProbe",
+    "GatedExperts",
+    "GatedFFN",
+    "PlainFFN",
+    "gated_ffns",
+    "is_gated_ffn",
+    "is_plain_ffn",
+    "replace_ffns",
+]
 
 
 class FFNProbe(Protocol):
@@ -145,6 +156,41 @@ class GatedFFN(_ActivatedFFN):
             What is added to the residual.
         """
         return self.down_proj(self._activate(*self.project(x)))
+
+
+class PlainFFN(GatedFFN):
+    """``down_proj(activation(up_proj(x)))``: the gate is what the model calls up, and up is 1.
+
+    Parameters
+    ----------
+    source : nn.Module
+        The module to replace; its projections are adopted, not copied.
+    activation : Activation
+        What to compute.
+    original : Activation
+        What the model computed before, for blending.
+    """
+
+    def __init__(self, source: nn.Module, activation: Activation, original: Activation) -> None:
+        _ActivatedFFN.__init__(self, activation, original)
+        self.up_proj = source.up_proj
+        self.down_proj = source.down_proj
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the projection of `x` in the place of the gate, and ones for up, each [..., F].
+
+        Parameters
+        ----------
+        x : Tensor of shape [..., D]
+            Post-norm hidden state.
+
+        Returns
+        -------
+        gate, up : Tensor of shape [..., F]
+            The projection, before the activation, and ones that take no memory.
+        """
+        projected = self.up_proj(x)
+        return projected, projected.new_ones(()).expand_as(projected)
 
 
 class GatedExperts(_ActivatedFFN):
@@ -276,15 +322,34 @@ def is_gated_ffn(module: nn.Module) -> bool:
     bool
         Judged by the projections it has.
     """
-    if not (hasattr(module, "act_fn") or hasattr(module, "activation_fn")) or not hasattr(
-        module, "down_proj"
-    ):
-        return False
-    return hasattr(module, "gate_up_proj") or (hasattr(module, "gate_proj") and hasattr(module, "up_proj"))
+    return _has_activation(module) and (
+        hasattr(module, "gate_up_proj") or (hasattr(module, "gate_proj") and hasattr(module, "up_proj"))
+    )
+
+
+def is_plain_ffn(module: nn.Module) -> bool:
+    """Whether a module of a Hugging Face model is an FFN of two projections with an activation between.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Any module.
+
+    Returns
+    -------
+    bool
+        Judged by the projections it has.
+    """
+    return _has_activation(module) and hasattr(module, "up_proj") and not is_gated_ffn(module)
+
+
+def _has_activation(module: nn.Module) -> bool:
+    has_function = hasattr(module, "act_fn") or hasattr(module, "activation_fn")
+    return has_function and hasattr(module, "down_proj")
 
 
 def replace_ffns(model: nn.Module, activation: Activation, original: Activation) -> int:
-    """Put `GatedFFN` and `GatedExperts` in place of every gated FFN of a model, adopting its weights.
+    """Put `GatedFFN`, `PlainFFN` and `GatedExperts` in place of every FFN of a model, adopting its weights.
 
     Parameters
     ----------
@@ -303,22 +368,31 @@ def replace_ffns(model: nn.Module, activation: Activation, original: Activation)
     Raises
     ------
     ConfigError
-        If the model has no gated FFN.
+        If the model has no FFN of a known kind.
     """
     replaced = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, _ActivatedFFN) or not is_gated_ffn(child):
+            kind = None if isinstance(child, _ActivatedFFN) else _kind(child)
+            if kind is None:
                 continue
-            kind = GatedExperts if isinstance(child.down_proj, nn.Parameter) else GatedFFN
             setattr(parent, name, kind(child, activation, original).train(child.training))
             replaced += 1
     if not replaced:
         raise ConfigError(
-            f"[{type(model).__name__}] expected a model with gated FFNs (gate_proj, up_proj and "
-            "down_proj, or a fused gate_up_proj), got none"
+            f"[{type(model).__name__}] expected a model with FFNs of gate_proj, up_proj and down_proj, a "
+            "fused gate_up_proj, or up_proj and down_proj alone, got none"
         )
     return replaced
+
+
+def _kind(module: nn.Module) -> type[GatedFFN | GatedExperts] | None:
+    """What takes the place of a module."""
+    if is_plain_ffn(module):
+        return PlainFFN
+    if not is_gated_ffn(module):
+        return None
+    return GatedExperts if isinstance(module.down_proj, nn.Parameter) else GatedFFN
 
 
 def gated_ffns(model: nn.Module) -> dict[str, "GatedFFN | GatedExperts"]:

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from turbosparse.errors import ConfigError
 from turbosparse.models.activations import Activation
-from turbosparse.models.gated_ffn import GatedExperts, GatedFFN, gated_ffns
+from turbosparse.models.gated_ffn import GatedExperts, GatedFFN, PlainFFN, gated_ffns
 
 __all__ = ["BYTES_PER_WEIGHT", "FFNLayer", "Neurons", "RowBytes", "layers_of"]
 
@@ -39,9 +39,9 @@ class FFNLayer:
     """The weights of one dense FFN or one expert, in float32."""
 
     gate: Tensor
-    """[F, D]"""
-    up: Tensor
-    """[F, D]"""
+    """[F, D]; of a plain FFN its only projection."""
+    up: Tensor | None
+    """[F, D]; None in a plain FFN."""
     down: Tensor
     """[D, F]"""
     activation: Activation
@@ -63,7 +63,9 @@ class FFNLayer:
         Neurons
             Whose up is needed, and the activations.
         """
-        f, g = self.activation.factors(functional.linear(x, self.gate), functional.linear(x, self.up))
+        gate = functional.linear(x, self.gate)
+        up = torch.ones_like(gate) if self.up is None else functional.linear(x, self.up)
+        f, g = self.activation.factors(gate, up)
         activations = f * g
         if self.thresholds is not None:
             passed = (f != 0) & (f.abs() >= self.thresholds[0])
@@ -108,11 +110,13 @@ def layers_of(model: Any, weight_type: str) -> dict[str, FFNLayer]:
         else:
             layers[name] = _layer(ffn, *_gate_and_up(ffn), ffn.down_proj.weight, weight_type)
     if not layers:
-        raise ConfigError(f"[{type(model).__name__}] expected a model with gated FFNs, got none")
+        raise ConfigError(f"[{type(model).__name__}] expected a model with FFNs, got none")
     return layers
 
 
-def _gate_and_up(ffn: GatedFFN) -> tuple[Tensor, Tensor]:
+def _gate_and_up(ffn: GatedFFN) -> tuple[Tensor, Tensor | None]:
+    if isinstance(ffn, PlainFFN):
+        return ffn.up_proj.weight, None
     if ffn.fused:
         gate, up = ffn.gate_up_proj.weight.chunk(2)
         return gate, up
@@ -120,13 +124,13 @@ def _gate_and_up(ffn: GatedFFN) -> tuple[Tensor, Tensor]:
 
 
 def _layer(
-    ffn: GatedFFN | GatedExperts, gate: Tensor, up: Tensor, down: Tensor, weight_type: str
+    ffn: GatedFFN | GatedExperts, gate: Tensor, up: Tensor | None, down: Tensor, weight_type: str
 ) -> FFNLayer:
     row = gate.shape[1] * BYTES_PER_WEIGHT[weight_type]
     return FFNLayer(
         gate=gate.detach().float(),
-        up=up.detach().float(),
+        up=None if up is None else up.detach().float(),
         down=down.detach().float(),
         activation=ffn.activation,
-        row_bytes=RowBytes(row, row, row),
+        row_bytes=RowBytes(row, 0.0 if up is None else row, row),
     )

@@ -104,7 +104,8 @@ class SignBitPredictor:
     """
 
     def __init__(self, layer: FFNLayer) -> None:
-        matrices = [layer.gate, layer.up] if layer.activation.name == "drelu" else [layer.gate]
+        both = layer.up is not None and layer.activation.name == "drelu"
+        matrices = [matrix for matrix in (layer.gate, layer.up if both else None) if matrix is not None]
         self._signs = [torch.where(matrix > 0, 1.0, -1.0) for matrix in matrices]
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -144,14 +145,17 @@ class WeightCopyPredictor:
         self._bits = bits
         self._activation = layer.activation
         self._norms = layer.down.norm(dim=0)
-        self._gate, self._up = (
-            weight if bits is None else _quantised(weight, bits) for weight in (layer.gate, layer.up)
-        )
+        self._copies = [
+            weight if bits is None else _quantised(weight, bits)
+            for weight in (layer.gate, layer.up)
+            if weight is not None
+        ]
         self._group = math.gcd(layer.gate.shape[1], _GROUP)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the norm of each neuron's output; below 0, how far a silent neuron is from firing."""
-        gate, up = functional.linear(x, self._gate), functional.linear(x, self._up)
+        gate, *rest = (functional.linear(x, weight) for weight in self._copies)
+        up = rest[0] if rest else torch.ones_like(gate)
         f, g = self._activation.factors(gate, up)
         size = (f * g).abs()
         if self._activation.is_sparse:
@@ -160,7 +164,7 @@ class WeightCopyPredictor:
         return size * self._norms
 
     def read_bytes(self, weight_type: str) -> float:
-        """Return the bytes of both copies, whatever the type; 0 for the oracle.
+        """Return the bytes of the copies, whatever the type; 0 for the oracle.
 
         Parameters
         ----------
@@ -174,7 +178,7 @@ class WeightCopyPredictor:
         """
         if self._bits is None:
             return 0
-        return 2 * self._gate.numel() * (self._bits + 16 / self._group) / 8
+        return sum(copy.numel() for copy in self._copies) * (self._bits + 16 / self._group) / 8
 
 
 def _quantised(weight: Tensor, bits: int) -> Tensor:

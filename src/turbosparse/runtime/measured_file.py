@@ -104,6 +104,7 @@ class MeasuredFile:
             "kind": "model file, engine",
             "architecture": info.architecture,
             "activation": info.activation,
+            "gated": True,
             "hidden_size": info.hidden_size,
             "intermediate_size": info.intermediate_size,
             "num_hidden_layers": info.num_hidden_layers,

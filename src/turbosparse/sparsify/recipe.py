@@ -10,6 +10,7 @@ from turbosparse.config import apply_setting, fill, read_toml
 from turbosparse.data.config import DataConfig
 from turbosparse.errors import ConfigError
 from turbosparse.models.activations import parse_activation
+from turbosparse.sparsify.fresh_model import FreshModel
 
 __all__ = [
     "LossWeights",
@@ -187,8 +188,8 @@ class StageConfig:
 class Recipe:
     """A whole run: model, activation, data and stages."""
 
-    model: str
-    """Hugging Face directory or id of the model to start from."""
+    model: str = ""
+    """Hugging Face directory or id of the model to start from; empty where ``fresh`` is given."""
     output: str
     """Directory of the run."""
     activation: str = "drelu"
@@ -201,6 +202,8 @@ class Recipe:
     """At least one, run in order."""
     from_scratch: bool = False
     """Start from random weights of the model's configuration instead of its own."""
+    fresh: FreshModel | None = None
+    """Start from random weights of this shape, with a tokenizer trained on the data where none is named."""
     initial_fit_tokens: int = 16_384
     """Before training, choose which halves of neurons a swap to dReLU keeps, and refit down projections to
     the original outputs by least squares, on so many tokens in one pass; 0 leaves the weights as they are."""
@@ -227,7 +230,10 @@ class Recipe:
     """Shard parameters, gradients and optimizer over the processes (FSDP2)."""
 
     def __post_init__(self) -> None:
-        _check(bool(self.model), "model", "a directory or model id", self.model)
+        if self.fresh is None:
+            _check(bool(self.model), "model", "a directory or model id", self.model)
+        else:
+            _check(not self.model, "model", "none beside [fresh]", self.model)
         _check(bool(self.output), "output", "a directory", self.output)
         parse_activation(self.activation)
         _check(self.initial_fit_tokens >= 0, "initial_fit_tokens", "at least 0", self.initial_fit_tokens)

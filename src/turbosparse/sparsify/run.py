@@ -8,6 +8,7 @@ import torch
 
 from turbosparse.errors import ConfigError
 from turbosparse.sparsify.checkpoints import read_identity
+from turbosparse.sparsify.fresh_model import start_fresh
 from turbosparse.sparsify.host_memory import keep_freed_memory
 from turbosparse.sparsify.recipe import Recipe, StageConfig
 from turbosparse.sparsify.sharding import set_up_single_process
@@ -61,6 +62,7 @@ def run_recipe(recipe: Recipe, *, control: bool = False, from_checkpoint: Path |
         torch.set_num_threads(recipe.threads)
     output = Path(recipe.output)
     output.mkdir(parents=True, exist_ok=True)
+    recipe = start_fresh(recipe)
     stages = list(recipe.stages)
     if from_checkpoint is not None:
         stages = _stages_from(stages, from_checkpoint)

@@ -210,17 +210,17 @@ class Stage:
                 replace_ffns(model, activation_of(model), activation_of(model))
             return model
         if recipe.from_scratch:
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(recipe.model), dtype=torch.float32
-            )
+            config = AutoConfig.from_pretrained(recipe.model)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
             model = load_model(recipe.model, dtype=torch.float32)
-        if self.control:
+        activation = parse_activation(recipe.activation)
+        if self.control or (recipe.from_scratch and activation == activation_of(model)):
             replace_ffns(model, activation_of(model), activation_of(model))
             return model
-        activation = parse_activation(recipe.activation)
         swap_activation(model, activation)
-        if self.checkpoint is None and recipe.initial_fit_tokens and not self.stage.blend_tokens:
+        fit = recipe.initial_fit_tokens and not recipe.from_scratch and not self.stage.blend_tokens
+        if self.checkpoint is None and fit:
             self._fit(model.to(device))
         return model
 

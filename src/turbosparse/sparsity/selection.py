@@ -7,7 +7,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["NonZero", "NormThresholds", "PositiveGate", "Selection", "TopK", "top_k_kept"]
+__all__ = ["GateThresholds", "NonZero", "NormThresholds", "PositiveGate", "Selection", "TopK", "top_k_kept"]
 
 
 class Selection(Protocol):
@@ -74,6 +74,40 @@ class TopK:
     ) -> NDArray[np.bool_]:
         """Keep the largest |a_i|."""
         return top_k_kept(activations, self.share)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GateThresholds:
+    """Neurons whose gate has at least a magnitude, one bound per unit: known before up is computed [1]_.
+
+    References
+    ----------
+    .. [1] Lee et al., "CATS", arXiv:2404.08763.
+    """
+
+    label: str
+    thresholds: Mapping[int, float]
+    """By unit, on abs(f(gate)). Units without one are computed as a whole."""
+
+    def kept(
+        self, unit: int, gate: NDArray[np.float32], activations: NDArray[np.float32]
+    ) -> NDArray[np.bool_]:
+        """Keep those at or above the bound that are not zero.
+
+        Parameters
+        ----------
+        unit : int
+            Index of the FFN or expert.
+        gate, activations : float32, shape (T, F)
+            As in `Selection`.
+
+        Returns
+        -------
+        bool, shape (T, F)
+            Neurons that are computed.
+        """
+        bound = np.float32(self.thresholds.get(unit, 0.0))
+        return np.asarray((np.abs(gate) >= bound) & (gate != 0))
 
 
 @dataclass(frozen=True, kw_only=True)

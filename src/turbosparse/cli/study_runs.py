@@ -1,0 +1,168 @@
+"""What `turbosparse study` runs: models opened in their column, tasks asked, training estimated."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turbosparse.cli.console import progress
+from turbosparse.cli.measure_model import open_source, run_record
+from turbosparse.cli.model_options import check_model_name, read_text
+from turbosparse.errors import ConfigError
+from turbosparse.study.config import FromScratchStudy, RelufyStudy, SweepStudy
+from turbosparse.study.store import Store
+
+if TYPE_CHECKING:
+    from turbosparse.measure.source import Source
+    from turbosparse.sparsity.selection import Selection
+    from turbosparse.study.training import Variant
+
+__all__ = ["estimate", "find", "settings_of"]
+
+StudyConfig = SweepStudy | FromScratchStudy | RelufyStudy
+
+_bar = partial(progress, 1.0)
+
+
+def find(kind: str, config: StudyConfig) -> dict[str, Any]:
+    """Run a study, or what is left of it.
+
+    Parameters
+    ----------
+    kind : str
+        Which study.
+    config : SweepStudy, FromScratchStudy or RelufyStudy
+        Its recipe.
+
+    Returns
+    -------
+    dict
+        What it found.
+    """
+    text = read_text(Path(config.text))
+    return _sweep(kind, config, text) if isinstance(config, SweepStudy) else _train(kind, config, text)
+
+
+def _sweep(kind: str, config: SweepStudy, text: str) -> dict[str, Any]:
+    from turbosparse.study.experts import check_experts
+    from turbosparse.study.trade_off import run_trade_off, sweep_settings
+
+    output = Path(config.output)
+    store = Store(output, kind, sweep_settings(config, text))
+    source = open_source(config.model, scratch=output, threads=config.threads, device=config.device)
+    try:
+        if kind == "experts":
+            check_experts(source)
+        ask = _task_scorer(source, config) if config.tasks else None
+        found = run_trade_off(source, text, config, store, ask=ask, progress=_bar)
+    finally:
+        source.close()
+    found["text"]["name"] = Path(config.text).name
+    return found
+
+
+def _task_scorer(source: "Source", config: SweepStudy) -> Any:
+    from turbosparse.bench.harness_torch import harness_around
+    from turbosparse.bench.tasks import TaskSettings, evaluate
+    from turbosparse.measure.hugging_face import HuggingFaceModel
+
+    if not isinstance(source, HuggingFaceModel):
+        raise ConfigError("[tasks] expected a Hugging Face model, got a model file; see turbosparse eval")
+    settings = TaskSettings(
+        tasks=config.tasks,
+        include_path=Path(config.task_folder) if config.task_folder else None,
+        limit=config.task_limit or None,
+    )
+    harness = harness_around(source.model, source.tokenizer)
+
+    def ask(selection: "Selection | None") -> Sequence[Mapping[str, Any]]:
+        with source.thinned(selection):
+            return [dataclasses.asdict(score) for score in evaluate(harness, settings)]
+
+    return ask
+
+
+def _train(kind: str, config: FromScratchStudy | RelufyStudy, text: str) -> dict[str, Any]:
+    from transformers.utils.logging import disable_progress_bar
+
+    from turbosparse.study.training import run_variants, training_settings
+
+    disable_progress_bar()
+    store = Store(Path(config.output), kind, training_settings(config, text))
+    found = run_variants(
+        _variants(config), text, store, config.measure, predict_layers=config.predict_layers, progress=_bar
+    )
+    baseline = config.baseline if isinstance(config, FromScratchStudy) else "control"
+    name = Path(config.model).name if isinstance(config, RelufyStudy) else "fresh models"
+    shown = found["runs"][0]["text"] | {"name": Path(config.text).name}
+    return {"model": {"name": name}, "text": shown, "baseline": baseline, **found}
+
+
+def _variants(config: FromScratchStudy | RelufyStudy) -> "list[Variant]":
+    from turbosparse.study.training import from_scratch_variants, relufied_variants
+
+    output = Path(config.output)
+    if isinstance(config, RelufyStudy):
+        check_model_name(config.model)
+        return relufied_variants(config, output)
+    return from_scratch_variants(config, output)
+
+
+def estimate(config: StudyConfig) -> Iterator[str]:
+    """Say what a study would train.
+
+    Parameters
+    ----------
+    config : SweepStudy, FromScratchStudy or RelufyStudy
+        Its recipe.
+
+    Yields
+    ------
+    str
+        Lines: one per run, and the sum.
+    """
+    if isinstance(config, SweepStudy):
+        points = len(config.cett_targets) + len(config.top_k) + len(config.gate_shares) + 2
+        yield f"{points} points of {config.tokens:,} tokens each; nothing is trained"
+        return
+    from turbosparse.sparsify.estimate import estimate_run, measure_flops
+    from turbosparse.sparsify.fresh_model import start_fresh
+
+    flops = measure_flops(bf16=config.precision != "fp32")
+    yield f"measured {flops / 1e9:.0f} GFLOP/s"
+    hours = 0.0
+    for variant in _variants(config):
+        stages = estimate_run(start_fresh(variant.recipe), flops=flops)
+        hours += sum(stage.hours for stage in stages)
+        tokens = sum(stage.tokens for stage in stages)
+        yield f"{variant.name}: {tokens:,} tokens, {sum(stage.hours for stage in stages):.2f} h"
+    yield f"{hours:.1f} h in all at half of that speed; small models reach less"
+
+
+def settings_of(kind: str, config: StudyConfig, command: str, seconds: float) -> dict[str, Any]:
+    """Say how a study came about.
+
+    Parameters
+    ----------
+    kind : str
+        Which study.
+    config : SweepStudy, FromScratchStudy or RelufyStudy
+        Its recipe.
+    command : str
+        As it was typed.
+    seconds : float
+        That this call took.
+
+    Returns
+    -------
+    dict
+        The head of its record.
+    """
+    torch = not (isinstance(config, SweepStudy) and Path(config.model).is_file())
+    return {
+        "format_version": 1,
+        "study": kind,
+        "config": dataclasses.asdict(config),
+        "run": run_record(command, seconds, torch=torch),
+    }

@@ -1,0 +1,3 @@
+"""Studies: many measurements by one recipe, resumable, with a report."""
+
+NUMBERS = "study.json"

@@ -1,0 +1,92 @@
+"""What a study has finished, on disk: one file per result, so that an interrupted study goes on."""
+
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from turbosparse.errors import ConfigError
+from turbosparse.measure.report import plain
+
+__all__ = ["Store"]
+
+logger = logging.getLogger(__name__)
+
+_BEGUN = "begun.json"
+
+
+class Store:
+    """Results of one study.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the study; made if it is not there.
+    kind : str
+        Which study.
+    settings : mapping
+        What results depend on, ready for JSON: a study goes on only with the settings it began with.
+
+    Raises
+    ------
+    ConfigError
+        When the folder holds another study, or one with other settings; the message names the first.
+    """
+
+    def __init__(self, folder: Path, kind: str, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self._results = folder / "results"
+        self._results.mkdir(parents=True, exist_ok=True)
+        begun = folder / _BEGUN
+        wanted = plain({"study": kind, "settings": dict(settings)})
+        if not begun.exists():
+            _write(begun, wanted)
+        found = json.loads(begun.read_text(encoding="utf-8"))
+        if found["study"] != kind:
+            raise ConfigError(f"[{folder}] expected the study {kind} or nothing there, got {found['study']}")
+        for name, value in wanted["settings"].items():
+            if found["settings"].get(name) != value:
+                raise ConfigError(
+                    f"[{folder}] expected the {name} that this study began with, "
+                    f"{_short(found['settings'].get(name))}, got {_short(value)}; give another output"
+                )
+
+    def result(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Read a result, or compute and keep it.
+
+        Parameters
+        ----------
+        name : str
+            Unique in the study.
+        compute : callable
+            Makes the result, ready for JSON but for NaN.
+
+        Returns
+        -------
+        dict
+            With ``seconds`` that it took.
+        """
+        path = self._results / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.json"
+        if path.exists():
+            logger.info("[%s] is there already", name)
+        else:
+            started = time.monotonic()
+            value = compute()
+            _write(path, plain(value | {"seconds": time.monotonic() - started}))
+        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return kept
+
+
+def _write(path: Path, value: Mapping[str, Any]) -> None:
+    """A file with this name is whole."""
+    staging = path.with_suffix(".incomplete")
+    staging.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    staging.replace(path)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) < 60 else f"{text[:57]}..."
