@@ -9,8 +9,8 @@
   turbosparse study trade-off model.gguf --text book.txt -o studies/model
   turbosparse study activations --recipe examples/study_activations_small.toml -o studies/activations
 
-The first two need no recipe; every field of one can be set by --set FIELD=VALUE. The same command goes on with
-an interrupted study.
+The first two need no recipe; any field of a recipe can be set by --set FIELD=VALUE. The same command goes on
+with an interrupted study.
 """
 
 import argparse

@@ -78,7 +78,8 @@ def write_study(record: dict[str, Any], folder: Path) -> Path:
             Provenance(
                 name=record["model"]["name"],
                 run=record["run"],
-                note=f"Text {text['name']}, SHA-256 {text['sha256']}. Settings: {settings}; all of them in {NUMBERS}.",
+                note=f"Text {text['name']}, SHA-256 {text['sha256']}. Settings: {settings}; all of them in "
+                f"{NUMBERS}.",
             )
         ],
     )
