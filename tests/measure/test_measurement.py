@@ -22,6 +22,7 @@ from turbosparse.runtime.measured_file import MeasuredFile
 from turbosparse.sparsity.hotness import batch_union, carrying_share
 from turbosparse.sparsity.quality import cut_windows
 from turbosparse.sparsity.reuse import reuse
+from turbosparse.sparsity.selection import TopK
 
 CONFIG = MeasureConfig(
     tokens=512, context=64, quality_tokens=128, sample_tokens=128, ppl_budgets=(0.2,), pair_neurons=16
@@ -69,11 +70,35 @@ def test_engine_and_torch_agree(tmp_path: Path, activation: str) -> None:
             and not (math.isnan(value) and math.isnan(expected[name]))
         }
         assert off == {}
-    for got_point, point in zip(ours["quality"], theirs["quality"], strict=False):
+    for got_point, point in zip(ours["quality"], theirs["quality"], strict=True):
         assert got_point["label"] == point["label"]
-        for name in ("perplexity", "dense_perplexity"):
-            assert got_point[name] == pytest.approx(point[name], rel=1e-3)
-        assert got_point["mean_kl"] == pytest.approx(point["mean_kl"], rel=0.02, abs=1e-4)
+        assert got_point["dense_perplexity"] == pytest.approx(point["dense_perplexity"], rel=1e-3)
+        # what is not a threshold, the engine chooses by the activations of the model computed whole
+        near, relative = (1e-3, 0.02) if point["kind"].startswith("cett") else (0.2, 0.2)
+        assert got_point["perplexity"] == pytest.approx(point["perplexity"], rel=near)
+        assert got_point["mean_kl"] == pytest.approx(point["mean_kl"], rel=relative, abs=1e-4)
+
+
+def test_engine_and_torch_agree_on_the_same_choice(tmp_path: Path) -> None:
+    twin = make_twins(tmp_path / "tiny.gguf", "silu")
+    file = MeasuredFile(tmp_path / "tiny.gguf", scratch=tmp_path, threads=1)
+    [window] = cut_windows(twin.text_ids(TEXT)[:64], 64, None)
+    rule = TopK(share=0.25)
+    seen = Kept(len(twin.units))
+    twin.capture(window, seen)
+
+    class Replayed:
+        label = "the choice of the dense pass"
+
+        def kept(self, unit: int, gate: NDArray[np.float32], activations: NDArray[np.float32]) -> Any:
+            return rule.kept(unit, gate, np.concatenate(seen.rows[unit]))
+
+    pieces = [list(source.predictions(window, way)) for source, way in ((file, rule), (twin, Replayed()))]
+    ours, theirs = (np.concatenate([logits for logits, _ in part]) for part in pieces)
+    dense = np.concatenate([logits for logits, _ in twin.predictions(window, None)])
+    file.close()
+    error, change = np.linalg.norm(ours - theirs), np.linalg.norm(theirs - dense)
+    assert error < 1e-4 * np.linalg.norm(theirs) < 0.1 * change
 
 
 def test_streaming_equals_the_formulas_on_whole_arrays(tmp_path: Path) -> None:

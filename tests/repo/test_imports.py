@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "turbosparse"
-TRAINING = {"models", "data", "measure", "predict", "sparsify"}
+TRAINING = {"models", "data", "measure", "predict", "sparsify", "study"}
 SERVING = {"runtime", "serve", "_native"}
 FORBIDDEN = {
     **dict.fromkeys(("runtime", "serve", "sparsity", "tokenizer"), TRAINING | {"torch", "transformers"}),

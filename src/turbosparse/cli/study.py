@@ -7,7 +7,7 @@
   relufication  one model swapped to several activations, with the same recovery
 
   turbosparse study trade-off model.gguf --text book.txt -o studies/model
-  turbosparse study activations --recipe examples/study_activations_small.toml -o studies/activations
+  turbosparse study activations --recipe examples/studies/activations_small.toml -o studies/activations
 
 The first two need no recipe; any field of a recipe can be set by --set FIELD=VALUE. The same command goes on
 with an interrupted study.
@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--text", metavar="FILE", help="UTF-8 text to measure on (default: the technical English that ships)")
     add("-o", "--output", metavar="DIR", help="where results and report go")
     add("--set", action="append", default=[], dest="settings", metavar="FIELD=VALUE", help="change a field")
+    add("--train-only", action="store_true", help="train, such as under torchrun; the next call measures")
     add("--dry-run", action="store_true", help="show what would be trained and how long it takes")
     add_json_option(parser)
 
@@ -67,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     import matplotlib as mpl  # before hours of work, not after them
 
     from turbosparse.cli.measure_model import show
-    from turbosparse.cli.study_runs import estimate, find, settings_of
+    from turbosparse.cli.study_runs import estimate, find, settings_of, train
     from turbosparse.measure.report import plain
     from turbosparse.study.report import study_tables, write_study
 
@@ -82,6 +83,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     started = time.monotonic()
     try:
+        if args.train_only:
+            train(config)
+            return 0
         found = find(args.kind, config)
     except KeyboardInterrupt:
         console(stderr=True).print("stopped; finished results are kept, the same command goes on")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from turbosparse.sparsity.selection import Selection
     from turbosparse.study.training import Variant
 
-__all__ = ["estimate", "find", "settings_of"]
+__all__ = ["estimate", "find", "settings_of", "train"]
 
 StudyConfig = SweepStudy | FromScratchStudy | RelufyStudy
 
@@ -91,12 +91,38 @@ def _train(kind: str, config: FromScratchStudy | RelufyStudy, text: str) -> dict
     disable_progress_bar()
     store = Store(Path(config.output), kind, training_settings(config, text))
     found = run_variants(
-        _variants(config), text, store, config.measure, predict_layers=config.predict_layers, progress=_bar
+        _variants(config),
+        text,
+        store,
+        config.measure,
+        predict_layers=config.predict_layers,
+        device=config.device,
+        progress=_bar,
     )
     baseline = config.baseline if isinstance(config, FromScratchStudy) else "control"
     name = Path(config.model).name if isinstance(config, RelufyStudy) else "fresh models"
     shown = found["runs"][0]["text"] | {"name": Path(config.text).name}
     return {"model": {"name": name}, "text": shown, "baseline": baseline, **found}
+
+
+def train(config: StudyConfig) -> None:
+    """Train what a study needs and is not there, without measuring it.
+
+    Parameters
+    ----------
+    config : FromScratchStudy or RelufyStudy
+        Its recipe.
+
+    Raises
+    ------
+    ConfigError
+        If the study trains nothing.
+    """
+    from turbosparse.study.training import train_variants
+
+    if isinstance(config, SweepStudy):
+        raise ConfigError("[--train-only] expected a study that trains, got one that only measures")
+    train_variants(_variants(config))
 
 
 def _variants(config: FromScratchStudy | RelufyStudy) -> "list[Variant]":

@@ -155,6 +155,7 @@ class HuggingFaceModel:
             "intermediate_size": max(unit.neurons for unit in self.units),
             "num_hidden_layers": config.num_hidden_layers,
             "num_experts": max(self._experts.values(), default=0),
+            "experts_per_token": self._experts_per_token() if self._experts else 0,
             "weights": "F32",
             "bytes": sum(p.numel() * p.element_size() for p in self.model.parameters()),
         }

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,13 @@ from turbosparse.runtime.sparse_file import SparseDraft, down_t
 from turbosparse.sparsity.selection import NormThresholds, Selection
 from turbosparse.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from turbosparse._native import Mode
+
 __all__ = ["MeasuredFile"]
 
 _CHUNK_BYTES = 256 << 20  # of captured arrays at once
+_NO_THRESHOLDS = NormThresholds(label="all", eps={}, down_norms={})
 
 
 class _FFNWatcher(Protocol):
@@ -109,6 +113,7 @@ class MeasuredFile:
             "intermediate_size": info.intermediate_size,
             "num_hidden_layers": info.num_hidden_layers,
             "num_experts": 0,
+            "experts_per_token": 0,
             "weights": "/".join(dict.fromkeys(info.ffn_types)),
             "bytes": path.stat().st_size,
         }
@@ -212,9 +217,10 @@ class MeasuredFile:
         Returns
         -------
         bool
-            True for thresholds on norms: the engine has one threshold per neuron.
+            True: what are not thresholds is told the engine as candidates.
         """
-        return isinstance(selection, NormThresholds)
+        del selection
+        return True
 
     def predictions(
         self, window: NDArray[np.int32], selection: Selection | None
@@ -226,15 +232,31 @@ class MeasuredFile:
         window : int32, shape (T,)
             Token ids.
         selection : Selection or None
-            Neurons to compute; all if None. Both run on the draft, so on the same weights.
+            Neurons to compute; all if None. All run on the draft, so on the same weights.
 
         Yields
         ------
         tuple
             Logits, float32 of shape (T, V), and the tokens that follow, int32 of shape (T,).
+
+        Notes
+        -----
+        Thresholds on norms are the engine's own. Any other selection chooses by the activations of the model
+        computed whole, since the engine takes its choice for all layers beforehand; what is left out of one
+        layer does not change the choice of the next.
         """
-        session = self._session_of(self._drafted_model(selection), len(window))
-        yield from second_half(session, window, "dense" if selection is None else "threshold")
+        native = selection is None or isinstance(selection, NormThresholds)
+        candidates = None if native else self._chosen(window, selection)
+        session = self._session_of(self._drafted_model(selection if native else _NO_THRESHOLDS), len(window))
+        mode: Mode = "predicted" if candidates is not None else "dense" if selection is None else "threshold"
+        yield from second_half(session, window, mode, candidates=candidates)
+
+    def _chosen(self, window: NDArray[np.int32], selection: Selection | None) -> NDArray[np.bool_]:
+        """What a selection keeps of the window's dense activations, [layers, T, F]."""
+        assert selection is not None
+        keeper = _Keeper(selection, (len(self.units), len(window), self._info.intermediate_size))
+        self.capture(window, keeper)
+        return keeper.kept
 
     def close(self) -> None:
         """Remove the draft."""
@@ -260,16 +282,37 @@ class MeasuredFile:
             self._drafted = None  # frees the model before the next one is loaded
             if selection is not None:
                 assert isinstance(selection, NormThresholds)
-                self._draft.set_thresholds(_layer_thresholds(selection, self._info.num_hidden_layers))
+                info = self._info
+                self._draft.set_thresholds(
+                    _layer_thresholds(selection, info.num_hidden_layers, info.intermediate_size)
+                )
             self._drafted = selection, self._draft.load(self._threads)
         return self._drafted[1]
 
 
-def _layer_thresholds(selection: NormThresholds, layers: int) -> list[_Thresholds]:
+class _Keeper:
+    """Writes down what a selection keeps."""
+
+    def __init__(self, selection: Selection, shape: tuple[int, int, int]) -> None:
+        self.kept = np.zeros(shape, np.bool_)
+        self._selection = selection
+        self._done = [0] * shape[0]
+
+    def on_ffn(self, unit: int, gate: NDArray[np.float32], up: NDArray[np.float32]) -> None:
+        begin = self._done[unit]
+        self._done[unit] = begin + len(gate)
+        self.kept[unit, begin : self._done[unit]] = self._selection.kept(unit, gate, gate * up)
+
+
+def _layer_thresholds(selection: NormThresholds, layers: int, neurons: int) -> list[_Thresholds]:
     """tau_i = eps / ||W_down[:, i]|| on the activation alone, as the definition of CETT has it."""
     thresholds = []
     for layer in range(layers):
+        if layer not in selection.eps:
+            none = np.zeros(neurons, np.float32)
+            thresholds.append(_Thresholds(gate_threshold=none, threshold=none))
+            continue
         norms = np.maximum(selection.down_norms[layer], 1e-30).astype(np.float64)
-        tau = np.minimum(selection.eps.get(layer, 0.0) / norms, 3e38).astype(np.float32)
+        tau = np.minimum(selection.eps[layer] / norms, 3e38).astype(np.float32)
         thresholds.append(_Thresholds(gate_threshold=np.zeros_like(tau), threshold=tau))
     return thresholds

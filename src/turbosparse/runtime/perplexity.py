@@ -230,7 +230,11 @@ def _window(tokens: int, context: int) -> int:
 
 
 def second_half(
-    session: "Session", window: NDArray[np.int32], mode: "Mode"
+    session: "Session",
+    window: NDArray[np.int32],
+    mode: "Mode",
+    *,
+    candidates: NDArray[np.bool_] | None = None,
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32]]]:
     """Predict the second half of a window, which is what counts.
 
@@ -242,6 +246,8 @@ def second_half(
         Token ids.
     mode : {"dense", "exact", "threshold", "predicted"}
         How the feed-forward layers are computed.
+    candidates : bool, shape (layers, T, F), optional
+        In mode predicted, what takes the place of predictors.
 
     Yields
     ------
@@ -250,7 +256,12 @@ def second_half(
     """
     first = len(window) // 2
     session.truncate(0)
-    session.forward(window[:first], mode=mode, logits="none")
+
+    def given(begin: int, end: int) -> NDArray[np.bool_] | None:
+        return None if candidates is None else np.ascontiguousarray(candidates[:, begin:end])
+
+    session.forward(window[:first], mode=mode, logits="none", candidates=given(0, first))
     for start in range(first, len(window) - 1, _CHUNK):
         end = min(start + _CHUNK, len(window) - 1)
-        yield session.forward(window[start:end], mode=mode, logits="all"), window[start + 1 : end + 1]
+        logits = session.forward(window[start:end], mode=mode, logits="all", candidates=given(start, end))
+        yield logits, window[start + 1 : end + 1]

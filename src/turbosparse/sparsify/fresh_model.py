@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -19,7 +19,7 @@ from turbosparse.models.activations import Activation, parse_activation
 if TYPE_CHECKING:
     from turbosparse.sparsify.recipe import Recipe
 
-__all__ = ["FreshModel", "start_fresh", "train_tokenizer"]
+__all__ = ["FreshModel", "start_fresh", "train_tokenizer", "write_once"]
 
 _LOG = logging.getLogger(__name__)
 _START = "start"
@@ -98,19 +98,32 @@ def start_fresh(recipe: "Recipe") -> "Recipe":
         raise ConfigError(f"[fresh.context_length] expected at least {longest}, got {shape.context_length}")
     start = Path(recipe.output) / _START
     if not start.is_dir():
-        start.parent.mkdir(parents=True, exist_ok=True)
-        # Every process may come here at once: each writes its own copy, and the first one gets the name.
-        staging = start.with_name(f".{_START}-{os.getpid()}")
-        staging.mkdir()
-        try:
-            _write_start(staging, shape, parse_activation(recipe.activation), recipe.data)
-            staging.rename(start)
-        except OSError:
-            if not start.is_dir():
-                raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        activation = parse_activation(recipe.activation)
+        write_once(start, lambda staging: _write_start(staging, shape, activation, recipe.data))
     return dataclasses.replace(recipe, model=str(start), fresh=None, from_scratch=True)
+
+
+def write_once(folder: Path, write: Callable[[Path], object]) -> None:
+    """Fill a folder that other processes may be filling too.
+
+    Parameters
+    ----------
+    folder : Path
+        Of the same contents, whoever writes it; whole as soon as it has its name.
+    write : callable
+        Fills the folder it is given.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".{folder.name}-{os.getpid()}")
+    staging.mkdir()
+    try:
+        write(staging)
+        staging.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _write_start(folder: Path, shape: FreshModel, activation: Activation, data: DataConfig) -> None:

@@ -117,6 +117,10 @@ class _TrainingStudy:
     """As in a recipe of `turbosparse sparsify`."""
     threads: int = 0
     """CPU threads; 0 leaves torch's default."""
+    device: str = "cpu"
+    """Where trained models are measured; training takes what torch has."""
+    fsdp: bool = False
+    """Shard training over the processes of torchrun."""
     evaluate_tokens: int = 100_000
     """Tokens between evaluations during training."""
     evaluation_sequences: int = 16

@@ -10,7 +10,7 @@ from typing import Any
 from turbosparse.errors import ConfigError
 from turbosparse.measure.plots import Figures, as_floats, line_style, percent_axis
 from turbosparse.measure.source import Source
-from turbosparse.measure.summary import Cell, Table, uncertain
+from turbosparse.measure.summary import Cell, Table
 from turbosparse.study.trade_off import FIGURES as TRADE_OFF_FIGURES
 
 __all__ = ["FIGURES", "check_experts", "expert_tables"]
@@ -63,20 +63,19 @@ def expert_tables(record: Mapping[str, Any]) -> list[Table]:
     list of Table
         One, with the least and the largest error of a layer's experts.
     """
-    shares = _shares(record)
+    model, shares = record["model"], _shares(record)
     rows: dict[int, list[Cell]] = {}
     for share in shares:
         for layer, errors in zip(*_by_layer(record, share), strict=True):
             mean = sum(errors) / len(errors)
             text = f"{mean:.3f} ({min(errors):.3f}–{max(errors):.3f})"
             rows.setdefault(layer, [Cell(f"layer {layer}", layer)]).append(Cell(text, mean))
-    chosen = uncertain(record["model"].get("experts_per_token"), None).text.split(".")[0]
     return [
         Table(
             title="Error of the top-k rule inside of experts",
             note="Error of an expert's output (CETT) when it keeps its largest activations: mean over the "
-            f"experts of a layer, least and largest in brackets. A token has {chosen} of "
-            f"{record['model']['num_experts']} experts.",
+            f"experts of a layer, least and largest in brackets. A token has "
+            f"{model['experts_per_token']} of {model['num_experts']} experts.",
             header=["layer", *(f"top {100 * share:g} %" for share in shares)],
             rows=list(rows.values()),
         )

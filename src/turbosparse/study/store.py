@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -82,7 +83,7 @@ class Store:
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
     """A file with this name is whole."""
-    staging = path.with_suffix(".incomplete")
+    staging = path.with_suffix(f".{os.getpid()}.incomplete")
     staging.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     staging.replace(path)
 

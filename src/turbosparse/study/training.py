@@ -15,13 +15,21 @@ from turbosparse.measure.config import MeasureConfig
 from turbosparse.measure.hugging_face import open_hugging_face
 from turbosparse.measure.measurement import Progress, measure
 from turbosparse.predict.predictability import predictability
-from turbosparse.sparsify.fresh_model import FreshModel, train_tokenizer
+from turbosparse.sparsify.fresh_model import FreshModel, train_tokenizer, write_once
 from turbosparse.sparsify.recipe import Recipe
 from turbosparse.sparsify.run import run_recipe
+from turbosparse.sparsify.stage import MODEL_DIRECTORY
 from turbosparse.study.config import FFN_KINDS, FromScratchStudy, RelufyStudy
 from turbosparse.study.store import Store
 
-__all__ = ["Variant", "from_scratch_variants", "relufied_variants", "run_variants", "training_settings"]
+__all__ = [
+    "Variant",
+    "from_scratch_variants",
+    "relufied_variants",
+    "run_variants",
+    "train_variants",
+    "training_settings",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -120,9 +128,7 @@ def from_scratch_variants(config: FromScratchStudy, folder: Path) -> list[Varian
 def _shared_tokenizer(config: FromScratchStudy, vocab_size: int, folder: Path) -> Path:
     path = folder / f"tokenizer-{vocab_size}"
     if not path.is_dir():
-        staging = path.with_suffix(".incomplete")
-        train_tokenizer(config.data, vocab_size).save_pretrained(staging)
-        staging.rename(path)
+        write_once(path, lambda staging: train_tokenizer(config.data, vocab_size).save_pretrained(staging))
     return path
 
 
@@ -178,10 +184,30 @@ def _recipe(
         threads=config.threads,
         evaluate_tokens=config.evaluate_tokens,
         evaluation_sequences=config.evaluation_sequences,
+        fsdp=config.fsdp,
         checkpoint_minutes=config.checkpoint_minutes,
         keep_checkpoints=1,
         log_steps=10,
     )
+
+
+def train_variants(variants: Sequence[Variant]) -> None:
+    """Train without measuring: what many processes do together.
+
+    Parameters
+    ----------
+    variants : sequence of Variant
+        The runs, in order; those that are finished take no time.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        When a signal stopped a run; its checkpoint and all finished runs are kept.
+    """
+    for variant in variants:
+        logger.info("training %s", variant.name)
+        if not run_recipe(variant.recipe, control=variant.control).finished:
+            raise KeyboardInterrupt
 
 
 def run_variants(
@@ -191,6 +217,7 @@ def run_variants(
     config: MeasureConfig,
     *,
     predict_layers: int = 0,
+    device: str = "cpu",
     progress: Progress = lambda label: nullcontext(lambda share: None),
 ) -> dict[str, Any]:
     """Train and measure what is not there yet.
@@ -207,6 +234,8 @@ def run_variants(
         What is measured.
     predict_layers : int
         Layers whose neurons predictors are fitted for.
+    device : str
+        Where models are measured.
     progress : callable, optional
         Opens a bar for each stage of a measurement.
 
@@ -222,10 +251,11 @@ def run_variants(
     """
     runs, notes, uncertain = [], [], 0
     for number, variant in enumerate(variants):
-        logger.info("[%s] run %d of %d", variant.name, number + 1, len(variants))
+        logger.info("result %d of %d", number + 1, len(variants))
 
         def compute(variant: Variant = variant) -> dict[str, Any]:
-            return _train_and_measure(variant, text, config, predict_layers, progress)
+            train_variants([variant])
+            return _measured(variant, text, config, predict_layers, device, progress)
 
         try:
             result = store.result(variant.name, compute)
@@ -246,20 +276,18 @@ def run_variants(
     return {"runs": runs, "notes": notes}
 
 
-def _train_and_measure(
-    variant: Variant, text: str, config: MeasureConfig, predict_layers: int, progress: Progress
+def _measured(
+    variant: Variant, text: str, config: MeasureConfig, predict_layers: int, device: str, progress: Progress
 ) -> dict[str, Any]:
-    outcome = run_recipe(variant.recipe, control=variant.control)
-    if not outcome.finished:
-        raise KeyboardInterrupt
-    source = open_hugging_face(outcome.model)
+    recipe = variant.recipe
+    source = open_hugging_face(Path(recipe.output) / recipe.stages[-1].name / MODEL_DIRECTORY, device=device)
     record = measure(source, text, config, progress)
     result = {name: record[name] for name in _KEPT} | {
         "seed": variant.seed,
         "parameters": sum(weight.numel() for weight in source.model.parameters()),
         "notes": record["notes"],
         "zeros_per_layer": [unit["exact_zeros"]["value"] for unit in record["units"]],
-        "curve": _curve(Path(variant.recipe.output) / "metrics.jsonl"),
+        "curve": _curve(Path(recipe.output) / "metrics.jsonl"),
         "predictability": [],
     }
     if predict_layers:

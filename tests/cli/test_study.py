@@ -1,0 +1,80 @@
+"""`turbosparse study` from the command line: a report, going on, and one line for what is wrong."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.measure.twins import TEXT
+from tests.tiny_hf import make_hf_model, make_tokenizer
+from tests.tiny_model import TinyModel, make_tiny_model
+from turbosparse.cli.main import main
+
+pytest.importorskip("torch")
+
+SMALL = [
+    *("--set", "tokens=64", "--set", "context=32", "--set", "sample_tokens=16"),
+    *("--set", "cett_targets=[0.2]", "--set", "top_k=[0.5]", "--set", "gate_shares=[0.5]"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study")
+    make_tiny_model(folder / "tiny.gguf", TinyModel(activation="silu"))
+    make_hf_model("qwen3_moe", max_position_embeddings=64).save_pretrained(folder / "mixture")
+    make_tokenizer().save_pretrained(folder / "mixture")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "model"), [("trade-off", "tiny.gguf"), ("experts", "mixture")])
+def test_a_sweep_leaves_a_report(
+    folder: Path, capsys: pytest.CaptureFixture[str], kind: str, model: str
+) -> None:
+    output = folder / kind
+    command = ["study", kind, str(folder / model), "--text", str(folder / "text.txt"), "-o", str(output)]
+    assert main([*command, *SMALL]) == 0
+    assert "What each rule loses" in capsys.readouterr().out
+    record = json.loads((output / "study.json").read_text(encoding="utf-8"))
+    labels = [point["label"] for point in record["quality"]]
+    assert labels == ["CETT 0.2", "top 50 %", "gate, 50 %", "gate > 0", "nonzero"]
+    page = (output / "report.html").read_text(encoding="utf-8")
+    assert page.count("<figure") == (4 if kind == "trade-off" else 5)
+    assert "text.txt" in page
+    assert sorted(path.name for path in output.glob(".turbo*")) == []
+    begun = {path.name: path.stat().st_mtime_ns for path in (output / "results").iterdir()}
+    assert main([*command, *SMALL, "--json"]) == 0  # nothing is run again
+    assert {path.name: path.stat().st_mtime_ns for path in (output / "results").iterdir()} == begun
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["study"]["study"] == kind
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["study", "trade-of", "m"], "invalid choice: 'trade-of'"),
+        (["study", "trade-off", "-o", "out"], "[trade-off] expected the fields model, got none"),
+        (["study", "activations", "-o", "out"], "[study activations] expected --recipe FILE, got none"),
+        (["study", "trade-off", "nowhere.gguf", "-o", "out"], "[nowhere.gguf] expected a model file"),
+        (["study", "trade-off", "m", "-o", "out", "--set", "colour=1"], "got colour"),
+        (["study", "trade-off", "m", "-o", "out", "--train-only"], "expected a study that trains"),
+        (["study", "experts", "tiny.gguf", "-o", "dense"], "expected a mixture of experts, got dense FFNs"),
+    ],
+)
+def test_what_is_wrong_is_one_line(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(folder)
+    assert main(arguments) == 2
+    [line] = [text for text in capsys.readouterr().err.splitlines() if "error:" in text]
+    assert message in line
+
+
+def test_sizes_have_to_fit_the_study(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = Path(__file__).parents[2] / "examples" / "studies" / "activations_small.toml"
+    assert main(["study", "scale", "--recipe", str(recipe)]) == 2
+    assert "[sizes] expected several sizes for study scale, got 1" in capsys.readouterr().err

@@ -1,0 +1,104 @@
+"""Runs that start from a shape: configuration and tokenizer are made once, weights from the seed."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.tiny_hf import make_texts
+from turbosparse.errors import ConfigError
+from turbosparse.models.registry import activation_of, load_model
+from turbosparse.sparsify.fresh_model import start_fresh, write_once
+from turbosparse.sparsify.recipe import Recipe, recipe_from_dict
+from turbosparse.sparsify.run import run_recipe
+
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 300,
+    "context_length": 64,
+}
+
+
+def recipe(folder: Path, activation: str = "drelu", **changes: Any) -> Recipe:
+    fresh = changes.pop("fresh", {})
+    return recipe_from_dict(
+        {
+            "output": str(folder / "run"),
+            "activation": activation,
+            "fresh": SHAPE | fresh,
+            "precision": "fp32",
+            "threads": 1,
+            "evaluation_sequences": 1,
+            "data": {"sequence_length": 32, "sources": [{"path": str(make_texts(folder)["text"])}]},
+            "stages": [
+                {
+                    "name": "short",
+                    "tokens": 256,
+                    "loss": {"next_token": 1.0},
+                    "learning_rate": 1e-3,
+                    "batch_sequences": 4,
+                    "micro_batch": 4,
+                }
+            ],
+            **changes,
+        }
+    )
+
+
+def test_a_run_starts_from_a_shape_and_leaves_a_model(tmp_path: Path) -> None:
+    model = load_model(run_recipe(recipe(tmp_path)).model)
+    assert str(activation_of(model)) == "drelu"
+    assert model.config.num_key_value_heads == 2
+    assert model.config.vocab_size == len(
+        json.loads((tmp_path / "run/start/tokenizer.json").read_text())["model"]["vocab"]
+    )
+    assert all(torch.isfinite(weight).all() for weight in model.parameters())
+
+
+def test_a_plain_ffn_has_an_activation_of_its_own(tmp_path: Path) -> None:
+    plain = start_fresh(recipe(tmp_path, "relu2", fresh={"gated": False}))
+    config = json.loads((Path(plain.model) / "config.json").read_text(encoding="utf-8"))
+    assert (config["model_type"], config["hidden_act"]) == ("arcee", "relu2")
+    assert (plain.from_scratch, plain.fresh) == (True, None)
+    with pytest.raises(ConfigError, match=r"\[fresh.gated\] expected a gated FFN for drelu, got a plain one"):
+        start_fresh(recipe(tmp_path, "drelu", fresh={"gated": False}, output=str(tmp_path / "other")))
+
+
+def test_a_start_is_written_once(tmp_path: Path) -> None:
+    first = start_fresh(recipe(tmp_path))
+    written = (Path(first.model) / "tokenizer.json").stat().st_mtime_ns
+    assert start_fresh(recipe(tmp_path)) == first
+    assert (Path(first.model) / "tokenizer.json").stat().st_mtime_ns == written
+
+
+def test_who_comes_second_keeps_what_the_first_wrote(tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+
+    def write_while_another_does(staging: Path) -> None:
+        (staging / "file").write_text("second", encoding="utf-8")
+        folder.mkdir()
+        (folder / "file").write_text("first", encoding="utf-8")
+
+    write_once(folder, write_while_another_does)
+    assert (folder / "file").read_text(encoding="utf-8") == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "some/model"}, r"\[model\] expected none beside \[fresh\]"),
+        ({"fresh": {"num_key_value_heads": 3}}, r"\[fresh.num_key_value_heads\] expected a divisor of 4"),
+        ({"fresh": {"num_hidden_layers": 0}}, r"\[fresh.num_hidden_layers\] expected at least 1, got 0"),
+        ({"fresh": {"context_length": 16}}, r"\[fresh.context_length\] expected at least 32, got 16"),
+    ],
+)
+def test_wrong_shapes_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        start_fresh(recipe(tmp_path, **changes))

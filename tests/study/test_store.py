@@ -1,0 +1,48 @@
+"""Finished results are kept, whole, and belong to one study with one set of settings."""
+
+from pathlib import Path
+
+import pytest
+
+from turbosparse.errors import ConfigError
+from turbosparse.study.store import Store
+
+
+def test_a_result_is_computed_once(tmp_path: Path) -> None:
+    calls = []
+
+    def compute() -> dict[str, float]:
+        calls.append(1)
+        return {"value": 2.5, "missing": float("nan")}
+
+    first = Store(tmp_path, "scale", {"seed": 1}).result("CETT 0.1 / x", compute)
+    again = Store(tmp_path, "scale", {"seed": 1}).result("CETT 0.1 / x", compute)
+    assert first == again
+    assert (again["value"], again["missing"], len(calls)) == (2.5, None, 1)
+    assert again["seconds"] >= 0
+
+
+def test_what_fails_is_not_kept(tmp_path: Path) -> None:
+    store = Store(tmp_path, "scale", {})
+
+    def fail() -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        store.result("a", fail)
+    assert store.result("a", lambda: {"value": 1})["value"] == 1
+    assert not list(tmp_path.rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("experts", {"seed": 1}, "expected the study experts or nothing there, got scale"),
+        ("scale", {"seed": 2}, "expected the seed that this study began with, 1, got 2"),
+        ("scale", {"seed": 1, "tokens": 5}, "expected the tokens .* null, got 5"),
+    ],
+)
+def test_another_study_is_refused(tmp_path: Path, kind: str, settings: dict[str, int], message: str) -> None:
+    Store(tmp_path, "scale", {"seed": 1})
+    with pytest.raises(ConfigError, match=message):
+        Store(tmp_path, kind, settings)
