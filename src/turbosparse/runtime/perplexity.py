@@ -257,11 +257,11 @@ def second_half(
     first = len(window) // 2
     session.truncate(0)
 
-    def given(begin: int, end: int) -> NDArray[np.bool_] | None:
+    def _given(begin: int, end: int) -> NDArray[np.bool_] | None:
         return None if candidates is None else np.ascontiguousarray(candidates[:, begin:end])
 
-    session.forward(window[:first], mode=mode, logits="none", candidates=given(0, first))
+    session.forward(window[:first], mode=mode, logits="none", candidates=_given(0, first))
     for start in range(first, len(window) - 1, _CHUNK):
         end = min(start + _CHUNK, len(window) - 1)
-        logits = session.forward(window[start:end], mode=mode, logits="all", candidates=given(start, end))
+        logits = session.forward(window[start:end], mode=mode, logits="all", candidates=_given(start, end))
         yield logits, window[start + 1 : end + 1]
