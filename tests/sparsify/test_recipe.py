@@ -96,8 +96,12 @@ def test_wrong_stages(changes: dict[str, Any], message: str) -> None:
 
 
 def test_missing_fields_and_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"\[recipe\] expected the fields model, output, data, got none"):
+    with pytest.raises(ConfigError, match=r"\[recipe\] expected the fields output, data, got none"):
         recipe_from_dict({})
+    with pytest.raises(
+        ConfigError, match=r"\[model\] expected a directory or model id, or \[fresh\], got ''"
+    ):
+        recipe_from_dict(values(model=""))
     with pytest.raises(ConfigError, match="expected a recipe file"):
         load_recipe(tmp_path / "none.toml")
     (tmp_path / "broken.toml").write_text("model = ", encoding="utf-8")

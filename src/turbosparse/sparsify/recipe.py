@@ -231,7 +231,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.fresh is None:
-            _check(bool(self.model), "model", "a directory or model id", self.model)
+            _check(bool(self.model), "model", "a directory or model id, or [fresh]", self.model)
         else:
             _check(not self.model, "model", "none beside [fresh]", self.model)
         _check(bool(self.output), "output", "a directory", self.output)
