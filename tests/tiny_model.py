@@ -5,7 +5,7 @@ architecture, weight type, activation, gate or none, tied or untied embeddings, 
 projection, thresholds, predictors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,9 +37,9 @@ CHAT_TEMPLATE = (
 class TinyModel:
     """What to write. All sizes are multiples of 32, so that every weight type fits."""
 
-    arch: str = "llama"  # llama, qwen2 or qwen3; prefixed with "turbosparse-" unless the activation is silu
+    arch: str = "llama"  # prefixed with "turbosparse-" unless the activation is the one it implies
     weight_type: str = "F32"  # name of a gguf.GGMLQuantizationType
-    activation: str = "silu"
+    activation: str = ""  # empty: the one that the architecture implies
     activation_param: float | None = None
     gated: bool = True
     down_t: bool = False
@@ -63,15 +63,19 @@ class TinyModel:
     rope_scaling_factor: float | None = None  # linear
     rope_freqs: bool = False  # llama3's frequency factors
     neuron_order: NDArray[np.int64] | None = None  # permutation of the F neurons of every layer
+    experts: int = 0
+    experts_used: int = 2
+    shared_intermediate_size: int = 0  # of a shared expert
     extra_metadata: dict[str, float | int | str] = field(default_factory=dict)
 
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
-    @property
-    def architecture(self) -> str:
-        return self.arch if self.activation == "silu" else f"turbosparse-{self.arch}"
+    def __post_init__(self) -> None:
+        implied = "relu" if self.arch == "smallthinker" else "silu"
+        self.architecture = self.arch if self.activation in ("", implied) else f"turbosparse-{self.arch}"
+        self.activation = self.activation or implied
 
 
 def tiny_tokens() -> list[str]:
@@ -86,10 +90,44 @@ def tiny_tokens() -> list[str]:
     return [*(spelling[byte] for byte in range(256)), *(a + b for a, b in MERGES), *SPECIAL_TOKENS]
 
 
+def _ffn(
+    model: TinyModel,
+    layer: int,
+    matrix: Callable[..., NDArray[np.float32]],
+    end: str,
+    experts: tuple[int, ...],
+    inter: int,
+) -> Iterator[tuple[str, NDArray[np.float32]]]:
+    """One FFN of a layer, or its experts as one tensor each."""
+    block, hidden = f"blk.{layer}.ffn_", model.hidden_size
+
+    def matrices(rows: int, cols: int, gain: float = 1.0) -> NDArray[np.float32]:
+        stack = [matrix(rows, cols, gain) for _ in range(experts[0] if experts else 1)]
+        return np.stack(stack) if experts else stack[0]
+
+    order = slice(None) if model.neuron_order is None else model.neuron_order
+    if model.gated:
+        yield f"{block}gate{end}.weight", matrices(inter, hidden, 1.5)[..., order, :]
+    yield f"{block}up{end}.weight", matrices(inter, hidden, 1.5)[..., order, :]
+    down = matrices(hidden, inter)[..., order]
+    if model.down_t:
+        yield f"{block}down_t{end}.weight", np.ascontiguousarray(down.swapaxes(-1, -2))
+    else:
+        yield f"{block}down{end}.weight", down
+    if model.threshold is not None:
+        yield f"{block}threshold{end}", np.full((*experts, inter), model.threshold, np.float32)
+    if model.gate_threshold is not None:
+        yield f"{block}gate_threshold{end}", np.full((*experts, inter), model.gate_threshold, np.float32)
+    if model.predictor == "low_rank":
+        rank = model.ranks[layer % len(model.ranks)]
+        yield f"{block}pred_a{end}.weight", matrices(rank, hidden)
+        yield f"{block}pred_b{end}.weight", matrices(inter, rank, 1.5)[..., order, :]
+
+
 def _weights(model: TinyModel, vocab_size: int) -> Iterator[tuple[str, NDArray[np.float32]]]:
     """Matrices [rows, cols] and vectors by name, in file order; standard deviation 1/sqrt(cols)."""
     rng = np.random.default_rng(model.seed)
-    hidden, inter = model.hidden_size, model.intermediate_size
+    hidden = model.hidden_size
     kv_rows = model.num_key_value_heads * model.head_dim
 
     def matrix(rows: int, cols: int, gain: float = 1.0) -> NDArray[np.float32]:
@@ -104,29 +142,22 @@ def _weights(model: TinyModel, vocab_size: int) -> Iterator[tuple[str, NDArray[n
         yield block + "attn_norm.weight", norm()
         for name, rows in (("q", hidden), ("k", kv_rows), ("v", kv_rows)):
             yield f"{block}attn_{name}.weight", matrix(rows, hidden, 1.5)
-            if model.bias if model.bias is not None else model.arch == "qwen2":
+            if model.bias if model.bias is not None else model.arch in ("qwen2", "qwen2moe"):
                 yield f"{block}attn_{name}.bias", np.asarray(0.1 * rng.standard_normal(rows), np.float32)
-            if model.arch == "qwen3" and name != "v":
+            if model.arch.startswith("qwen3") and name != "v":
                 yield f"{block}attn_{name}_norm.weight", norm(model.head_dim)
+            if model.arch == "olmoe" and name != "v":
+                yield f"{block}attn_{name}_norm.weight", norm(rows)
         yield block + "attn_output.weight", matrix(hidden, hidden)
         yield block + "ffn_norm.weight", norm()
-        order = slice(None) if model.neuron_order is None else model.neuron_order
-        if model.gated:
-            yield block + "ffn_gate.weight", matrix(inter, hidden, 1.5)[order]
-        yield block + "ffn_up.weight", matrix(inter, hidden, 1.5)[order]
-        down = matrix(hidden, inter)[:, order]
-        if model.down_t:
-            yield block + "ffn_down_t.weight", np.ascontiguousarray(down.T)
+        if model.experts:
+            yield block + "ffn_gate_inp.weight", matrix(model.experts, hidden, 2.0)
+            yield from _ffn(model, n, matrix, "_exps", (model.experts,), model.intermediate_size)
         else:
-            yield block + "ffn_down.weight", down
-        if model.threshold is not None:
-            yield block + "ffn_threshold", np.full(inter, model.threshold, np.float32)
-        if model.gate_threshold is not None:
-            yield block + "ffn_gate_threshold", np.full(inter, model.gate_threshold, np.float32)
-        if model.predictor == "low_rank":
-            rank = model.ranks[n % len(model.ranks)]
-            yield block + "ffn_pred_a.weight", matrix(rank, hidden)
-            yield block + "ffn_pred_b.weight", matrix(inter, rank, 1.5)[order]
+            yield from _ffn(model, n, matrix, "", (), model.intermediate_size)
+        if model.shared_intermediate_size:
+            yield block + "ffn_gate_inp_shexp.weight", matrix(1, hidden)[0]
+            yield from _ffn(model, n, matrix, "_shexp", (), model.shared_intermediate_size)
     yield "output_norm.weight", norm()
     if not model.tied:
         yield "output.weight", matrix(vocab_size, hidden, 4.0)
@@ -148,11 +179,11 @@ def _encode(array: NDArray[np.float32], kind: gguf.GGMLQuantizationType, seed: i
     if kind.name not in _RANDOM_BLOCKS:
         return np.asarray(quantize(array, kind))
     nbytes, scales = _RANDOM_BLOCKS[kind.name]
-    rows, cols = array.shape
-    blocks = np.random.default_rng(seed).integers(0, 256, (rows, cols // 256, nbytes), np.uint8)
+    *rows, cols = array.shape
+    blocks = np.random.default_rng(seed).integers(0, 256, (*rows, cols // 256, nbytes), np.uint8)
     for offset, scale in scales.items():
         blocks[..., offset : offset + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
-    return blocks.reshape(rows, -1)
+    return blocks.reshape(*rows, -1)
 
 
 def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel, tokens: list[str]) -> None:
@@ -167,6 +198,12 @@ def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel, tokens: list[str]) 
     if model.rope_scaling_factor is not None:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(model.rope_scaling_factor)
+    if model.experts:
+        writer.add_expert_count(model.experts)
+        writer.add_expert_used_count(model.experts_used)
+        writer.add_expert_feed_forward_length(model.intermediate_size)
+    if model.shared_intermediate_size:
+        writer.add_expert_shared_feed_forward_length(model.shared_intermediate_size)
     if model.activation != "silu" or model.down_t:
         writer.add_uint32("turbosparse.version", 1)
         writer.add_string("turbosparse.activation", model.activation)
@@ -176,7 +213,8 @@ def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel, tokens: list[str]) 
     if model.predictor is not None:
         writer.add_string("turbosparse.predictor.kind", model.predictor)
         writer.add_string("turbosparse.predictor.input", model.predictor_input)
-        thresholds = [model.predictor_threshold] * model.num_hidden_layers
+        ffns = max(model.experts, 1) + (model.shared_intermediate_size > 0)
+        thresholds = [model.predictor_threshold] * (model.num_hidden_layers * ffns)
         writer.add_array("turbosparse.predictor.threshold", thresholds)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -190,6 +228,8 @@ def _add_metadata(writer: gguf.GGUFWriter, model: TinyModel, tokens: list[str]) 
     for key, value in model.extra_metadata.items():
         if isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, bool):
+            writer.add_bool(key, value)
         elif isinstance(value, int):
             writer.add_uint32(key, value)
         else:
@@ -205,12 +245,15 @@ def make_tiny_model(path: Path, model: TinyModel | None = None) -> dict[str, NDA
     weight_type = gguf.GGMLQuantizationType[model.weight_type]
     stored = {}
     for seed, (name, array) in enumerate(_weights(model, len(tokens))):
-        kind = weight_type if array.ndim == 2 else gguf.GGMLQuantizationType.F32
+        matrices = name.endswith(".weight") and array.ndim > 1 and "ffn_gate_inp" not in name
+        kind = weight_type if matrices else gguf.GGMLQuantizationType.F32
         data = _encode(array, kind, seed)
         stored[name] = dequantize(data, kind)
         writer.add_tensor(name, data, raw_dtype=kind)
     if model.hot:
-        writer.add_tensor("blk.0.ffn_pred_hot", np.array(model.hot, np.int32))
+        writer.add_tensor(
+            f"blk.0.ffn_pred_hot{'_exps' if model.experts else ''}", np.array(model.hot, np.int32)
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

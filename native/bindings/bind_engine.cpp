@@ -86,7 +86,7 @@ ModelPtr load(const std::filesystem::path& path, int threads, const std::string&
 const bool* checked_mask(const std::optional<Mask>& mask, const ModelConfig& config, std::size_t tokens) {
   if (!mask) return nullptr;
   const auto layers = static_cast<std::size_t>(config.num_hidden_layers);
-  const auto neurons = static_cast<std::size_t>(config.intermediate_size);
+  const auto neurons = static_cast<std::size_t>(config.layer_neurons());
   if (mask->shape(0) != layers || mask->shape(1) != tokens || mask->shape(2) != neurons) {
     const auto text = [](std::size_t a, std::size_t b, std::size_t c) {
       return "(" + std::to_string(a) + ", " + std::to_string(b) + ", " + std::to_string(c) + ")";
@@ -122,8 +122,8 @@ nb::list capture(Session& self, const Ids& ids, const std::vector<std::int64_t>&
       throw ConfigError("[layers] expected 0 to " + std::to_string(config.num_hidden_layers - 1) + ", got " +
                         std::to_string(layer));
     }
-    Floats gate = make_floats(tokens, config.intermediate_size);
-    Floats up = make_floats(tokens, config.intermediate_size);
+    Floats gate = make_floats(tokens, config.layer_neurons());
+    Floats up = make_floats(tokens, config.layer_neurons());
     Floats out = make_floats(tokens, config.hidden_size);
     Floats residual = make_floats(tokens, config.hidden_size);
     wanted.push_back({layer, gate.data(), up.data(), out.data(), residual.data()});
@@ -175,6 +175,10 @@ void bind_info(nb::module_& m) {
       .def_prop_ro("architecture", [](const InfoView& self) { return self.model->config.architecture; })
       .def_prop_ro("hidden_size", size(&ModelConfig::hidden_size))
       .def_prop_ro("intermediate_size", size(&ModelConfig::intermediate_size))
+      .def_prop_ro("num_experts", [](const InfoView& self) { return self.model->config.router.experts; })
+      .def_prop_ro("num_experts_per_tok", [](const InfoView& self) { return self.model->config.router.used; })
+      .def_prop_ro("layer_neurons", [](const InfoView& self) { return self.model->config.layer_neurons(); })
+      .def_prop_ro("token_neurons", [](const InfoView& self) { return self.model->config.token_neurons(); })
       .def_prop_ro("num_hidden_layers", size(&ModelConfig::num_hidden_layers))
       .def_prop_ro("num_attention_heads", size(&ModelConfig::num_attention_heads))
       .def_prop_ro("num_key_value_heads", size(&ModelConfig::num_key_value_heads))

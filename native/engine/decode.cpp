@@ -2,6 +2,7 @@
 // that costs less than a barrier.
 #include <algorithm>
 
+#include "engine/router.h"
 #include "engine/step.h"
 
 namespace turbosparse {
@@ -23,6 +24,15 @@ void project_to_residual(const Step& step, const Matrix& w, const Input& input, 
   step.kernels().add(out + rows.begin, rows.size(), step.scratch.x.data() + rows.begin);
 }
 
+/// Normalises queries and keys as a whole, each on one thread.
+void normalize_qk(const Step& step, const LayerWeights& w, int index) {
+  const float eps = step.config().rms_norm_eps;
+  float* q = step.scratch.q.data();
+  float* k = step.scratch.k.data();
+  if (index == 0) step.kernels().rms_norm(q, w.q_norm.data(), w.q.rows, eps, q);
+  if (index == step.thread_count() - 1) step.kernels().rms_norm(k, w.k_norm.data(), w.k.rows, eps, k);
+}
+
 void store_kv(const Step& step, const LayerWeights& w, std::int64_t layer, int index) {
   const ModelConfig& config = step.config();
   const std::int64_t C = config.head_dim;
@@ -30,7 +40,7 @@ void store_kv(const Step& step, const LayerWeights& w, std::int64_t layer, int i
   const Range heads = split(config.num_key_value_heads, 1, index, step.thread_count());
   for (std::int64_t head = heads.begin; head < heads.end; ++head) {
     float* key = s.k.data() + head * C;
-    place_heads(step, w.k_norm, 0, 1, key);
+    place_heads(step, w.k_norm, layer, 0, 1, key);
     step.cache.store(step.kernels(), layer, head, step.position, key, s.v.data() + head * C);
   }
 }
@@ -43,7 +53,7 @@ void attend(const Step& step, const LayerWeights& w, std::int64_t layer, int ind
   const Range heads = split(config.num_attention_heads, 1, index, step.thread_count());
   for (std::int64_t head = heads.begin; head < heads.end; ++head) {
     float* query = s.q.data() + head * C;
-    place_heads(step, w.q_norm, 0, 1, query);
+    place_heads(step, w.q_norm, layer, 0, 1, query);
     step.cache.attend(step.kernels(), layer, head / group, query, step.position + 1,
                       step.thread(index).scores.data(), s.input.row(0, 0) + head * C);
   }
@@ -59,10 +69,15 @@ void decode_layer(Step& step, std::int64_t layer, int index) noexcept {
   const bool quantized = is_quantized(w.q.type) || is_quantized(w.k.type) || is_quantized(w.v.type);
   normalize(step, w.attn_norm, quantized, attention_stage(layer), 0, input, 0, index);
   step.thread(index).watch.lap(Part::kNorm);
+  if (w.has_router() && step.config().router.reads_layer_input) score_experts(step, w, s.x.data(), index);
   project(step, w.q, w.q_bias, input.view(), s.q.data(), index);
   project(step, w.k, w.k_bias, input.view(), s.k.data(), index);
   project(step, w.v, w.v_bias, input.view(), s.v.data(), index);
   step.finish(index, Part::kQkv);
+  if (step.config().qk_norm == QkNorm::kAll) {
+    normalize_qk(step, w, index);
+    step.finish(index, Part::kCache);
+  }
   store_kv(step, w, layer, index);
   step.finish(index, Part::kCache);
   attend(step, w, layer, index);

@@ -1,5 +1,6 @@
 #include "engine/model_config.h"
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <memory>
@@ -15,6 +16,9 @@ namespace {
 
 constexpr std::string_view kPrefix = "turbosparse-";
 constexpr std::int64_t kVersion = 1;
+constexpr std::int64_t kMostExperts = 1024;
+constexpr std::int64_t kSoftmax = 1;  // values of expert_gating_func
+constexpr std::int64_t kSigmoid = 2;
 
 constexpr std::array<std::pair<std::string_view, Activation>, 6> kActivations{{
     {"silu", Activation::kSilu},
@@ -24,6 +28,41 @@ constexpr std::array<std::pair<std::string_view, Activation>, 6> kActivations{{
     {"fatrelu", Activation::kFatRelu},
     {"drelu", Activation::kDRelu},
 }};
+
+/// What a value of general.architecture implies; keys may override the router's.
+struct Architecture {
+  std::string_view name;
+  bool rope_neox = true;
+  QkNorm qk_norm = QkNorm::kNone;
+  bool may_have_experts = false;
+  bool needs_experts = false;
+  bool shared_expert = false;
+  RouterConfig router = {};
+  Activation activation = Activation::kSilu;
+};
+
+constexpr std::array kArchitectures{
+    Architecture{
+        .name = "llama", .rope_neox = false, .may_have_experts = true, .router = {.normalized = true}},
+    Architecture{.name = "qwen2"},
+    Architecture{.name = "qwen3", .qk_norm = QkNorm::kHeads},
+    Architecture{.name = "qwen2moe",
+                 .may_have_experts = true,
+                 .needs_experts = true,
+                 .shared_expert = true,
+                 .router = {.gates_shared_expert = true}},
+    Architecture{.name = "qwen3moe",
+                 .qk_norm = QkNorm::kHeads,
+                 .may_have_experts = true,
+                 .needs_experts = true,
+                 .router = {.normalized = true}},
+    Architecture{.name = "olmoe", .qk_norm = QkNorm::kAll, .may_have_experts = true, .needs_experts = true},
+    Architecture{.name = "smallthinker",
+                 .may_have_experts = true,
+                 .needs_experts = true,
+                 .router = {.normalized = true, .reads_layer_input = true},
+                 .activation = Activation::kRelu},
+};
 
 [[noreturn]] void fail(const std::string& place, const std::string& expected, const std::string& got) {
   throw ModelFileError("[" + place + "] expected " + expected + ", got " + got);
@@ -94,6 +133,26 @@ void read_sizes(const GgufFile& file, const Reader& read, ModelConfig& config) {
   }
 }
 
+void read_router(const GgufFile& file, const Reader& read, const Architecture& base, ModelConfig& config) {
+  const std::int64_t most = base.may_have_experts ? kMostExperts : 0;
+  const std::int64_t experts = read.integer("expert_count", base.needs_experts ? 1 : 0, most, 0);
+  if (experts == 0) return;
+  RouterConfig& router = config.router;
+  router = base.router;
+  router.experts = experts;
+  router.used = read.integer("expert_used_count", 1, experts);
+  config.intermediate_size = read.integer("expert_feed_forward_length", 1, 1 << 20, config.intermediate_size);
+  if (base.shared_expert) {
+    config.shared_intermediate_size =
+        read.integer("expert_shared_feed_forward_length", 1, 1 << 20, config.intermediate_size);
+  }
+  router.normalized = file.get_bool(read.key("expert_weights_norm")).value_or(router.normalized);
+  router.scale = static_cast<float>(read.number("expert_weights_scale", 0, 1e6, 1.0));
+  if (router.scale == 0) router.scale = 1;  // as other writers put it
+  const std::int64_t function = read.integer("expert_gating_func", 0, 2, kSoftmax);
+  router.sigmoid = function == kSigmoid;
+}
+
 void read_rope(const GgufFile& file, const Reader& read, ModelConfig& config) {
   config.rope_base = read.number("rope.freq_base", 1.0, 1e12, 10000.0);
   config.rotary_dim = read.integer("rope.dimension_count", 2, config.head_dim, config.head_dim);
@@ -117,7 +176,7 @@ void read_activation(const GgufFile& file, bool prefixed, ModelConfig& config) {
   const std::optional<std::string_view> name = file.get_string("turbosparse.activation");
   if (!name && prefixed) fail("turbosparse.activation", "the name of an activation", "no such key");
   config.gated = file.get_bool("turbosparse.gated").value_or(true);
-  if (!name) return;  // files of other people: SiLU
+  if (!name) return;  // files of other people: what the architecture implies
   bool known = false;
   for (const auto& [candidate, activation] : kActivations) {
     if (candidate != *name) continue;
@@ -136,19 +195,20 @@ void read_activation(const GgufFile& file, bool prefixed, ModelConfig& config) {
   config.activation_parameter = static_cast<float>(*parameter);
 }
 
-std::vector<float> read_predictor_thresholds(const GgufFile& file, std::int64_t layers) {
+std::vector<float> read_predictor_thresholds(const GgufFile& file, const ModelConfig& config) {
   constexpr const char* kKey = "turbosparse.predictor.threshold";
-  const std::string expected = "an array of " + std::to_string(layers) + " finite float32, one per layer";
+  const std::int64_t ffns = config.num_hidden_layers * config.ffns_per_layer();
+  const std::string expected = "an array of " + std::to_string(ffns) + " finite float32, one per " +
+                               (config.router.experts > 0 ? "expert" : "layer");
   const GgufValue* value = file.find(kKey);
   if (value == nullptr) fail(kKey, expected, "no such key");
   const auto* array = std::get_if<std::shared_ptr<const GgufArray>>(value);
   if (array == nullptr || (*array)->kind != GgufKind::kFloat32) fail(kKey, expected, "another kind of value");
-  if ((*array)->size != static_cast<std::size_t>(layers))
-    fail(kKey, expected, std::to_string((*array)->size));
+  if ((*array)->size != static_cast<std::size_t>(ffns)) fail(kKey, expected, std::to_string((*array)->size));
   std::vector<float> thresholds;
   for (std::size_t n = 0; n < (*array)->size; ++n) {
     thresholds.push_back(static_cast<float>(std::get<double>((*array)->at(n))));
-    if (!std::isfinite(thresholds.back())) fail(kKey, expected, "NaN or Inf for layer " + std::to_string(n));
+    if (!std::isfinite(thresholds.back())) fail(kKey, expected, "NaN or Inf at " + std::to_string(n));
   }
   return thresholds;
 }
@@ -183,7 +243,7 @@ void read_predictor(const GgufFile& file, ModelConfig& config) {
   if (input != "ffn_norm" && input != "residual") fail(kInput, "ffn_norm or residual", std::string(input));
   config.predictor = {.kind = *kind == "sign" ? PredictorKind::kSign : PredictorKind::kLowRank,
                       .reads_residual = input == "residual",
-                      .thresholds = read_predictor_thresholds(file, config.num_hidden_layers)};
+                      .thresholds = read_predictor_thresholds(file, config)};
 }
 
 void read_refine(const GgufFile& file, ModelConfig& config) {
@@ -205,13 +265,15 @@ void read_refine(const GgufFile& file, ModelConfig& config) {
 
 ModelConfig read_model_config(const GgufFile& file) {
   const std::optional<std::string_view> architecture = file.get_string("general.architecture");
-  if (!architecture) fail("general.architecture", "llama, qwen2 or qwen3", "no such key");
-  std::string_view base = *architecture;
-  const bool prefixed = base.starts_with(kPrefix);
-  if (prefixed) base.remove_prefix(kPrefix.size());
-  if (base != "llama" && base != "qwen2" && base != "qwen3") {
-    fail("general.architecture", "llama, qwen2 or qwen3, or turbosparse- before it",
-         std::string(*architecture));
+  std::string_view name = architecture.value_or("no such key");
+  const bool prefixed = name.starts_with(kPrefix);
+  if (prefixed) name.remove_prefix(kPrefix.size());
+  const auto* base = std::ranges::find(kArchitectures, name, &Architecture::name);
+  if (base == kArchitectures.end()) {
+    std::string known;
+    for (const Architecture& each : kArchitectures) known += std::string(each.name) + ", ";
+    fail("general.architecture", known + "or turbosparse- before it",
+         std::string(architecture.value_or("no such key")));
   }
   if (const std::int64_t parts = file.get_int("split.count").value_or(1); parts > 1) {
     fail("split.count", "a whole model in one file (llama-gguf-split --merge makes one)",
@@ -219,13 +281,12 @@ ModelConfig read_model_config(const GgufFile& file) {
   }
   ModelConfig config;
   config.architecture = *architecture;
-  config.rope_neox = base != "llama";
-  config.qk_norm = base == "qwen3";
+  config.rope_neox = base->rope_neox;
+  config.qk_norm = base->qk_norm;
+  config.activation = base->activation;
   const Reader read(file, config.architecture);
-  if (const std::int64_t experts = read.integer("expert_count", 0, 1 << 20, 0); experts != 0) {
-    fail(read.key("expert_count"), "0 (a dense model)", std::to_string(experts));
-  }
   read_sizes(file, read, config);
+  read_router(file, read, *base, config);
   read_rope(file, read, config);
   read_activation(file, prefixed, config);
   read_predictor(file, config);
@@ -233,6 +294,7 @@ ModelConfig read_model_config(const GgufFile& file) {
   // Attention over a sliding window equals full attention as long as the window holds everything.
   const std::int64_t window = read.integer("attention.sliding_window", 0, 1 << 26, 0);
   if (window > 0 && window < config.context_length) config.context_length = window;
+  if (window > 0 && name == "smallthinker") config.unrotated_layers = 4;
   return config;
 }
 

@@ -14,6 +14,7 @@ enum class Part : std::uint8_t {
   kCache,      // rotation, and writing keys and values
   kAttention,  // scores, softmax and sums of values
   kOut,        // the attention's output projection
+  kRouter,     // choosing experts
   kPredictor,  // naming candidates
   kGate,       // gate projection and activation; without a gate those of up
   kUp,         // up projection, product, and what the thresholds drop
@@ -21,8 +22,9 @@ enum class Part : std::uint8_t {
   kLmHead,     // logits
   kBarrier,    // waiting for other threads
 };
-inline constexpr std::array<const char*, 11> kPartNames{
-    "norm", "qkv", "kv_cache", "attention", "out", "predictor", "gate", "up", "down", "lm_head", "barrier"};
+inline constexpr std::array<const char*, 12> kPartNames{"norm", "qkv",    "kv_cache",  "attention",
+                                                        "out",  "router", "predictor", "gate",
+                                                        "up",   "down",   "lm_head",   "barrier"};
 /// Nanoseconds per part.
 using PartTimes = std::array<std::int64_t, kPartNames.size()>;
 

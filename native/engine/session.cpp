@@ -5,7 +5,6 @@
 #include <numeric>
 #include <utility>
 
-#include "engine/predictor.h"
 #include "util/error.h"
 
 namespace turbosparse {
@@ -28,7 +27,9 @@ std::string stage_name(const ModelConfig& config, std::int64_t stage) {
   if (stage > attention_stage(config.num_hidden_layers)) return "output projection";
   const std::int64_t layer = stage / kStagesPerLayer;
   if (stage == attention_stage(layer)) return "FFN of layer " + std::to_string(layer - 1);
-  return (stage == ffn_stage(layer) ? "attention of layer " : "predictor of layer ") + std::to_string(layer);
+  constexpr std::array<const char*, kStagesPerLayer> kParts{"", "attention", "router", "predictor"};
+  return std::string(kParts[static_cast<std::size_t>(stage % kStagesPerLayer)]) + " of layer " +
+         std::to_string(layer);
 }
 
 }  // namespace
@@ -172,7 +173,7 @@ void Session::capture(std::span<const std::int32_t> ids, std::span<const Capture
   for (std::int64_t begin = 0; begin < tokens; begin += kChunk) {
     const std::int64_t T = std::min(kChunk, tokens - begin);
     for (const CapturedLayer& wanted : layers) {
-      const std::int64_t F = config.intermediate_size;
+      const std::int64_t F = config.layer_neurons();
       captures.at(static_cast<std::size_t>(wanted.layer)) = {wanted.gate + begin * F, wanted.up + begin * F,
                                                              wanted.out + begin * config.hidden_size,
                                                              wanted.residual + begin * config.hidden_size};
@@ -269,26 +270,12 @@ std::int64_t Session::logit_bytes(const Step& step) const {
 /// Bytes of weights and cache that a decode step has read up to the last layer.
 std::int64_t Session::token_bytes(const Step& step, const std::vector<LayerCounts>& before) const {
   const ModelConfig& config = model_->config;
-  const auto row_bytes = [](const Matrix& w) { return static_cast<std::int64_t>(w.row_bytes); };
-  constexpr auto kThresholdBytes = static_cast<std::int64_t>(sizeof(float));
   std::int64_t bytes = 0;
   for (std::size_t n = 0; n < before.size(); ++n) {
     const LayerWeights& w = model_->weights->layers[n];
-    const std::int64_t candidates = counters_.layers[n].candidates - before[n].candidates;
-    const std::int64_t passed = counters_.layers[n].gate_passed - before[n].gate_passed;
-    const std::int64_t active = counters_.layers[n].active - before[n].active;
-    for (const Matrix* matrix : {&w.q, &w.k, &w.v, &w.o}) bytes += matrix->rows * row_bytes(*matrix);
-    bytes += predictor_bytes(step, w);
-    bytes += candidates * row_bytes(w.first(config.gated));
-    if (config.gated) bytes += passed * row_bytes(w.up);
-    bytes += (model_->weights->neuron_major ? active : config.hidden_size) * row_bytes(w.down);
-    const std::int64_t refined = counters_.layers[n].refined - before[n].refined;
-    const bool refines = step.refines();
-    bytes += (refines ? refined : candidates) * row_bytes(w.first_rest(config.gated));
-    if (config.gated) bytes += (refines ? refined : passed) * row_bytes(w.up_rest);
-    bytes += (refines ? refined : active) * row_bytes(w.down_rest);
-    if (step.mode == Mode::kThreshold || (step.predicted() && model_->weights->has_thresholds))
-      bytes += (candidates + passed) * kThresholdBytes;
+    for (const Matrix* matrix : {&w.q, &w.k, &w.v, &w.o})
+      bytes += matrix->rows * static_cast<std::int64_t>(matrix->row_bytes);
+    bytes += counters_.layers[n].bytes - before[n].bytes;
   }
   return bytes + config.num_hidden_layers * (step.position + 1) * cache_.position_bytes();
 }

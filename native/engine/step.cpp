@@ -10,26 +10,38 @@ namespace {
 
 std::size_t count(std::int64_t a, std::int64_t b = 1) { return static_cast<std::size_t>(a * b); }
 
+/// To whole cache lines of the 8-bit form.
+std::int64_t round_up(std::int64_t values) { return static_cast<std::int64_t>(aligned_bytes(count(values))); }
+
 std::int64_t widest(const ModelConfig& config) {
   return std::max(config.hidden_size, config.num_attention_heads * config.head_dim);
 }
 
 std::int64_t largest_rank(const Weights& weights) {
   std::int64_t rank = 0;
-  for (const LayerWeights& layer : weights.layers) rank = std::max(rank, layer.predictor.a.rows);
-  return rank;
+  for (const LayerWeights& layer : weights.layers) {
+    for (const FfnWeights& ffn : layer.ffns) rank = std::max(rank, ffn.predictor.a.rows);
+  }
+  return round_up(rank);
+}
+
+/// FFNs that a token goes through.
+std::int64_t slots(const ModelConfig& config) {
+  return config.router.experts == 0 ? 1 : config.router.used + (config.shared_intermediate_size > 0 ? 1 : 0);
 }
 
 /// Pieces of the neurons that each thread takes on average: threads finish within an eighth of each other,
 /// however the active ones lie and whatever else runs on their cores. A thread alone has one, since lists
 /// are fetched ahead within a piece.
 constexpr int kPiecesPerThread = 8;
-std::int64_t pieces(int threads) { return threads == 1 ? 1 : kPiecesPerThread * threads; }
+std::int64_t pieces_per_ffn(int threads, std::int64_t ffns) {
+  return threads == 1 ? 1 : (kPiecesPerThread * threads + ffns - 1) / ffns;
+}
 
 /// Outputs of one token that may have a rest added.
 std::int64_t widest_refined(const Model& model) {
   if (!model.weights->has_rests) return 0;
-  return std::max(model.config.intermediate_size, model.config.vocab_size);
+  return std::max(model.weights->widest_ffn, model.config.vocab_size);
 }
 
 /// Outputs of a rest that a thread computes for many tokens at a time.
@@ -52,9 +64,23 @@ void InputBuffer::quantize(const KernelTable& kernels, std::int64_t t, std::int6
                       q_sum_.data() + at / kBlock);
 }
 
+void InputBuffer::copy_row(const InputBuffer& from, std::int64_t t, std::int64_t to, std::int64_t cols) {
+  const std::int64_t n = blocks(cols);
+  std::copy_n(from.x_.data() + t * cols, cols, x_.data() + to * cols);
+  std::copy_n(from.q_.data() + t * cols, cols, q_.data() + to * cols);
+  std::copy_n(from.scale_.data() + t * cols / kBlock, n, scale_.data() + to * cols / kBlock);
+  std::copy_n(from.q_sum_.data() + t * cols / kBlock, n, q_sum_.data() + to * cols / kBlock);
+}
+
 PredictorInput::PredictorInput(const ModelConfig& config, std::int64_t T)
     : residual(config.predictor.reads_residual ? T : 0, config.hidden_size),
       signs(config.predictor.kind == PredictorKind::kSign ? count(T, sign_words(config.hidden_size)) : 0) {}
+
+ExpertGroups::ExpertGroups(const RouterConfig& config, std::int64_t T)
+    : begin(count(config.experts + 1)),
+      next(begin.size()),
+      tokens(count(T, config.used)),
+      factors(tokens.size()) {}
 
 LayerCounts& LayerCounts::operator+=(const LayerCounts& other) {
   candidates += other.candidates;
@@ -63,6 +89,7 @@ LayerCounts& LayerCounts::operator+=(const LayerCounts& other) {
   refined += other.refined;
   wanted += other.wanted;
   found += other.found;
+  bytes += other.bytes;
   return *this;
 }
 
@@ -70,14 +97,17 @@ ThreadScratch::ThreadScratch(const Model& model, std::int64_t context, std::int6
     : input(1, widest(model.config)),
       scores(count(context)),
       out(count(widest(model.config))),
-      candidates{std::vector<std::int32_t>(count(model.config.intermediate_size))},
-      passed{std::vector<std::int32_t>(count(model.config.intermediate_size))},
-      values(count(model.config.intermediate_size)),
-      active(count(model.config.intermediate_size)),
+      candidates{std::vector<std::int32_t>(count(model.weights->widest_ffn))},
+      passed{std::vector<std::int32_t>(count(model.weights->widest_ffn))},
+      values(count(model.weights->widest_ffn)),
+      active(count(model.weights->widest_ffn)),
       refined{std::vector<std::int32_t>(count(widest_refined(model)))},
       slab(model.weights->has_rests ? count(tokens, kSlab) : 0),
       predictor(model.config, 1),
-      gemm(gemm_scratch_bytes(std::max(widest(model.config), model.config.intermediate_size))) {}
+      expert_scores(count(model.config.router.experts)),
+      routes(count(model.config.router.used)),
+      ffns(count(slots(model.config))),
+      gemm(gemm_scratch_bytes(std::max(widest(model.config), model.weights->widest_ffn))) {}
 
 Scratch::Scratch(const Model& model, std::int64_t context, std::int64_t tokens)
     : capacity(tokens),
@@ -85,27 +115,36 @@ Scratch::Scratch(const Model& model, std::int64_t context, std::int64_t tokens)
       q(count(tokens, model.config.num_attention_heads * model.config.head_dim)),
       k(count(tokens, model.config.num_key_value_heads * model.config.head_dim)),
       v(k.size()),
-      gate(count(tokens, model.config.intermediate_size)),
+      slot(round_up(model.weights->widest_ffn)),
+      gate(count(std::max(tokens, slots(model.config)), slot)),
       up(gate.size()),
       out(x.size()),
       cos(count(tokens, model.config.rotary_dim / 2)),
       sin(cos.size()),
       input(tokens, widest(model.config)),
-      ffn_input(tokens, model.config.intermediate_size),
+      ffn_input(std::max(tokens, slots(model.config)), slot),
       predictor(model.config, tokens),
-      hidden(tokens, largest_rank(*model.weights)),
-      scores(count(model.config.intermediate_size)),
-      differences(count(model.config.intermediate_size, model.weights->sign_rows)),
-      kept(count(model.config.intermediate_size)),
-      kept_counts(count(pieces(model.pool.size()))),
-      raw(count(model.config.intermediate_size)),
+      rank(largest_rank(*model.weights)),
+      hidden(std::max(tokens, slots(model.config)), rank),
+      scores(count(slots(model.config), slot)),
+      differences(count(scores.size(), model.weights->sign_rows)),
+      expert_logits(count(tokens, model.config.router.experts)),
+      routes(count(tokens, model.config.router.used)),
+      groups(model.config.router, tokens),
+      shared_factors(count(tokens)),
+      expert_input(model.config.router.experts > 0 ? tokens : 0, model.config.hidden_size),
+      ffn_sum(model.config.router.experts > 0 ? x.size() : 0),
+      pieces(pieces_per_ffn(model.pool.size(), slots(model.config))),
+      kept(scores.size()),
+      kept_counts(count(slots(model.config), pieces)),
+      raw(scores.size()),
       rest(count(widest_refined(model))),
       refined(model.weights->has_rests ? gate.size() : 0),
-      refined_counts(count(tokens, pieces(model.pool.size()))),
+      refined_counts(count(tokens, std::max<std::int64_t>(pieces, model.pool.size()))),
       largest(count(tokens, model.pool.size())),
       refined_logits(count(model.pool.size())),
-      all(count(model.config.intermediate_size)),
-      zeros(all.size()) {
+      all(count(std::max(slot, tokens))),
+      zeros(count(slot)) {
   for (int index = 0; index < model.pool.size(); ++index) threads.emplace_back(model, context, tokens);
   std::iota(all.begin(), all.end(), 0);
 }
@@ -130,14 +169,15 @@ void begin_step(Step& step, std::span<const std::int32_t> ids) {
   for (ThreadScratch& thread : step.scratch.threads) thread.broken_at = INT64_MAX;
 }
 
-void place_heads(const Step& step, const std::vector<float>& norm, std::int64_t t, std::int64_t n_heads,
-                 float* heads) {
+void place_heads(const Step& step, const std::vector<float>& norm, std::int64_t layer, std::int64_t t,
+                 std::int64_t n_heads, float* heads) {
   const ModelConfig& config = step.config();
   const std::int64_t C = config.head_dim;
-  for (std::int64_t head = 0; head < n_heads && !norm.empty(); ++head) {
+  for (std::int64_t head = 0; head < n_heads && config.qk_norm == QkNorm::kHeads; ++head) {
     float* x = heads + head * C;
     step.kernels().rms_norm(x, norm.data(), C, config.rms_norm_eps, x);
   }
+  if (!config.rotates(layer)) return;
   const float* cos = step.scratch.cos.data() + t * (config.rotary_dim / 2);
   const float* sin = step.scratch.sin.data() + t * (config.rotary_dim / 2);
   step.kernels().rope(heads, n_heads, C, config.rotary_dim, config.rope_neox, cos, sin);
@@ -191,10 +231,15 @@ void normalize(const Step& step, const std::vector<float>& weight, bool quantize
   if (quantized) input.quantize(step.kernels(), to, D, 0, D);
 }
 
-Thresholds thresholds(const Step& step, const LayerWeights& w) {
-  const bool stored = step.mode == Mode::kThreshold || (step.predicted() && !w.threshold.empty());
-  if (stored) return {w.gate_threshold.data(), w.threshold.data()};
+Thresholds thresholds(const Step& step, const FfnWeights& ffn) {
+  if (threshold_bytes(step) > 0) return {ffn.gate_threshold.data(), ffn.threshold.data()};
   return {step.scratch.zeros.data(), step.scratch.zeros.data()};
+}
+
+std::int64_t threshold_bytes(const Step& step) {
+  const bool stored =
+      step.mode == Mode::kThreshold || (step.predicted() && step.model.weights->has_thresholds);
+  return stored ? sizeof(float) : 0;
 }
 
 }  // namespace turbosparse

@@ -25,15 +25,18 @@ class InputBuffer {
  public:
   InputBuffer(std::int64_t T, std::int64_t cols);
   float* row(std::int64_t t, std::int64_t cols) { return x_.data() + t * cols; }
+  const float* row(std::int64_t t, std::int64_t cols) const { return x_.data() + t * cols; }
   /// Fills the 8-bit form of values [begin, end) of row t; both multiples of 32.
   void quantize(const KernelTable& kernels, std::int64_t t, std::int64_t cols, std::int64_t begin,
                 std::int64_t end);
-  Input view() const { return {x_.data(), q_.data(), scale_.data(), q_sum_.data()}; }
-  /// Row t alone.
-  Input view(std::int64_t t, std::int64_t cols) const {
-    const std::int64_t block = t * cols / kBlock;
-    return {x_.data() + t * cols, q_.data() + t * cols, scale_.data() + block, q_sum_.data() + block};
+  /// From value `at` on, a multiple of 32.
+  Input view(std::int64_t at = 0) const {
+    return {x_.data() + at, q_.data() + at, scale_.data() + at / kBlock, q_sum_.data() + at / kBlock};
   }
+  /// Row t alone.
+  Input view(std::int64_t t, std::int64_t cols) const { return view(t * cols); }
+  /// Row `to` becomes row t of another buffer, with its 8-bit form.
+  void copy_row(const InputBuffer& from, std::int64_t t, std::int64_t to, std::int64_t cols);
 
  private:
   AlignedVector<float> x_;
@@ -60,6 +63,27 @@ struct KeptNeurons {
   }
 };
 
+/// An FFN that a token goes through: its output, times `factor`, is added to the residual.
+struct ActiveFfn {
+  const FfnWeights* weights = nullptr;
+  float factor = 1;
+};
+
+/// An expert that a token is sent to.
+struct ExpertRoute {
+  std::int32_t expert = 0;
+  float factor = 0;  // of its output
+};
+
+/// The routes of T tokens, sorted by expert: those of expert e are [begin[e], begin[e + 1]), their tokens
+/// ascending.
+struct ExpertGroups {
+  ExpertGroups(const RouterConfig& config, std::int64_t T);
+  std::vector<std::int64_t> begin, next;  // [E + 1], and where the next token goes
+  std::vector<std::int32_t> tokens;       // [T * used]
+  std::vector<float> factors;             // [T * used]
+};
+
 /// What happened to the neurons of a layer, summed over tokens.
 struct LayerCounts {
   std::int64_t candidates = 0;   // whose row of gate (without a gate: of up) was needed
@@ -69,23 +93,28 @@ struct LayerCounts {
   // In predicted mode, tokens that came together: there every neuron is computed, so that one can tell.
   std::int64_t wanted = 0;  // that the mode's thresholds keep, candidates or not
   std::int64_t found = 0;   // those of them that were candidates
+  // Tokens that came alone.
+  std::int64_t bytes = 0;  // of weights of router, predictors and FFNs that were read
   LayerCounts& operator+=(const LayerCounts& other);
 };
 
 /// Memory of one thread.
 struct ThreadScratch {
   ThreadScratch(const Model& model, std::int64_t context, std::int64_t capacity);
-  InputBuffer input;                 // one vector
-  AlignedVector<float> scores;       // [context]
-  AlignedVector<float> out;          // [max(D, H * C)]
-  KeptNeurons candidates;            // of the piece of neurons at hand
-  KeptNeurons passed;                // those whose |f(gate)| was enough
-  AlignedVector<float> values;       // [F] f(gate) of a list of neurons
-  std::vector<std::int32_t> active;  // [F] what all threads kept
-  KeptNeurons refined;               // of the piece of neurons at hand; of all, when `down` is computed
-  AlignedVector<float> slab;         // [T, kSlab] outputs of a rest
-  PredictorInput predictor;          // one token
-  AlignedVector<std::byte> gemm;     // scratch of the kernels
+  InputBuffer input;                   // one vector
+  AlignedVector<float> scores;         // [context]
+  AlignedVector<float> out;            // [max(D, H * C)]
+  KeptNeurons candidates;              // of the piece of neurons at hand
+  KeptNeurons passed;                  // those whose |f(gate)| was enough
+  AlignedVector<float> values;         // [F] f(gate) of a list of neurons
+  std::vector<std::int32_t> active;    // [F] what all threads kept
+  KeptNeurons refined;                 // of the piece of neurons at hand; of all, when `down` is computed
+  AlignedVector<float> slab;           // [T, kSlab] outputs of a rest
+  PredictorInput predictor;            // one token
+  AlignedVector<float> expert_scores;  // [E] of one token
+  std::vector<ExpertRoute> routes;     // [used] of one token
+  std::vector<ActiveFfn> ffns;         // [slots] of one token
+  AlignedVector<std::byte> gemm;       // scratch of the kernels
   Stopwatch watch;
   LayerCounts counts;                  // of this thread's neurons in the layer at hand
   std::int64_t broken_at = INT64_MAX;  // first stage with NaN or Inf in its input that this thread saw
@@ -95,31 +124,41 @@ struct ThreadScratch {
 struct Scratch {
   Scratch(const Model& model, std::int64_t context, std::int64_t capacity);
   std::int64_t capacity;
-  AlignedVector<float> x;                   // [T, D] residual stream
-  AlignedVector<float> q;                   // [T, H * C]
-  AlignedVector<float> k, v;                // [T, K * C]
-  AlignedVector<float> gate, up;            // [T, F]
+  AlignedVector<float> x;     // [T, D] residual stream
+  AlignedVector<float> q;     // [T, H * C]
+  AlignedVector<float> k, v;  // [T, K * C]
+  // Decoding, the FFNs of the token lie in slots beside one another, `slot` neurons each.
+  std::int64_t slot;                        // F of the widest FFN, rounded up to cache lines
+  AlignedVector<float> gate, up;            // [T, F] or [slots, slot]
   AlignedVector<float> out;                 // [T, D]
   AlignedVector<float> cos, sin;            // [T, rotary / 2]
   InputBuffer input;                        // [T, max(D, H * C)]
-  InputBuffer ffn_input;                    // [T, F]; before that, T > 1: scores of the predictor
+  InputBuffer ffn_input;                    // as gate; before that, T > 1: scores of the predictor
   PredictorInput predictor;                 // T tokens
-  InputBuffer hidden;                       // [T, R]
-  AlignedVector<float> scores;              // [F]
+  std::int64_t rank;                        // the largest R
+  InputBuffer hidden;                       // [T, R] or [slots, rank]
+  AlignedVector<float> scores;              // [slots, slot]
   AlignedVector<std::int32_t> differences;  // [F, sign rows]
+  AlignedVector<float> expert_logits;       // [T, E]
+  std::vector<ExpertRoute> routes;          // [T, used]
+  ExpertGroups groups;
+  std::vector<float> shared_factors;  // [T]
+  InputBuffer expert_input;           // [T, D] input of a group's tokens
+  AlignedVector<float> ffn_sum;       // [T, D] of the experts' outputs
   std::vector<ThreadScratch> threads;
   // Decoding, the neurons are cut into pieces that threads take in turn.
   std::atomic<std::int64_t> next_piece = 0;
-  std::vector<std::int32_t> kept;         // [F] active neurons of a piece, from where the piece begins
-  std::vector<std::int64_t> kept_counts;  // [pieces]
-  AlignedVector<float> raw;               // [F] of one token: what f is applied to
+  std::int64_t pieces;                    // of an FFN
+  std::vector<std::int32_t> kept;         // [slots, slot] active neurons of a piece, from where it begins
+  std::vector<std::int64_t> kept_counts;  // [slots, pieces]
+  AlignedVector<float> raw;               // [slots, slot] of one token: what f is applied to
   // Weights with rests.
   AlignedVector<float> rest;                 // [max(F, V)] of one token: products of a rest
   std::vector<std::int32_t> refined;         // [T, F] refined neurons of a piece or a thread, like `kept`
   std::vector<std::int64_t> refined_counts;  // [T, pieces or threads]
   std::vector<float> largest;                // [T, threads] largest logit of each thread's share
   std::vector<std::int64_t> refined_logits;  // [threads] how many of the last token's were refined
-  std::vector<std::int32_t> all;             // [F] 0, 1, 2 ...
+  std::vector<std::int32_t> all;             // [max(F, T)] 0, 1, 2 ...
   std::vector<float> zeros;                  // [F] thresholds of the exact mode
 };
 
@@ -133,7 +172,7 @@ struct Capture {
 
 /// Candidates from outside instead of a predictor's, of all tokens of a call.
 struct GivenCandidates {
-  const bool* mask = nullptr;  // [layers, tokens, F], or null
+  const bool* mask = nullptr;  // [layers, tokens, neurons of a layer], or null
   std::int64_t tokens = 0;
   std::int64_t first = 0;  // token of the call that is token 0 of the step
 };
@@ -153,6 +192,7 @@ struct Step {
   bool predicted() const { return mode == Mode::kPredicted; }
   /// Whether rests count only where it matters; else they are always added.
   bool refines() const { return mode == Mode::kThreshold && model.weights->has_rests; }
+  bool refines(const FfnWeights& ffn) const { return refines() && ffn.has_rests(); }
   const ModelConfig& config() const { return model.config; }
   const KernelTable& kernels() const { return model.kernels; }
   int thread_count() const { return model.pool.size(); }
@@ -184,20 +224,21 @@ inline Range share(const Step& step, std::int64_t total, int index) {
   return split(total, kBlock, index, step.thread_count());
 }
 /// Stages at which numbers are looked at, in order: what the attention reads, what the FFN reads, and what
-/// the predictor computed.
-constexpr std::int64_t kStagesPerLayer = 3;
+/// router and predictor computed.
+constexpr std::int64_t kStagesPerLayer = 4;
 constexpr std::int64_t attention_stage(std::int64_t layer) { return kStagesPerLayer * layer; }
 constexpr std::int64_t ffn_stage(std::int64_t layer) { return kStagesPerLayer * layer + 1; }
-constexpr std::int64_t predictor_stage(std::int64_t layer) { return kStagesPerLayer * layer + 2; }
+constexpr std::int64_t router_stage(std::int64_t layer) { return kStagesPerLayer * layer + 2; }
+constexpr std::int64_t predictor_stage(std::int64_t layer) { return kStagesPerLayer * layer + 3; }
 inline void note_broken(ThreadScratch& thread, std::int64_t stage) {
   thread.broken_at = std::min(thread.broken_at, stage);
 }
 /// Normalises token t into row `to` of `input`, with its 8-bit form where `quantized`; notes NaN and Inf.
 void normalize(const Step& step, const std::vector<float>& weight, bool quantized, std::int64_t stage,
                std::int64_t t, InputBuffer& input, std::int64_t to, int index);
-/// Normalises, where there is a norm, and rotates n_heads heads of q or k of token t, in place.
-void place_heads(const Step& step, const std::vector<float>& norm, std::int64_t t, std::int64_t n_heads,
-                 float* heads);
+/// Normalises each, where heads have a norm, and rotates n_heads heads of q or k of token t, in place.
+void place_heads(const Step& step, const std::vector<float>& norm, std::int64_t layer, std::int64_t t,
+                 std::int64_t n_heads, float* heads);
 bool all_finite(const float* x, std::int64_t n);
 /// y[r] += dot(rest[r], x) for the rows of a range, or of a list; nothing where there is no rest.
 void add_rest(const Step& step, const Matrix& rest, const Input& x, Range rows, float* y);
@@ -211,14 +252,16 @@ void add_rest_batch(const Step& step, const Matrix& rest, const Input& x, std::i
 inline bool below(float value, float threshold) {
   return static_cast<bool>(static_cast<int>(std::fabs(value) < threshold) | static_cast<int>(value == 0.0F));
 }
-/// The thresholds of a layer in the mode of the step: predicted mode has those of the file, if any.
+/// The thresholds of an FFN in the mode of the step: predicted mode has those of the file, if any.
 struct Thresholds {
   const float* gate;
   const float* neuron;
 };
-Thresholds thresholds(const Step& step, const LayerWeights& w);
+Thresholds thresholds(const Step& step, const FfnWeights& ffn);
+/// Bytes of a threshold, and whether the mode of the step reads them.
+std::int64_t threshold_bytes(const Step& step);
 
-// FFN of one token, of which every thread has normalised the input into its own scratch.
+// FFNs of one token, of which every thread has normalised the input into its own scratch.
 void decode_ffn(Step& step, std::int64_t layer, int index) noexcept;
 
 }  // namespace turbosparse

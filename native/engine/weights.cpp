@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 #include <set>
+#include <span>
 #include <string_view>
 #include <unordered_set>
 #include <utility>
@@ -25,11 +26,39 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
   return text + "]";
 }
 
-/// A matrix that has to be packed, and where its view goes.
+/// A matrix that has to be packed: its rows in the file, and where its view goes.
 struct Packing {
-  const GgufTensor* tensor;
+  std::uint32_t type;
+  std::span<const std::byte> data;
   Matrix* target;
 };
+
+/// FFNs of a layer whose tensors share names: `fused` ones lie in one tensor, with a first dimension for
+/// them.
+struct FfnGroup {
+  const char* suffix;
+  bool fused;
+  std::int64_t neurons;
+  std::span<FfnWeights> ffns;
+
+  std::string name(const std::string& block, const char* part, const char* end) const {
+    return block + "ffn_" + part + suffix + end;
+  }
+  std::vector<std::int64_t> shape(std::vector<std::int64_t> of_one) const {
+    if (fused) of_one.insert(of_one.begin(), static_cast<std::int64_t>(ffns.size()));
+    return of_one;
+  }
+};
+
+std::vector<FfnGroup> ffn_groups(const ModelConfig& config, LayerWeights& layer) {
+  const std::span<FfnWeights> ffns = layer.ffns;
+  const auto experts = static_cast<std::size_t>(config.router.experts);
+  if (experts == 0) return {{"", false, config.intermediate_size, ffns}};
+  std::vector<FfnGroup> groups{{"_exps", true, config.intermediate_size, ffns.first(experts)}};
+  if (config.shared_intermediate_size > 0)
+    groups.push_back({"_shexp", false, config.shared_intermediate_size, ffns.subspan(experts)});
+  return groups;
+}
 
 /// Finds tensors in the file, checks them, and notes which matrices still need packing.
 class Binder {
@@ -57,19 +86,7 @@ class Binder {
     const GgufTensor& found = tensor(name, {rows, cols});
     const bool native = native_type(found.type, &target->type);
     if (!native) target->type = transcode_;
-    if (is_quantized(target->type) && cols % kBlock != 0) {
-      fail(name, "rows of a multiple of 32 values", std::to_string(cols));
-    }
-    target->rows = rows;
-    target->cols = cols;
-    target->row_bytes = packed_row_bytes(target->type, cols);
-    if (native && !is_quantized(target->type) && target->row_bytes == ggml_row_bytes(found.type, cols)) {
-      target->data = found.data.data();
-    } else {
-      packings_.push_back({&found, target});
-    }
-    if (!native) transcoded_[ggml_type_name(found.type)] = weight_type_name(target->type);
-    bytes_ += target->row_bytes * static_cast<std::size_t>(rows);
+    place(found, found.data, rows, cols, target);
   }
 
   /// The same where there is such a tensor; returns whether there is.
@@ -77,6 +94,26 @@ class Binder {
     if (find(name) == nullptr) return false;
     matrix(name, rows, cols, target);
     return true;
+  }
+
+  /// The same with floats as weights, whatever the file has.
+  void float_matrix(const std::string& name, std::int64_t rows, std::int64_t cols, Matrix* target) {
+    target->type = WeightType::kF32;
+    const GgufTensor& found = tensor(name, {rows, cols});
+    place(found, found.data, rows, cols, target);
+  }
+
+  /// One matrix for each FFN of a group; `target` says where it goes.
+  template <class Target>
+  void matrices(const std::string& name, const FfnGroup& group, std::int64_t rows, std::int64_t cols,
+                Target target) {
+    const GgufTensor& found = tensor(name, group.shape({rows, cols}));
+    const std::size_t each = found.data.size() / group.ffns.size();
+    for (std::size_t i = 0; i < group.ffns.size(); ++i) {
+      Matrix* matrix = target(group.ffns[i]);
+      if (!native_type(found.type, &matrix->type)) matrix->type = transcode_;
+      place(found, found.data.subspan(i * each, each), rows, cols, matrix);
+    }
   }
 
   /// Values of a vector, which may have any float type.
@@ -89,6 +126,19 @@ class Binder {
 
   std::vector<float> optional_vector(const std::string& name, std::int64_t size) {
     return find(name) == nullptr ? std::vector<float>{} : vector(name, size);
+  }
+
+  /// One vector for each FFN of a group, or none.
+  void optional_vectors(const std::string& name, const FfnGroup& group,
+                        std::vector<float> FfnWeights::* target) {
+    if (find(name) == nullptr) return;
+    const GgufTensor& found = tensor(name, group.shape({group.neurons}));
+    const std::size_t each = found.data.size() / group.ffns.size();
+    for (std::size_t i = 0; i < group.ffns.size(); ++i) {
+      std::vector<float>& values = group.ffns[i].*target;
+      values.resize(static_cast<std::size_t>(group.neurons));
+      ggml_dequantize_row(found.type, found.data.data() + i * each, group.neurons, values.data());
+    }
   }
 
   /// Indices below `bound`, strictly ascending; empty where there is no such tensor.
@@ -122,6 +172,26 @@ class Binder {
   std::size_t bytes() const { return bytes_; }
 
  private:
+  /// Makes `target`, whose type is set, a view of the file's rows or of rows to be packed.
+  void place(const GgufTensor& found, std::span<const std::byte> data, std::int64_t rows, std::int64_t cols,
+             Matrix* target) {
+    if (is_quantized(target->type) && cols % kBlock != 0) {
+      fail(found.name, "rows of a multiple of 32 values", std::to_string(cols));
+    }
+    target->rows = rows;
+    target->cols = cols;
+    target->row_bytes = packed_row_bytes(target->type, cols);
+    WeightType type;
+    const bool native = native_type(found.type, &type) && type == target->type;
+    if (native && !is_quantized(type) && target->row_bytes == ggml_row_bytes(found.type, cols)) {
+      target->data = data.data();
+    } else {
+      packings_.push_back({found.type, data, target});
+    }
+    if (!native) transcoded_[ggml_type_name(found.type)] = weight_type_name(target->type);
+    bytes_ += target->row_bytes * static_cast<std::size_t>(rows);
+  }
+
   const GgufFile& file_;
   WeightType transcode_;
   std::unordered_set<std::string_view> known_;
@@ -142,79 +212,115 @@ void bind_attention(Binder& binder, const std::string& block, const ModelConfig&
   layer.q_bias = binder.optional_vector(block + "attn_q.bias", q_rows);
   layer.k_bias = binder.optional_vector(block + "attn_k.bias", kv_rows);
   layer.v_bias = binder.optional_vector(block + "attn_v.bias", kv_rows);
-  if (config.qk_norm) {
-    layer.q_norm = binder.vector(block + "attn_q_norm.weight", config.head_dim);
-    layer.k_norm = binder.vector(block + "attn_k_norm.weight", config.head_dim);
+  if (config.qk_norm != QkNorm::kNone) {
+    const bool heads = config.qk_norm == QkNorm::kHeads;
+    layer.q_norm = binder.vector(block + "attn_q_norm.weight", heads ? config.head_dim : q_rows);
+    layer.k_norm = binder.vector(block + "attn_k_norm.weight", heads ? config.head_dim : kv_rows);
   }
   binder.matrix(block + "attn_output.weight", D, q_rows, &layer.o);
 }
 
-void bind_ffn(Binder& binder, const std::string& block, const ModelConfig& config, bool neuron_major,
-              LayerWeights& layer) {
+void bind_ffns(Binder& binder, const std::string& block, const ModelConfig& config, bool neuron_major,
+               const FfnGroup& group) {
   const std::int64_t D = config.hidden_size;
-  const std::int64_t F = config.intermediate_size;
-  layer.ffn_norm = binder.vector(block + "ffn_norm.weight", D);
-  if (config.gated) binder.matrix(block + "ffn_gate.weight", F, D, &layer.gate);
-  binder.matrix(block + "ffn_up.weight", F, D, &layer.up);
+  const std::int64_t F = group.neurons;
+  const auto gate = [](FfnWeights& ffn) { return &ffn.gate; };
+  const auto up = [](FfnWeights& ffn) { return &ffn.up; };
+  const auto down = [](FfnWeights& ffn) { return &ffn.down; };
+  if (config.gated) binder.matrices(group.name(block, "gate", ".weight"), group, F, D, gate);
+  binder.matrices(group.name(block, "up", ".weight"), group, F, D, up);
   if (neuron_major) {
-    binder.matrix(block + "ffn_down_t.weight", F, D, &layer.down);
+    binder.matrices(group.name(block, "down_t", ".weight"), group, F, D, down);
   } else {
-    binder.matrix(block + "ffn_down.weight", D, F, &layer.down);
+    binder.matrices(group.name(block, "down", ".weight"), group, D, F, down);
   }
-  layer.threshold = binder.optional_vector(block + "ffn_threshold", F);
-  if (config.gated) layer.gate_threshold = binder.optional_vector(block + "ffn_gate_threshold", F);
+  const std::string name = group.name(block, "threshold", "");
+  binder.optional_vectors(name, group, &FfnWeights::threshold);
+  if (config.gated)
+    binder.optional_vectors(group.name(block, "gate_threshold", ""), group, &FfnWeights::gate_threshold);
   const auto usable = [](float value) { return value >= 0 && std::isfinite(value); };
-  if (!std::ranges::all_of(layer.threshold, usable) || !std::ranges::all_of(layer.gate_threshold, usable)) {
-    fail(block + "ffn_threshold", "finite thresholds of at least 0", "a negative one, NaN or Inf");
+  for (FfnWeights& ffn : group.ffns) {
+    ffn.neurons = F;
+    if (!std::ranges::all_of(ffn.threshold, usable) || !std::ranges::all_of(ffn.gate_threshold, usable))
+      fail(name, "finite thresholds of at least 0", "a negative one, NaN or Inf");
+    if (!ffn.threshold.empty()) ffn.gate_threshold.resize(static_cast<std::size_t>(F), 0.0F);
   }
-  if (!layer.threshold.empty()) layer.gate_threshold.resize(static_cast<std::size_t>(F), 0.0F);
 }
 
-/// What is added to the matrices of the FFN; returns whether there is anything.
-bool bind_rests(Binder& binder, const std::string& block, const ModelConfig& config, LayerWeights& layer) {
+/// What is added to the matrices of a layer's only FFN; returns whether there is anything.
+bool bind_rests(Binder& binder, const std::string& block, const ModelConfig& config, FfnWeights& ffn) {
   const std::int64_t D = config.hidden_size;
-  const std::int64_t F = config.intermediate_size;
-  bool any = config.gated && binder.optional_matrix(block + "ffn_gate_rest.weight", F, D, &layer.gate_rest);
-  any |= binder.optional_matrix(block + "ffn_up_rest.weight", F, D, &layer.up_rest);
-  any |= binder.optional_matrix(block + "ffn_down_t_rest.weight", F, D, &layer.down_rest);
+  const std::int64_t F = ffn.neurons;
+  bool any = config.gated && binder.optional_matrix(block + "ffn_gate_rest.weight", F, D, &ffn.gate_rest);
+  any |= binder.optional_matrix(block + "ffn_up_rest.weight", F, D, &ffn.up_rest);
+  any |= binder.optional_matrix(block + "ffn_down_t_rest.weight", F, D, &ffn.down_rest);
   return any;
 }
 
-void bind_predictor(Binder& binder, const std::string& block, const ModelConfig& config, float threshold,
-                    LayerPredictor& predictor) {
-  predictor.threshold = threshold;
-  predictor.hot = binder.optional_indices(block + "ffn_pred_hot", config.intermediate_size);
+/// `hot`: neurons of all FFNs of the group, numbered through.
+void bind_predictors(Binder& binder, const std::string& block, const ModelConfig& config,
+                     const FfnGroup& group) {
+  const auto count = static_cast<std::int64_t>(group.ffns.size());
+  const std::string hot = group.name(block, "pred_hot", "");
+  for (const std::int32_t neuron : binder.optional_indices(hot, count * group.neurons)) {
+    const auto ffn = static_cast<std::size_t>(neuron / group.neurons);
+    group.ffns[ffn].predictor.hot.push_back(static_cast<std::int32_t>(neuron % group.neurons));
+  }
   if (config.predictor.kind == PredictorKind::kSign) return;
-  const std::string a = block + "ffn_pred_a.weight";
+  const std::string a = group.name(block, "pred_a", ".weight");
   const GgufTensor* found = binder.find(a);
-  if (found == nullptr || found->shape.size() != 2) {
-    fail(a, "a matrix of shape [R, " + std::to_string(config.hidden_size) + "]",
+  const std::size_t dimensions = group.fused ? 3 : 2;
+  if (found == nullptr || found->shape.size() != dimensions) {
+    fail(a,
+         (group.fused ? "a tensor of shape [" + std::to_string(count) + ", R, " : "a matrix of shape [R, ") +
+             std::to_string(config.hidden_size) + "]",
          found == nullptr ? "no such tensor" : shape_text(found->shape));
   }
-  const std::int64_t rank = found->shape[0];
-  binder.matrix(a, rank, config.hidden_size, &predictor.a);
-  binder.matrix(block + "ffn_pred_b.weight", config.intermediate_size, rank, &predictor.b);
+  const std::int64_t rank = found->shape[dimensions - 2];
+  binder.matrices(a, group, rank, config.hidden_size, [](FfnWeights& ffn) { return &ffn.predictor.a; });
+  binder.matrices(group.name(block, "pred_b", ".weight"), group, group.neurons, rank,
+                  [](FfnWeights& ffn) { return &ffn.predictor.b; });
+}
+
+void bind_layer(Binder& binder, const std::string& block, const ModelConfig& config, bool neuron_major,
+                LayerWeights& layer) {
+  const std::int64_t experts = config.router.experts;
+  bind_attention(binder, block, config, layer);
+  layer.ffn_norm = binder.vector(block + "ffn_norm.weight", config.hidden_size);
+  layer.ffns.resize(static_cast<std::size_t>(config.ffns_per_layer()));
+  if (experts > 0)
+    binder.float_matrix(block + "ffn_gate_inp.weight", experts, config.hidden_size, &layer.router);
+  if (config.router.gates_shared_expert)
+    layer.shared_gate = binder.vector(block + "ffn_gate_inp_shexp.weight", config.hidden_size);
+  for (const FfnGroup& group : ffn_groups(config, layer)) {
+    bind_ffns(binder, block, config, neuron_major, group);
+    if (config.predictor.kind != PredictorKind::kNone) bind_predictors(binder, block, config, group);
+  }
+  std::int64_t neuron = 0;
+  for (FfnWeights& ffn : layer.ffns) {
+    ffn.first_neuron = neuron;
+    neuron += ffn.neurons;
+  }
 }
 
 /// Packs the rows of one tensor on all threads.
 void pack(const Packing& packing, std::byte* out, ThreadPool& pool) {
-  const GgufTensor& tensor = *packing.tensor;
   const Matrix& target = *packing.target;
-  const std::size_t file_row = ggml_row_bytes(tensor.type, target.cols);
+  const std::size_t file_row = ggml_row_bytes(packing.type, target.cols);
   WeightType type;
-  const bool native = native_type(tensor.type, &type);
+  const bool native = native_type(packing.type, &type) && type == target.type;
   std::vector<std::vector<float>> rows(static_cast<std::size_t>(pool.size()));
   for (auto& row : rows) row.resize(static_cast<std::size_t>(target.cols));
   pool.run([&](int index) noexcept {
     float* values = rows[static_cast<std::size_t>(index)].data();
     const Range range = split(target.rows, 1, index, pool.size());
     for (std::int64_t r = range.begin; r < range.end; ++r) {
-      const std::byte* from = tensor.data.data() + static_cast<std::size_t>(r) * file_row;
+      const std::byte* from = packing.data.data() + static_cast<std::size_t>(r) * file_row;
       std::byte* to = out + static_cast<std::size_t>(r) * target.row_bytes;
       if (native) {
         pack_row(target.type, from, target.cols, to);
       } else {
-        ggml_dequantize_row(tensor.type, from, target.cols, values);
+        ggml_dequantize_row(packing.type, from, target.cols, values);
         quantize_row(target.type, values, target.cols, to);
       }
     }
@@ -228,19 +334,24 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
     : file_(std::move(file)) {
   Binder binder(*file_, transcode);
   const std::int64_t D = config.hidden_size;
-  neuron_major = file_->tensor("blk.0.ffn_down_t.weight") != nullptr;
+  neuron_major = file_->tensor("blk.0.ffn_down_t.weight") != nullptr ||
+                 file_->tensor("blk.0.ffn_down_t_exps.weight") != nullptr;
   layers.resize(static_cast<std::size_t>(config.num_hidden_layers));
+  auto predictor_threshold = config.predictor.thresholds.begin();
   for (std::size_t n = 0; n < layers.size(); ++n) {
     const std::string block = "blk." + std::to_string(n) + ".";
-    bind_attention(binder, block, config, layers[n]);
-    bind_ffn(binder, block, config, neuron_major, layers[n]);
-    if (neuron_major) has_rests |= bind_rests(binder, block, config, layers[n]);
-    const bool thresholds = !layers[n].threshold.empty();
-    if (n > 0 && thresholds != has_thresholds)
-      fail(block + "ffn_threshold", "thresholds in all layers or none", "some");
-    has_thresholds = thresholds;
-    if (config.predictor.kind != PredictorKind::kNone)
-      bind_predictor(binder, block, config, config.predictor.thresholds[n], layers[n].predictor);
+    bind_layer(binder, block, config, neuron_major, layers[n]);
+    if (neuron_major && !layers[n].has_router())
+      has_rests |= bind_rests(binder, block, config, layers[n].ffns.front());
+    for (FfnWeights& ffn : layers[n].ffns) {
+      const bool thresholds = !ffn.threshold.empty();
+      const bool first = n == 0 && ffn.first_neuron == 0;
+      if (!first && thresholds != has_thresholds)
+        fail(block + "ffn_threshold", "thresholds in all layers or none", "some");
+      has_thresholds = thresholds;
+      widest_ffn = std::max(widest_ffn, ffn.neurons);
+      if (config.predictor.kind != PredictorKind::kNone) ffn.predictor.threshold = *predictor_threshold++;
+    }
   }
   embedding_ = &binder.tensor("token_embd.weight", {config.vocab_size, D});
   const bool tied = file_->tensor("output.weight") == nullptr;
@@ -261,48 +372,66 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
     std::byte* out = arena_.take(packing.target->row_bytes * static_cast<std::size_t>(packing.target->rows));
     pack(packing, out, pool);
     packing.target->data = out;
-    file_->release(packing.tensor->data);
+    file_->release(packing.data);
   }
   bytes = binder.bytes() + sign_bytes;
   transcoded = binder.transcoded();
   std::set<std::string> types;
   for (const LayerWeights& layer : layers) {
-    for (const Matrix* matrix : {&layer.first(config.gated), &layer.up, &layer.down})
-      types.insert(weight_type_name(matrix->type));
+    for (const FfnWeights& ffn : layer.ffns) {
+      for (const Matrix* matrix : {&ffn.first(config.gated), &ffn.up, &ffn.down})
+        types.insert(weight_type_name(matrix->type));
+    }
   }
   ffn_types.assign(types.begin(), types.end());
 }
 
 /// Takes the signs of gate, and with dReLU of up, as they stand in the file; returns their bytes.
 std::size_t Weights::take_signs(const ModelConfig& config, const KernelTable& kernels, ThreadPool& pool) {
-  std::vector<std::string> names{config.gated ? "ffn_gate.weight" : "ffn_up.weight"};
-  if (config.activation == Activation::kDRelu) names.emplace_back("ffn_up.weight");
-  sign_rows = static_cast<std::int64_t>(names.size());
+  std::vector<const char*> parts{config.gated ? "gate" : "up"};
+  if (config.activation == Activation::kDRelu) parts.push_back("up");
+  sign_rows = static_cast<std::int64_t>(parts.size());
   const std::int64_t D = config.hidden_size;
   const std::int64_t words = sign_words(D);
-  const std::size_t layer_bytes =
-      static_cast<std::size_t>(config.intermediate_size * sign_rows * words) * sizeof(std::uint64_t);
-  signs_ = Arena(layers.size() * aligned_bytes(layer_bytes));
+  const auto sign_bytes = [&](const FfnWeights& ffn) {
+    return static_cast<std::size_t>(ffn.neurons * sign_rows * words) * sizeof(std::uint64_t);
+  };
+  std::size_t total = 0;
+  std::size_t padded = 0;
+  for (const LayerWeights& layer : layers) {
+    for (const FfnWeights& ffn : layer.ffns) {
+      total += sign_bytes(ffn);
+      padded += aligned_bytes(sign_bytes(ffn));
+    }
+  }
+  signs_ = Arena(padded);
   std::vector<std::vector<float>> rows(static_cast<std::size_t>(pool.size()));
   for (auto& row : rows) row.resize(static_cast<std::size_t>(D));
   for (std::size_t n = 0; n < layers.size(); ++n) {
-    auto* signs = reinterpret_cast<std::uint64_t*>(signs_.take(layer_bytes));
-    layers[n].predictor.signs = signs;
-    for (std::size_t which = 0; which < names.size(); ++which) {
-      const GgufTensor& tensor = *file_->tensor("blk." + std::to_string(n) + "." + names[which]);
-      const std::size_t row_bytes = ggml_row_bytes(tensor.type, D);
-      pool.run([&](int index) noexcept {
-        float* values = rows[static_cast<std::size_t>(index)].data();
-        const Range range = split(config.intermediate_size, 1, index, pool.size());
-        for (std::int64_t r = range.begin; r < range.end; ++r) {
-          ggml_dequantize_row(tensor.type, tensor.data.data() + static_cast<std::size_t>(r) * row_bytes, D,
-                              values);
-          kernels.sign_bits(values, D, signs + (r * sign_rows + static_cast<std::int64_t>(which)) * words);
+    for (const FfnGroup& group : ffn_groups(config, layers[n])) {
+      for (std::size_t i = 0; i < group.ffns.size(); ++i) {
+        auto* signs = reinterpret_cast<std::uint64_t*>(signs_.take(sign_bytes(group.ffns[i])));
+        group.ffns[i].predictor.signs = signs;
+        for (std::size_t which = 0; which < parts.size(); ++which) {
+          const std::string name = group.name("blk." + std::to_string(n) + ".", parts[which], ".weight");
+          const GgufTensor& tensor = *file_->tensor(name);
+          const std::size_t row_bytes = ggml_row_bytes(tensor.type, D);
+          const std::size_t first = i * static_cast<std::size_t>(group.neurons);
+          pool.run([&](int index) noexcept {
+            float* values = rows[static_cast<std::size_t>(index)].data();
+            const Range range = split(group.neurons, 1, index, pool.size());
+            for (std::int64_t r = range.begin; r < range.end; ++r) {
+              const std::size_t row = first + static_cast<std::size_t>(r);
+              ggml_dequantize_row(tensor.type, tensor.data.data() + row * row_bytes, D, values);
+              kernels.sign_bits(values, D,
+                                signs + (r * sign_rows + static_cast<std::int64_t>(which)) * words);
+            }
+          });
         }
-      });
+      }
     }
   }
-  return layers.size() * layer_bytes;
+  return total;
 }
 
 void Weights::embed(std::int32_t id, float* out) const noexcept {

@@ -3,6 +3,7 @@
 // in memory together.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <map>
@@ -18,13 +19,35 @@
 
 namespace turbosparse {
 
-/// What names the candidates of a layer.
-struct LayerPredictor {
+/// What names the candidates of an FFN.
+struct FfnPredictor {
   Matrix a;                              // [R, D], low rank
   Matrix b;                              // [F, R]
   const std::uint64_t* signs = nullptr;  // [F, sign_rows, words of D], signs of the neuron's rows
   std::vector<std::int32_t> hot;         // ascending
   float threshold = 0;
+};
+
+/// One feed-forward network: that of a layer, an expert, or a shared expert.
+struct FfnWeights {
+  std::int64_t neurons = 0;              // F
+  std::int64_t first_neuron = 0;         // where its neurons are among those of all FFNs of the layer
+  Matrix gate, up;                       // [F, D]; gate is empty in a model without
+  Matrix down;                           // [D, F], or [F, D] where Weights::neuron_major
+  Matrix gate_rest, up_rest, down_rest;  // [F, D], added to the above, or empty
+  std::vector<float> threshold;          // [F], or empty
+  std::vector<float> gate_threshold;     // [F] where there are thresholds, else empty
+  FfnPredictor predictor;
+
+  /// The projection that f is applied to.
+  const Matrix& first(bool gated) const { return gated ? gate : up; }
+  const Matrix& first_rest(bool gated) const { return gated ? gate_rest : up_rest; }
+  bool has_rests() const { return gate_rest.rows + up_rest.rows + down_rest.rows > 0; }
+  /// Whether a product reads the 8-bit form of its input.
+  bool quantized_input() const {
+    return is_quantized(gate.type) || is_quantized(up.type) || is_quantized(predictor.a.type) ||
+           is_quantized(gate_rest.type) || is_quantized(up_rest.type);
+  }
 };
 
 struct LayerWeights {
@@ -33,23 +56,15 @@ struct LayerWeights {
   Matrix q;                                   // [H * C, D]
   Matrix k, v;                                // [K * C, D]
   std::vector<float> q_bias, k_bias, v_bias;  // as many as rows, or empty
-  std::vector<float> q_norm, k_norm;          // [C], or empty
+  std::vector<float> q_norm, k_norm;          // [C], with QkNorm::kAll as many as rows, or empty
   Matrix o;                                   // [D, H * C]
-  Matrix gate, up;                            // [F, D]; gate is empty in a model without
-  Matrix down;                                // [D, F], or [F, D] where Weights::neuron_major
-  Matrix gate_rest, up_rest, down_rest;       // [F, D], added to the above, or empty
-  std::vector<float> threshold;               // [F], or empty
-  std::vector<float> gate_threshold;          // [F] where there are thresholds, else empty
-  LayerPredictor predictor;
+  std::vector<FfnWeights> ffns;               // one; with a router E experts, then the shared expert if any
+  Matrix router;                              // [E, D] F32; empty where the layer has one FFN for all tokens
+  std::vector<float> shared_gate;             // [D] scales the shared expert, or empty
 
-  /// The projection that f is applied to.
-  const Matrix& first(bool gated) const { return gated ? gate : up; }
-  const Matrix& first_rest(bool gated) const { return gated ? gate_rest : up_rest; }
+  bool has_router() const { return router.rows > 0; }
   /// Whether a product reads the 8-bit form of the FFN's input.
-  bool quantized_ffn_input() const {
-    return is_quantized(gate.type) || is_quantized(up.type) || is_quantized(predictor.a.type) ||
-           is_quantized(gate_rest.type) || is_quantized(up_rest.type);
-  }
+  bool quantized_ffn_input() const { return std::ranges::any_of(ffns, &FfnWeights::quantized_input); }
 };
 
 class Weights {
@@ -70,6 +85,7 @@ class Weights {
   bool neuron_major = false;       // whether `down` has one row per neuron
   bool has_thresholds = false;
   bool has_rests = false;                         // whether any matrix has one
+  std::int64_t widest_ffn = 0;                    // neurons of the largest FFN
   std::int64_t sign_rows = 0;                     // per neuron in a sign predictor: one, with dReLU two
   std::size_t bytes = 0;                          // of all matrices, as packed
   std::map<std::string, std::string> transcoded;  // type in the file -> type in memory

@@ -79,7 +79,7 @@ void test_refusals() {
   });
   expect("embedding_length", [&](TinyGguf& g) { g.keys.erase(arch + "embedding_length"); });
   expect("head_count_kv", number("attention.head_count_kv", 3));
-  expect("expert_count", number("expert_count", 8));
+  expect("expert_used_count", number("expert_count", 8));
   expect("rope.dimension_count", number("rope.dimension_count", 7));
   expect("rope.scaling.type", [&](TinyGguf& g) { g.keys[arch + "rope.scaling.type"] = std::string("yarn"); });
   expect("layer_norm_rms_epsilon",

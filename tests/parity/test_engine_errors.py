@@ -41,7 +41,7 @@ def test_files_that_cannot_run(tmp_path: Path) -> None:
     with pytest.raises(ModelFileError, match=r"\[general.architecture\] expected llama.*, got falcon"):
         Model(str(path))
     make_tiny_model(path, TinyModel(extra_metadata={"llama.expert_count": 4}))
-    with pytest.raises(ModelFileError, match="expert_count"):
+    with pytest.raises(ModelFileError, match="expert_used_count"):
         Model(str(path))
     with pytest.raises(ModelFileError):
         Model(str(tmp_path / "absent.gguf"))

@@ -15,6 +15,7 @@ PARTS = [
     "kv_cache",
     "attention",
     "out",
+    "router",
     "predictor",
     "gate",
     "up",
@@ -27,7 +28,8 @@ PARTS = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp("model") / "model.gguf"
-    make_tiny_model(path, TinyModel(activation="drelu", down_t=True, predictor="low_rank", hidden_size=256))
+    spec = TinyModel(activation="drelu", down_t=True, predictor="low_rank", hidden_size=256, experts=4)
+    make_tiny_model(path, spec)
     return Model(str(path), threads=1)
 
 

@@ -146,7 +146,7 @@ class EngineRunner:
     def __init__(self, model: _native.Model, mode: "Mode", context: int) -> None:
         self.mode: Mode = mode
         self._session = model.session(context)
-        self._neurons = model.info.num_hidden_layers * model.info.intermediate_size
+        self._neurons = model.info.num_hidden_layers * model.info.token_neurons
         self.usage: dict[bool, Usage] = {}
 
     def evaluate(self, warm: list[int], timed: list[int], *, stepwise: bool) -> float:

@@ -23,6 +23,9 @@ class Shape:
     head_dim: int
     vocab_size: int
     tied: bool = False
+    num_experts: int = 0
+    """Experts per layer, each of `intermediate_size` neurons; 0: one FFN for all tokens."""
+    num_experts_per_tok: int = 0
 
 
 SHAPES = {
@@ -34,6 +37,17 @@ SHAPES = {
         num_key_value_heads=8,
         head_dim=128,
         vocab_size=32000,
+    ),
+    "mixtral-8x7b": Shape(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=32000,
+        num_experts=8,
+        num_experts_per_tok=2,
     ),
     # What one token of Mixtral-8x7B computes: its two experts as one FFN, without the router.
     "mixtral-8x7b-expert": Shape(

@@ -137,6 +137,8 @@ def _sizes(model: SyntheticModel, architecture: str) -> dict[str, Any]:
         "rope.freq_base": 10000.0,
         "vocab_size": shape.vocab_size,
     }
+    if shape.num_experts:
+        keys |= {"expert_count": shape.num_experts, "expert_used_count": shape.num_experts_per_tok}
     return {"general.architecture": architecture} | {f"{architecture}.{key}": keys[key] for key in keys}
 
 

@@ -8,13 +8,17 @@ No mask is handed to anybody: gate and up are computed, and come out negative as
   weights there. All other columns are the noise between them.
 - The predictor is exactly that part in low rank: b relu(a x) with a = [P; -P], P picking the values, and
   b = [G, -G], G the weights of gate there. relu(x) - relu(-x) = x, so the scores are G P x.
+- Where there are experts, each is such an FFN with weights of its own, and a random router sends every token
+  to some of them by its embedding: all experts are equally likely, and neighbouring tokens have as many in
+  common as chance gives.
 - Attention and FFN add to the residual what their weights compute, scaled so that a layer adds a thousandth
   of the residual's variance; the norm's growth is known, and the weights of each layer allow for it.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +44,11 @@ class _Columns:
     value: float = 0.0
     seed: tuple[int, ...] = ()
     """Of the random integers: the same seed and width give the same ones, whatever the scale."""
+
+
+def _expert(e: int) -> tuple[int, ...]:
+    """What goes before the seeds of an expert's integers; nothing for the first, as without experts."""
+    return (e, 10) if e else ()
 
 
 def _random(width: int, sd: float, *seed: int) -> _Columns:
@@ -124,6 +133,35 @@ class _Tensors:
         cols = sum(part.width for part in columns)
         return TensorSource(name=name, type_name=self.model.weight_type, shape=(rows, cols), read=read)
 
+    def ffn_matrix(
+        self, name: str, rows: int, columns: Callable[[int], list[_Columns]], zero_rows: int = 0
+    ) -> TensorSource:
+        """A matrix of an FFN, or of each expert; `columns` gives those of expert e.
+
+        `zero_rows` rows of it are zero.
+        """
+        E, weight_type = self.shape.num_experts, self.model.weight_type
+        if not E:
+            return self.matrix(f"{name}.weight", rows, columns(0), zero_rows)
+
+        def read() -> NDArray[np.uint8]:
+            data = np.stack([_bytes_of(weight_type, rows, columns(e)) for e in range(E)])
+            data[:, :zero_rows] = 0
+            return data
+
+        cols = sum(part.width for part in columns(0))
+        return TensorSource(
+            name=f"{name}_exps.weight", type_name=weight_type, shape=(E, rows, cols), read=read
+        )
+
+    def router(self, layer: int) -> Iterator[TensorSource]:
+        """Logits of unit variance from a token's own values: every expert is as likely as the others."""
+        E, D = self.shape.num_experts, self.shape.hidden_size
+        if E:
+            weights = np.random.default_rng((layer, 9)).standard_normal((E, D), np.float32) / math.sqrt(D)
+            weights[:, :_BLOCK] = 0
+            yield TensorSource.of_array(f"blk.{layer}.ffn_gate_inp.weight", weights)
+
     def ones(self, name: str) -> TensorSource:
         return TensorSource.of_array(name, np.ones(self.shape.hidden_size, np.float32))
 
@@ -158,31 +196,50 @@ class _Tensors:
         score_sd = rms / math.sqrt(scored * variance)  # gives scores of unit variance
         noise_sd = rms / math.sqrt(noise * variance)
         shared, own = statistics.correlation, math.sqrt(1 - statistics.correlation**2)
-        for part, (name, shift) in enumerate((("gate", statistics.gate_shift), ("up", statistics.up_shift))):
-            columns = [
+        yield from self.router(layer)
+
+        def projection(part: int, shift: float, e: int) -> list[_Columns]:
+            return [
                 _constant(-shift * rms / (_BLOCK * _CONSTANT)),
-                _random(scored, shared * score_sd, layer, 4),
-                _random(noise, own * noise_sd, layer, part, 5),
+                _random(scored, shared * score_sd, *_expert(e), layer, 4),
+                _random(noise, own * noise_sd, *_expert(e), layer, part, 5),
             ]
-            yield self.matrix(f"{block}ffn_{name}.weight", F, columns)
+
+        for part, (name, shift) in enumerate((("gate", statistics.gate_shift), ("up", statistics.up_shift))):
+            yield self.ffn_matrix(f"{block}ffn_{name}", F, partial(projection, part, shift))
         sd = math.sqrt(_FFN_VARIANCE / (F * statistics.mean_square))
-        yield self.matrix(block + "ffn_down_t.weight", F, [_constant(0.0), _random(D - _BLOCK, sd, layer, 6)])
+        yield self.ffn_matrix(
+            block + "ffn_down_t",
+            F,
+            lambda e: [_constant(0.0), _random(D - _BLOCK, sd, *_expert(e), layer, 6)],
+        )
         if self.model.rank:
             a = np.zeros((2 * scored, D), np.float32)
             picked = np.arange(scored)
             a[picked, _BLOCK + picked] = 1.0
             a[scored + picked, _BLOCK + picked] = -1.0
-            yield TensorSource.of_array(block + "ffn_pred_a.weight", a, self.model.weight_type)
-            columns = [_random(scored, sign * score_sd, layer, 4) for sign in (1, -1)]
-            yield self.matrix(block + "ffn_pred_b.weight", F, columns)
+            name = block + "ffn_pred_a.weight"
+            if shape.num_experts:
+                name, a = block + "ffn_pred_a_exps.weight", np.broadcast_to(a, (shape.num_experts, *a.shape))
+            yield TensorSource.of_array(name, a, self.model.weight_type)
+            yield self.ffn_matrix(
+                block + "ffn_pred_b",
+                F,
+                lambda e: [_random(scored, sign * score_sd, *_expert(e), layer, 4) for sign in (1, -1)],
+            )
 
     def plain_ffn(self, layer: int) -> Iterator[TensorSource]:
         D, F, block = self.shape.hidden_size, self.shape.intermediate_size, f"blk.{layer}."
+        yield from self.router(layer)
+
+        def projection(part: int, e: int) -> list[_Columns]:
+            return [_random(D, 1 / math.sqrt(D), *_expert(e), layer, part, 7)]
+
         for part, name in enumerate(("gate", "up")):
-            columns = [_random(D, 1 / math.sqrt(D), layer, part, 7)]
-            yield self.matrix(f"{block}ffn_{name}.weight", F, columns)
-        yield self.matrix(
-            block + "ffn_down.weight", D, [_random(F, math.sqrt(_FFN_VARIANCE / F), layer, 8)], _BLOCK
+            yield self.ffn_matrix(f"{block}ffn_{name}", F, partial(projection, part))
+        sd = math.sqrt(_FFN_VARIANCE / F)
+        yield self.ffn_matrix(
+            block + "ffn_down", D, lambda e: [_random(F, sd, *_expert(e), layer, 8)], _BLOCK
         )
 
 
@@ -237,9 +294,10 @@ def predictor_thresholds(model: SyntheticModel) -> list[float]:
     Returns
     -------
     list of float
-        One per layer, all the same: scores have unit variance.
+        One per layer or expert, all the same: scores have unit variance.
     """
-    return [_statistics(model).threshold] * model.num_hidden_layers
+    ffns = model.num_hidden_layers * max(model.shape.num_experts, 1)
+    return [_statistics(model).threshold] * ffns
 
 
 def _statistics(model: SyntheticModel) -> GateStatistics:

@@ -20,6 +20,7 @@ SHAPE = {
     "heads": "num_attention_heads",
     "kv heads": "num_key_value_heads",
     "experts": "num_experts",
+    "experts per token": "num_experts_per_tok",
 }
 
 
@@ -79,7 +80,8 @@ def _facts(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "file", f"{record['file']}  {bytes_text(record['file_bytes'])}, GGUF v{record['gguf_version']}"
     if record["name"]:
         yield "name", str(record["name"])
-    yield "architecture", f"{record['architecture']}, {count_text(record['parameters'])} parameters"
+    active = f", {count_text(record['active_parameters'])} for a token" if record["num_experts"] else ""
+    yield "architecture", f"{record['architecture']}, {count_text(record['parameters'])} parameters{active}"
     yield "shape", ", ".join(f"{label} {record[key]}" for label, key in SHAPE.items() if record[key])
     tied = {True: ", tied embeddings", False: ", untied embeddings", None: ""}[record["tied_embeddings"]]
     yield "vocabulary", f"{record['vocab_size']} tokens{tied}, context of {record['context_length']}"

@@ -1,5 +1,6 @@
 """A model file in the making: its keys, and its tensors as values that are read when their turn comes."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from turbosparse.runtime.model_file_writer import TensorSource, quantised
 __all__ = ["WEIGHT_TYPES", "Draft", "TypeChoice", "Weight", "draft_of_model_file", "weight_of_file"]
 
 WEIGHT_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
+DOWN = re.compile(r"\.ffn_down(_exps|_shexp)?\.weight$")
 _WIDE_TYPES = ("F32", "F16", "BF16", "Q8_0")
 
 
@@ -52,7 +54,9 @@ class TypeChoice:
         str or None
             A ggml type; None: as it is.
         """
-        part = name.split(".")[-2]
+        part = re.sub("_(exps|shexp)$", "", name.split(".")[-2])
+        if part == "ffn_gate_inp":
+            return None  # which experts a token is sent to is decided by small differences
         if part.startswith("ffn_pred_"):
             return self.predictor
         at_least_8_bits = "Q8_0" if self.weights == "Q4_0" else self.weights
@@ -91,7 +95,8 @@ class Weight:
         ModelFileError
             When its rows do not fit the type.
         """
-        type_name = (types.of(self.name) if len(self.shape) == 2 else None) or self.own_type
+        is_matrix = self.name.endswith(".weight") and len(self.shape) > 1
+        type_name = (types.of(self.name) if is_matrix else None) or self.own_type
         if self.stored is not None and self.stored.type_name == type_name:
             return self.stored
         made = TensorSource(
@@ -104,7 +109,7 @@ class Weight:
         return made
 
     def transposed(self, name: str) -> "Weight":
-        """Turn a matrix around.
+        """Turn a matrix, or that of each expert, around.
 
         Parameters
         ----------
@@ -117,7 +122,13 @@ class Weight:
             With 8 bits or more, since it is quantised anew.
         """
         own = self.own_type if self.own_type in _WIDE_TYPES else "Q8_0"
-        return Weight(name=name, shape=self.shape[::-1], values=lambda: self.values().T, own_type=own)
+        *experts, rows, cols = self.shape
+        return Weight(
+            name=name,
+            shape=(*experts, cols, rows),
+            values=lambda: np.ascontiguousarray(self.values().swapaxes(-1, -2)),
+            own_type=own,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,10 +180,9 @@ class Draft:
         Draft
             With ``ffn_down_t`` in place of ``ffn_down``.
         """
-        suffix = ".ffn_down.weight"
         weights = [
-            weight.transposed(weight.name.removesuffix(suffix) + ".ffn_down_t.weight")
-            if weight.name.endswith(suffix)
+            weight.transposed(DOWN.sub(r".ffn_down_t\1.weight", weight.name))
+            if DOWN.search(weight.name)
             else weight
             for weight in self.weights
         ]

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from turbosparse.errors import ModelFileError
 from turbosparse.export.weight_files import read_json
+from turbosparse.runtime.model_file import EXPERT_NORM
 
-__all__ = ["MODEL_TYPES", "Family", "HFConfig"]
+__all__ = ["MODEL_TYPES", "Experts", "Family", "HFConfig"]
 
 _PREFIX = "turbosparse_"  # of the model types that `turbosparse sparsify` writes
 _HIDDEN_ACTS = {
@@ -43,6 +44,37 @@ class Family:
     """Whether each head of q and k is normalised before rope."""
     fused: bool = False
     """Whether q, k and v are one tensor, and gate and up another."""
+    qk_norm_all: bool = False
+    """Whether q and k are normalised as a whole before rope."""
+    experts: "ExpertNames | None" = None
+    """Where the experts are; None for a model that has none."""
+    shared_expert: bool = False
+    """Whether a shared expert with a gate of its own stands beside them."""
+    normalized: bool = True
+    """Whether readers make the factors of a token's experts add up to one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExpertNames:
+    """Names of the tensors of experts, below ``model.layers.N.``."""
+
+    block: str = "mlp."
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """What a configuration says of its experts."""
+
+    count: int
+    used: int
+    intermediate_size: int
+    shared_intermediate_size: int
+    """0 where there is no shared expert."""
+    normalized: bool
+    """Whether the factors of a token's experts add up to one."""
 
 
 MODEL_TYPES = {
@@ -50,6 +82,23 @@ MODEL_TYPES = {
     "mistral": Family(architecture="llama", permuted=True),
     "qwen2": Family(architecture="qwen2", permuted=False, qkv_bias=True),
     "qwen3": Family(architecture="qwen3", permuted=False, qk_norm=True),
+    "mixtral": Family(
+        architecture="llama",
+        permuted=True,
+        experts=ExpertNames(block="block_sparse_moe.", gate="w1", up="w3", down="w2"),
+    ),
+    "qwen2_moe": Family(
+        architecture="qwen2moe",
+        permuted=False,
+        qkv_bias=True,
+        experts=ExpertNames(),
+        shared_expert=True,
+        normalized=False,
+    ),
+    "qwen3_moe": Family(architecture="qwen3moe", permuted=False, qk_norm=True, experts=ExpertNames()),
+    "olmoe": Family(
+        architecture="olmoe", permuted=False, qk_norm_all=True, experts=ExpertNames(), normalized=False
+    ),
     "phi3": Family(architecture="llama", permuted=True, fused=True),
 }
 
@@ -97,6 +146,7 @@ class HFConfig:
         self.tied_embeddings = bool(self._values.get("tie_word_embeddings", False))
         self.activation, self.activation_param = self._activation(str(written).startswith(_PREFIX))
         self._rope = self._read_rope()
+        self.experts = None if self.family.experts is None else self._read_experts()
 
     def keys(self) -> dict[str, Any]:
         """Give the keys of the architecture.
@@ -126,6 +176,8 @@ class HFConfig:
         window = self._values.get("sliding_window")
         if window is not None and self._values.get("use_sliding_window", True):
             keys["attention.sliding_window"] = self._size("sliding_window")
+        if self.experts is not None:
+            keys |= self._expert_keys(self.experts)
         architecture = self.family.architecture
         named = {f"{architecture}.{name}": value for name, value in keys.items()}
         return {"general.architecture": architecture, **named}
@@ -234,6 +286,37 @@ class HFConfig:
         if partial != 1:
             raise self._error("partial_rotary_factor", "1", partial)
         return rope
+
+    def _read_experts(self) -> Experts:
+        for name, allowed in (("mlp_only_layers", ([], None)), ("decoder_sparse_step", (1, None))):
+            if self._values.get(name) not in allowed:
+                raise self._error(name, "experts in every layer", self._values[name])
+        if self._values.get("clip_qkv") is not None:
+            raise self._error("clip_qkv", "none", self._values["clip_qkv"])
+        count = self._size("num_local_experts", self._values.get("num_experts"))
+        used = self._size("num_experts_per_tok")
+        if used > count:
+            raise self._error("num_experts_per_tok", f"at most {count}, the number of experts", used)
+        shared = self.family.shared_expert
+        return Experts(
+            count=count,
+            used=used,
+            intermediate_size=self._size("moe_intermediate_size", self.intermediate_size),
+            shared_intermediate_size=self._size("shared_expert_intermediate_size") if shared else 0,
+            normalized=bool(self._values.get("norm_topk_prob", self.model_type == "mixtral")),
+        )
+
+    def _expert_keys(self, experts: Experts) -> dict[str, Any]:
+        keys: dict[str, Any] = {
+            "expert_count": experts.count,
+            "expert_used_count": experts.used,
+            "expert_feed_forward_length": experts.intermediate_size,
+        }
+        if experts.shared_intermediate_size:
+            keys["expert_shared_feed_forward_length"] = experts.shared_intermediate_size
+        if experts.normalized != self.family.normalized:
+            keys[EXPERT_NORM] = experts.normalized
+        return keys
 
     def _size(self, name: str, default: int | None = None) -> int:
         value = self._values.get(name)

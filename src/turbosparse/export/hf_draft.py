@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from turbosparse.errors import ModelFileError
 from turbosparse.export.draft import Draft, Weight
-from turbosparse.export.hf_config import HFConfig
+from turbosparse.export.hf_config import ExpertNames, HFConfig
 from turbosparse.export.model_card import card_metadata
 from turbosparse.export.tokenizer_metadata import tokenizer_metadata
 from turbosparse.export.weight_files import WeightFiles
@@ -37,10 +37,21 @@ class _Source:
     shape: tuple[int, ...]
     rows: tuple[int, int] | None = None  # begin and end; None: all
     heads: int = 0  # whose rows are reordered for rope; 0: they stay
+    experts: int = 0  # that many tensors, numbered at `{}` in the name, become one; 0: a single tensor
+    squeezed: bool = False  # whether a matrix of one row becomes a vector
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the tensors in the directory."""
+        return [self.name.format(e) for e in range(self.experts)] if self.experts else [self.name]
 
     @property
     def result_shape(self) -> tuple[int, ...]:
         """Shape in the model file."""
+        if self.experts:
+            return (self.experts, *self.shape)
+        if self.squeezed:
+            return self.shape[1:]
         if self.rows is None:
             return self.shape
         begin, end = self.rows
@@ -107,18 +118,15 @@ def rope_rows(values: Array, heads: int) -> Array:
 def _weights(config: HFConfig, files: WeightFiles) -> list[Weight]:
     sources = dict(_sources(config))
     shapes = files.shapes
+    used = {"lm_head.weight"} if config.tied_embeddings else set()
     for source in sources.values():
-        if source.name not in shapes:
-            raise ModelFileError(
-                f"[{files.path}: {source.name}] expected a tensor of shape {source.shape}, got none"
-            )
-        if shapes[source.name] != source.shape:
-            raise ModelFileError(
-                f"[{files.path}: {source.name}] expected shape {source.shape}, got {shapes[source.name]}"
-            )
-    used = {source.name for source in sources.values()} | (
-        {"lm_head.weight"} if config.tied_embeddings else set()
-    )
+        for name in source.names:
+            if shapes.get(name) != source.shape:
+                raise ModelFileError(
+                    f"[{files.path}: {name}] expected a tensor of shape {source.shape}, "
+                    f"got {shapes.get(name, 'none')}"
+                )
+            used.add(name)
     unused = sorted(name for name in shapes if name not in used and not name.endswith(_BUFFERS))
     if unused:
         raise ModelFileError(
@@ -137,7 +145,11 @@ def _weights(config: HFConfig, files: WeightFiles) -> list[Weight]:
 
 def _reader(files: WeightFiles, source: _Source) -> Callable[[], Array]:
     def read() -> Array:
+        if source.experts:
+            return np.stack([files.read(name) for name in source.names])
         values = files.read(source.name)
+        if source.squeezed:
+            return np.ascontiguousarray(values[0])
         if source.rows is not None:
             values = values[slice(*source.rows)]
         return rope_rows(values, source.heads) if source.heads else values
@@ -154,7 +166,10 @@ def _sources(config: HFConfig) -> Iterator[tuple[str, _Source]]:
         yield ours + "attn_norm.weight", _Source(name=theirs + "input_layernorm.weight", shape=(D,))
         yield from _attention(config, ours, theirs + "self_attn.")
         yield ours + "ffn_norm.weight", _Source(name=theirs + "post_attention_layernorm.weight", shape=(D,))
-        yield from _ffn(config, ours, theirs + "mlp.")
+        if config.family.experts is None:
+            yield from _ffn(config, ours, theirs + "mlp.")
+        else:
+            yield from _experts(config, config.family.experts, ours, theirs + config.family.experts.block)
     yield "output_norm.weight", _Source(name="model.norm.weight", shape=(D,))
     if not config.tied_embeddings:
         yield "output.weight", _Source(name="lm_head.weight", shape=(V, D))
@@ -181,6 +196,9 @@ def _attention(config: HFConfig, ours: str, theirs: str) -> Iterator[tuple[str, 
         yield f"{ours}attn_{part}.weight", source
         if family.qk_norm and part != "v":
             yield f"{ours}attn_{part}_norm.weight", _Source(name=f"{theirs}{part}_norm.weight", shape=(C,))
+        if family.qk_norm_all and part != "v":
+            norm = _Source(name=f"{theirs}{part}_norm.weight", shape=(count * C,))
+            yield f"{ours}attn_{part}_norm.weight", norm
         if family.qkv_bias:
             yield (
                 f"{ours}attn_{part}.bias",
@@ -202,3 +220,23 @@ def _ffn(config: HFConfig, ours: str, theirs: str) -> Iterator[tuple[str, _Sourc
         yield ours + "ffn_gate.weight", _Source(name=theirs + "gate_proj.weight", shape=(F, D))
         yield ours + "ffn_up.weight", _Source(name=theirs + "up_proj.weight", shape=(F, D))
     yield ours + "ffn_down.weight", _Source(name=theirs + "down_proj.weight", shape=(D, F))
+
+
+def _experts(config: HFConfig, names: ExpertNames, ours: str, theirs: str) -> Iterator[tuple[str, _Source]]:
+    assert config.experts is not None, "a family with names of experts has experts"
+    D, E, F = config.hidden_size, config.experts.count, config.experts.intermediate_size
+    yield ours + "ffn_gate_inp.weight", _Source(name=theirs + "gate.weight", shape=(E, D))
+    for part, name, shape in (
+        ("gate", names.gate, (F, D)),
+        ("up", names.up, (F, D)),
+        ("down", names.down, (D, F)),
+    ):
+        source = _Source(name=f"{theirs}experts.{{}}.{name}.weight", shape=shape, experts=E)
+        yield f"{ours}ffn_{part}_exps.weight", source
+    shared = config.experts.shared_intermediate_size
+    if shared:
+        gate = _Source(name=theirs + "shared_expert_gate.weight", shape=(1, D), squeezed=True)
+        yield ours + "ffn_gate_inp_shexp.weight", gate
+        for part, shape in (("gate", (shared, D)), ("up", (shared, D)), ("down", (D, shared))):
+            name = f"{theirs}shared_expert.{part}_proj.weight"
+            yield f"{ours}ffn_{part}_shexp.weight", _Source(name=name, shape=shape)

@@ -74,8 +74,12 @@ def _shape(file: ModelFile) -> dict[str, Any]:
         "num_key_value_heads": "attention.head_count_kv",
         "context_length": "context_length",
         "num_experts": "expert_count",
+        "num_experts_per_tok": "expert_used_count",
     }
     shape = {name: file.metadata.get(f"{architecture}.{key}") for name, key in keys.items()}
+    if shape["num_experts"]:
+        own = file.metadata.get(f"{architecture}.expert_feed_forward_length")
+        shape["intermediate_size"] = own or shape["intermediate_size"]
     embedding = file.tensors.get("token_embd.weight")
     vocab_size = embedding.shape[0] if embedding is not None else None
     tied = None if embedding is None else "output.weight" not in file.tensors
@@ -83,19 +87,24 @@ def _shape(file: ModelFile) -> dict[str, Any]:
 
 
 def _weights(file: ModelFile) -> dict[str, Any]:
-    parameters = weight_bytes = ffn_bytes = 0
+    parameters = weight_bytes = ffn_bytes = in_experts = 0
     types: dict[str, dict[str, int]] = {}
     for tensor in file.tensors.values():
         values = math.prod(tensor.shape)
         parameters += values
+        in_experts += values if "_exps" in tensor.name else 0
         weight_bytes += tensor.nbytes
         ffn_bytes += tensor.nbytes if FFN_TENSOR.fullmatch(tensor.name) else 0
         of_type = types.setdefault(tensor.type_name, {"tensors": 0, "parameters": 0, "bytes": 0})
         of_type["tensors"] += 1
         of_type["parameters"] += values
         of_type["bytes"] += tensor.nbytes
+    experts = file.metadata.get(f"{file.architecture}.expert_count") or 0
+    used = file.metadata.get(f"{file.architecture}.expert_used_count") or 0
+    unused = in_experts * (experts - used) // experts if experts else 0
     return {
         "parameters": parameters,
+        "active_parameters": parameters - unused,
         "weight_bytes": weight_bytes,
         "ffn_bytes": ffn_bytes,
         "ffn_share": ffn_bytes / weight_bytes if weight_bytes else 0.0,

@@ -21,6 +21,7 @@ __all__ = [
     "ACTIVATIONS",
     "ARCHITECTURES",
     "ARCHITECTURE_PREFIX",
+    "EXPERT_NORM",
     "FORMAT_VERSION",
     "KEY_ACTIVATION",
     "KEY_ACTIVATION_PARAM",
@@ -49,7 +50,18 @@ KEY_PREDICTOR = "turbosparse.predictor."  # prefix of all keys of the predictors
 KEY_REFINE = "turbosparse.refine."  # prefix of the rules by which second parts of weights are read
 
 # Architectures that the engine runs, and the activation that a reader assumes where none is written.
-ARCHITECTURES = {"llama": "silu", "qwen2": "silu", "qwen3": "silu"}
+ARCHITECTURES = {
+    "llama": "silu",
+    "qwen2": "silu",
+    "qwen3": "silu",
+    "qwen2moe": "silu",
+    "qwen3moe": "silu",
+    "olmoe": "silu",
+    "smallthinker": "relu",
+}
+# Whether the factors of a token's experts add up to one, under the architecture's prefix. Other readers have
+# one rule per architecture and ignore the key.
+EXPERT_NORM = "expert_weights_norm"
 # Files with another activation carry this before the architecture, so that other readers refuse them.
 ARCHITECTURE_PREFIX = "turbosparse-"
 # Activation names, and whether the activation gives exact zeros.
@@ -144,8 +156,34 @@ class ModelFile:
 
     @property
     def intermediate_size(self) -> int:
-        """Number of neurons per feed-forward layer, F."""
-        return self.integer(f"{self.architecture}.feed_forward_length")
+        """Number of neurons per feed-forward layer, or of an expert, F."""
+        of_an_expert = f"{self.architecture}.expert_feed_forward_length"
+        known = self.num_experts and of_an_expert in self.metadata
+        return self.integer(of_an_expert if known else f"{self.architecture}.feed_forward_length")
+
+    @property
+    def num_experts(self) -> int:
+        """Number of experts per layer, E, the shared one aside; 0 where there are none."""
+        key = f"{self.architecture}.expert_count"
+        return self.integer(key) if key in self.metadata else 0
+
+    def require_no_experts(self, place: str) -> None:
+        """Refuse a file with experts.
+
+        Parameters
+        ----------
+        place : str
+            What cannot be done with it.
+
+        Raises
+        ------
+        ModelFileError
+            When the file has experts.
+        """
+        if self.num_experts:
+            raise ModelFileError(
+                f"[{place}: {self.path}] expected a model without experts, got {self.num_experts} per layer"
+            )
 
     @property
     def activation(self) -> str | None:
@@ -161,12 +199,18 @@ class ModelFile:
     def gated(self) -> bool:
         """Whether the feed-forward layers have a gate projection."""
         stated = self.metadata.get(KEY_GATED)
-        return bool(stated) if stated is not None else "blk.0.ffn_gate.weight" in self._tensors
+        return (
+            bool(stated)
+            if stated is not None
+            else any(
+                name in self._tensors for name in ("blk.0.ffn_gate.weight", "blk.0.ffn_gate_exps.weight")
+            )
+        )
 
     @property
     def neuron_major_down(self) -> bool:
         """Whether every layer holds ``ffn_down_t``, one row per neuron, so that neurons can be skipped."""
-        return self._in_every_layer("ffn_down_t.weight")
+        return self._in_every_layer("ffn_down_t.weight", "ffn_down_t_exps.weight")
 
     @property
     def modes(self) -> list[Mode]:
@@ -176,7 +220,7 @@ class ModelFile:
         if self.neuron_major_down:
             if activation is not None and ACTIVATIONS[activation]:
                 modes.append("exact")
-            if self._in_every_layer("ffn_threshold"):
+            if self._in_every_layer("ffn_threshold", "ffn_threshold_exps"):
                 modes.append("threshold")
             if f"{KEY_PREDICTOR}kind" in self.metadata:
                 modes.append("predicted")
@@ -364,9 +408,12 @@ class ModelFile:
             raise ModelFileError(f"{expected}, got {values[wrong[0]]} for neuron {wrong[0]}")
         return values
 
-    def _in_every_layer(self, suffix: str) -> bool:
+    def _in_every_layer(self, *names: str) -> bool:
+        """Whether every layer has one of these tensors."""
         layers = self.metadata.get(f"{self.architecture}.block_count")
-        return isinstance(layers, int) and all(f"blk.{n}.{suffix}" in self._tensors for n in range(layers))
+        return isinstance(layers, int) and all(
+            any(f"blk.{n}.{name}" in self._tensors for name in names) for n in range(layers)
+        )
 
     def _wrong(self, key: str, expected: str, value: object) -> ModelFileError:
         got = "no such key" if value is None else repr(value)[:80]

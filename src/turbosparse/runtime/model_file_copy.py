@@ -11,6 +11,7 @@ from turbosparse.runtime.model_file import (
     ACTIVATIONS,
     ARCHITECTURE_PREFIX,
     ARCHITECTURES,
+    EXPERT_NORM,
     FORMAT_VERSION,
     KEY_ACTIVATION,
     KEY_ACTIVATION_PARAM,
@@ -99,7 +100,8 @@ def with_activation(
         )
     written = str(plain_value(metadata[KEY_ARCHITECTURE]))
     base = written.removeprefix(ARCHITECTURE_PREFIX)
-    architecture = base if ARCHITECTURES.get(base) == activation else ARCHITECTURE_PREFIX + base
+    implied = ARCHITECTURES.get(base) == activation and f"{written}.{EXPERT_NORM}" not in metadata
+    architecture = base if implied else ARCHITECTURE_PREFIX + base
     renamed = {
         architecture + key.removeprefix(written) if key.startswith(written + ".") else key: value
         for key, value in metadata.items()

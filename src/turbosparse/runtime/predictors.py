@@ -201,7 +201,7 @@ def add_predictors(
 
 
 def read_predictors(file: ModelFile) -> list[StoredPredictor]:
-    """Describe the predictors of a file.
+    """Describe the predictors of a file, without those of shared experts.
 
     Parameters
     ----------
@@ -211,7 +211,7 @@ def read_predictors(file: ModelFile) -> list[StoredPredictor]:
     Returns
     -------
     list of StoredPredictor
-        One per layer; empty where the file has none.
+        One per layer, of all its experts together; empty where the file has none.
 
     Raises
     ------
@@ -222,20 +222,24 @@ def read_predictors(file: ModelFile) -> list[StoredPredictor]:
         return []
     key, layers = f"{KEY_PREDICTOR}threshold", file.num_hidden_layers
     thresholds = file.metadata.get(key)
-    if not isinstance(thresholds, list) or len(thresholds) != layers:
+    suffix = "_exps" if file.num_experts else ""
+    per_layer = max(file.num_experts, 1) + ("blk.0.ffn_up_shexp.weight" in file.tensors)
+    expected = layers * per_layer
+    if not isinstance(thresholds, list) or len(thresholds) != expected:
         got = len(thresholds) if isinstance(thresholds, list) else thresholds
-        raise ModelFileError(f"[{file.path}: key {key!r}] expected {layers} numbers, got {got}")
+        raise ModelFileError(f"[{file.path}: key {key!r}] expected {expected} numbers, got {got}")
     sign = file.string(f"{KEY_PREDICTOR}kind") == "sign"
     described = []
-    for layer, threshold in enumerate(thresholds):
-        parts = [] if sign else [file.tensor(f"blk.{layer}.{part}") for part in _PARTS[:2]]
-        rows = 2 if file.activation == "drelu" else 1
+    for layer, threshold in enumerate(thresholds[::per_layer]):
+        block = f"blk.{layer}.ffn_pred_"
+        parts = [] if sign else [file.tensor(f"{block}{part}{suffix}.weight") for part in "ab"]
+        rows = max(file.num_experts, 1) * (2 if file.activation == "drelu" else 1)
         bits = rows * file.intermediate_size * -(-file.hidden_size // 64) * 8
-        hot = file.tensors.get(f"blk.{layer}.{_PARTS[2]}")
+        hot = file.tensors.get(f"{block}hot{suffix}")
         described.append(
             StoredPredictor(
                 threshold=threshold,
-                rank=None if sign else parts[0].shape[0],
+                rank=None if sign else parts[0].shape[-2],
                 types=tuple(dict.fromkeys(part.type_name for part in parts)),
                 nbytes=bits if sign else sum(part.nbytes for part in parts),
                 hot=hot.shape[0] if hot is not None else 0,
@@ -260,7 +264,7 @@ def candidate_quality(counters: Mapping[str, Any], info: "ModelInfo") -> Candida
     CandidateQuality or None
         None where no token came in a batch in predicted mode, or no neuron was worth computing.
     """
-    tokens = counters["tokens"] * info.num_hidden_layers * info.intermediate_size
+    tokens = counters["tokens"] * info.num_hidden_layers * info.token_neurons
     candidates, wanted = sum(counters["candidates"]), sum(counters["wanted"])
     if not wanted:
         return None

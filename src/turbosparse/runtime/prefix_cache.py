@@ -29,7 +29,7 @@ def active_per_layer(counters: Mapping[str, Any], info: "ModelInfo") -> list[flo
     list of float
         Between 0 and 1, mean over tokens.
     """
-    neurons = counters["tokens"] * info.intermediate_size
+    neurons = counters["tokens"] * info.token_neurons
     return [active / neurons for active in counters["active"]]
 
 
@@ -48,7 +48,7 @@ def active_ratio(counters: Mapping[str, Any], info: "ModelInfo") -> float | None
     float or None
         Between 0 and 1, mean over layers and tokens; None before the first token.
     """
-    neurons = counters["tokens"] * info.num_hidden_layers * info.intermediate_size
+    neurons = counters["tokens"] * info.num_hidden_layers * info.token_neurons
     return sum(counters["active"]) / neurons if neurons else None
 
 

@@ -77,6 +77,14 @@ class _Shape:
     gated: bool
     predictor: dict[str, Any]  # the keys turbosparse.predictor.*, without that
     refine: dict[str, Any]  # the keys turbosparse.refine.*, likewise
+    experts: int
+    experts_used: int
+    shared_expert: bool
+    sigmoid_scores: bool
+    normalized_scores: bool
+    score_scale: float
+    routes_before_attention: bool
+    unrotated_layers: int  # layers 0, n, 2n ... do not rotate; 0: all do
 
     @classmethod
     def read(cls, metadata: dict[str, Any]) -> "_Shape":
@@ -84,8 +92,10 @@ class _Shape:
         heads = metadata[f"{arch}.attention.head_count"]
         head_dim = metadata.get(f"{arch}.attention.key_length", metadata[f"{arch}.embedding_length"] // heads)
         linear = metadata.get(f"{arch}.rope.scaling.type", "none") == "linear"
+        base = arch.removeprefix(PREFIX)
+        thinker = base == "smallthinker"
         return cls(
-            architecture=arch.removeprefix(PREFIX),
+            architecture=base,
             layers=metadata[f"{arch}.block_count"],
             heads=heads,
             kv_heads=metadata.get(f"{arch}.attention.head_count_kv", heads),
@@ -94,23 +104,54 @@ class _Shape:
             rope_base=metadata.get(f"{arch}.rope.freq_base", 10000.0),
             rope_scale=1 / metadata[f"{arch}.rope.scaling.factor"] if linear else 1.0,
             eps=metadata[f"{arch}.attention.layer_norm_rms_epsilon"],
-            activation=metadata.get("turbosparse.activation", "silu"),
+            activation=metadata.get("turbosparse.activation", ARCHITECTURES.get(base, "silu")),
             activation_param=metadata.get("turbosparse.activation_param", 0.0),
             gated=metadata.get("turbosparse.gated", True),
             predictor=_keys_under(KEY_PREDICTOR, metadata),
             refine=_keys_under(KEY_REFINE, metadata),
+            experts=metadata.get(f"{arch}.expert_count", 0),
+            experts_used=metadata.get(f"{arch}.expert_used_count", 0),
+            shared_expert=base == "qwen2moe",
+            sigmoid_scores=metadata.get(f"{arch}.expert_gating_func") == 2,
+            normalized_scores=metadata.get(f"{arch}.expert_weights_norm", base not in ("qwen2moe", "olmoe")),
+            score_scale=metadata.get(f"{arch}.expert_weights_scale", 0.0) or 1.0,
+            routes_before_attention=thinker,
+            unrotated_layers=4 if thinker and metadata.get(f"{arch}.attention.sliding_window") else 0,
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FfnTrace:
-    """What the FFN of one layer computed for T tokens."""
+    """What the FFN of one layer, or one expert, computed for T tokens."""
 
     gate: Array  # [T, F] f(gate), after the activation; without a gate f(up)
     up: Array  # [T, F] g(up); without a gate ones
     candidates: NDArray[np.bool_]  # [T, F] neurons that the mode looked at
     product: Array  # [T, F] their product; 0 where the mode dropped the neuron
     out: Array  # [T, D]
+    factor: Array  # [T, 1] of the output in the residual; 0 where the router did not choose the expert
+
+
+class _Ffn:
+    """The tensors of one FFN of a layer, by the part of their name after ``ffn_``."""
+
+    PARTS = ("gate", "up", "down", "down_t", "gate_rest", "up_rest", "down_t_rest", "pred_a", "pred_b")
+
+    def __init__(
+        self, weights: dict[str, Array], block: str, suffix: str = "", expert: int | None = None
+    ) -> None:
+        names = {part: f"{block}_{part}{suffix}.weight" for part in self.PARTS}
+        names |= {part: f"{block}_{part}{suffix}" for part in ("threshold", "gate_threshold")}
+        which = slice(None) if expert is None else expert
+        self.weights = {part: weights[name][which] for part, name in names.items() if name in weights}
+        hot = weights.get(f"{block}_pred_hot{suffix}", np.zeros(0)).astype(np.int64)
+        neurons = len(self.weights["up"])
+        self.hot = hot if expert is None else hot[hot // neurons == expert] % neurons
+
+    def matrix(self, part: str, *, whole: bool) -> Array:
+        """A matrix, or where it is in two parts the first one; `whole`: their sum."""
+        rest = self.weights.get(f"{part}_rest")
+        return self.weights[part] + rest if whole and rest is not None else self.weights[part]
 
 
 class ReferenceEngine:
@@ -119,7 +160,7 @@ class ReferenceEngine:
     Parameters
     ----------
     path : str or path-like
-        GGUF file of architecture llama, qwen2 or qwen3 (or turbosparse- before it).
+        GGUF file of an architecture that the engine knows (or turbosparse- before it).
     cache_dtype : float16 or float32, optional
         What the KV cache holds; by default what the native engine keeps, which is float32 where the weights
         of keys are F32, else float16.
@@ -192,7 +233,8 @@ class ReferenceEngine:
         mode : {"dense", "exact", "threshold"}
             Which neurons of the FFN count.
         trace : list of FfnTrace, optional
-            Where to append what the FFN of each layer computed.
+            Where to append what the FFN of each layer computed; with experts each of them, then the shared
+            one, for all tokens.
 
         Returns
         -------
@@ -203,13 +245,14 @@ class ReferenceEngine:
         x = weights["token_embd.weight"][ids]  # [T, D]
         positions = self.position + np.arange(len(ids))
         for n in range(shape.layers):
+            before = x
             x = x + self._attention(
                 n, _rms_norm(x, weights[f"blk.{n}.attn_norm.weight"], shape.eps), positions
             )
-            ffn = self._ffn(n, x, mode)
-            x = x + ffn.out
+            ffns = self._ffns(n, before, x, mode)
+            x = x + sum(ffn.factor * ffn.out for ffn in ffns)
             if trace is not None:
-                trace.append(ffn)
+                trace.extend(ffns)
         x = _rms_norm(x, weights["output_norm.weight"], shape.eps)
         output = "output.weight" if "output.weight" in weights else "token_embd.weight"
         logits = x @ weights[output].T
@@ -219,64 +262,96 @@ class ReferenceEngine:
         more = x @ weights["output_rest.weight"].T
         return np.asarray(logits + np.where(refined | (mode != "threshold"), more, 0), np.float32)
 
-    def _ffn(self, layer: int, residual: Array, mode: Mode) -> FfnTrace:
-        block = f"blk.{layer}.ffn"
-        x = _rms_norm(residual, self._weights[f"{block}_norm.weight"], self._shape.eps)
-        gate, up = self._gate_and_up(block, x, whole=mode != "threshold")
+    def _ffns(self, layer: int, before_attention: Array, residual: Array, mode: Mode) -> list[FfnTrace]:
+        """What each FFN of a layer computes: one, or all experts and the shared one."""
+        shape, block = self._shape, f"blk.{layer}.ffn"
+        x = _rms_norm(residual, self._weights[f"{block}_norm.weight"], shape.eps)
+        always = np.ones((len(x), 1), np.float32)
+        if shape.experts == 0:
+            return [self._ffn(_Ffn(self._weights, block), layer, x, residual, always, mode)]
+        factors = self._route(layer, before_attention if shape.routes_before_attention else x)  # [T, E]
+        per_layer = shape.experts + shape.shared_expert
+        traces = [
+            self._ffn(
+                _Ffn(self._weights, block, "_exps", e),
+                layer * per_layer + e,
+                x,
+                residual,
+                factors[:, e : e + 1],
+                mode,
+            )
+            for e in range(shape.experts)
+        ]
+        if shape.shared_expert:
+            gate = x @ self._weights[f"{block}_gate_inp_shexp.weight"]  # [T]
+            factor = np.asarray(1 / (1 + np.exp(-gate[:, None])), np.float32)
+            shared = _Ffn(self._weights, block, "_shexp")
+            traces.append(self._ffn(shared, (layer + 1) * per_layer - 1, x, residual, factor, mode))
+        return traces
+
+    def _route(self, layer: int, x: Array) -> Array:
+        """Factors [T, E] of the experts' outputs: 0 for those that were not chosen."""
+        shape = self._shape
+        logits = x @ self._weights[f"blk.{layer}.ffn_gate_inp.weight"].T  # [T, E]
+        scores = (
+            np.asarray(1 / (1 + np.exp(-logits)), np.float32) if shape.sigmoid_scores else _softmax(logits)
+        )
+        order = np.argsort(-scores, axis=1, kind="stable")
+        np.put_along_axis(scores, order[:, shape.experts_used :], np.float32(0), axis=1)
+        if shape.normalized_scores:
+            scores = scores / scores.sum(axis=1, keepdims=True)
+        return scores * np.float32(shape.score_scale)
+
+    def _ffn(
+        self, ffn: "_Ffn", number: int, x: Array, residual: Array, factor: Array, mode: Mode
+    ) -> FfnTrace:
+        gate, up = self._gate_and_up(ffn, x, whole=mode != "threshold")
         kept = candidates = np.ones(gate.shape, np.bool_)
         if mode == "predicted":
             read = residual if self._shape.predictor["input"] == "residual" else x
-            kept = candidates = self._candidates(layer, read)
-        neuron = self._weights.get(f"{block}_threshold")
+            kept = candidates = self._candidates(ffn, number, read)
+        neuron = ffn.weights.get("threshold")
         if mode == "threshold" or (mode == "predicted" and neuron is not None):
             assert neuron is not None, "the engine refuses files without thresholds"
-            first = self._weights.get(f"{block}_gate_threshold", np.zeros_like(neuron))
+            first = ffn.weights.get("gate_threshold", np.zeros_like(neuron))
             kept = kept & (np.abs(gate) >= first) & (np.abs(gate * up) >= neuron)
         product = np.where(kept, gate * up, np.float32(0))
-        if f"{block}_down.weight" in self._weights:
-            out = product @ self._weights[f"{block}_down.weight"].T
+        if "down" in ffn.weights:
+            out = product @ ffn.weights["down"].T
         else:
-            out = product @ self._matrix(f"{block}_down_t", whole=mode != "threshold")
+            out = product @ ffn.matrix("down_t", whole=mode != "threshold")
         if mode == "threshold" and self._shape.refine:
             assert neuron is not None, "the engine refuses files without thresholds"
             refined = kept & (np.abs(product) >= np.float32(self._shape.refine["neurons"]) * neuron)
-            gate, up = self._gate_and_up(block, x, whole=True)
+            gate, up = self._gate_and_up(ffn, x, whole=True)
             changed = np.where(refined, gate * up, np.float32(0))
             unchanged = np.where(refined, np.float32(0), product)
             product = changed + unchanged
-            out = unchanged @ self._matrix(f"{block}_down_t", whole=False)
-            out += changed @ self._matrix(f"{block}_down_t", whole=True)
-        return FfnTrace(gate=gate, up=up, candidates=candidates, product=product, out=out)
+            out = unchanged @ ffn.matrix("down_t", whole=False)
+            out += changed @ ffn.matrix("down_t", whole=True)
+        return FfnTrace(gate=gate, up=up, candidates=candidates, product=product, out=out, factor=factor)
 
-    def _matrix(self, name: str, *, whole: bool) -> Array:
-        """A matrix, or where it is in two parts the first one; `whole`: their sum."""
-        rest = self._weights.get(f"{name}_rest.weight")
-        first = self._weights[f"{name}.weight"]
-        return first + rest if whole and rest is not None else first
-
-    def _gate_and_up(self, block: str, x: Array, *, whole: bool) -> tuple[Array, Array]:
+    def _gate_and_up(self, ffn: "_Ffn", x: Array, *, whole: bool) -> tuple[Array, Array]:
         """f(gate) and g(up), [T, F] each; without a gate f(up) and ones."""
-        up = x @ self._matrix(f"{block}_up", whole=whole).T
+        up = x @ ffn.matrix("up", whole=whole).T
         if not self._shape.gated:
             return self._activate(up), np.ones_like(up)
-        gate = self._activate(x @ self._matrix(f"{block}_gate", whole=whole).T)
+        gate = self._activate(x @ ffn.matrix("gate", whole=whole).T)
         # ReLU on both factors: Turbo Sparse, arXiv:2406.05955
         return gate, _relu(up) if self._shape.activation == "drelu" else up
 
-    def _candidates(self, layer: int, x: Array) -> NDArray[np.bool_]:
-        """Neurons [T, F] that the layer's predictor names for the states x [T, D]."""
-        block = f"blk.{layer}.ffn"
+    def _candidates(self, ffn: "_Ffn", number: int, x: Array) -> NDArray[np.bool_]:
+        """Neurons [T, F] that the predictor of an FFN names for the states x [T, D]."""
         if self._shape.predictor["kind"] == "low_rank":
-            hidden = _relu(x @ self._weights[f"{block}_pred_a.weight"].T)
-            scores = hidden @ self._weights[f"{block}_pred_b.weight"].T
+            scores = _relu(x @ ffn.weights["pred_a"].T) @ ffn.weights["pred_b"].T
         else:  # SparseInfer, arXiv:2411.12692
             names = ["gate" if self._shape.gated else "up"]
             names += ["up"] if self._shape.activation == "drelu" else []
-            signs = [np.where(self._weights[f"{block}_{name}.weight"] > 0, 1.0, -1.0) for name in names]
+            signs = [np.where(ffn.weights[name] > 0, 1.0, -1.0) for name in names]
             agreements = [(np.where(x > 0, 1.0, -1.0) @ rows.T) / x.shape[1] for rows in signs]
             scores = np.min(agreements, axis=0)
-        candidates = np.asarray(scores, np.float32) >= np.float32(self._shape.predictor["threshold"][layer])
-        candidates[:, self._weights.get(f"{block}_pred_hot", np.zeros(0)).astype(np.int64)] = True
+        candidates = np.asarray(scores, np.float32) >= np.float32(self._shape.predictor["threshold"][number])
+        candidates[:, ffn.hot] = True
         return candidates
 
     def _activate(self, gate: Array) -> Array:
@@ -297,15 +372,15 @@ class ReferenceEngine:
     def _attention(self, layer: int, x: Array, positions: NDArray[np.int64]) -> Array:
         shape = self._shape
         q, k, v = (self._project(layer, name, x) for name in ("q", "k", "v"))  # [T, H | K, C]
-        k = self._rotate(k, positions).astype(self._cache_dtype)
+        if shape.unrotated_layers == 0 or layer % shape.unrotated_layers:
+            q, k = self._rotate(q, positions), self._rotate(k, positions)
+        k = k.astype(self._cache_dtype)
         self._keys[layer] = np.concatenate([self._keys[layer], k])
         self._values[layer] = np.concatenate([self._values[layer], v.astype(self._cache_dtype)])
         group = shape.heads // shape.kv_heads
         keys = np.repeat(self._keys[layer].astype(np.float32), group, axis=1)  # [positions, H, C]
         values = np.repeat(self._values[layer].astype(np.float32), group, axis=1)
-        scores = np.einsum("thc,phc->htp", self._rotate(q, positions), keys) / np.float32(
-            np.sqrt(shape.head_dim)
-        )
+        scores = np.einsum("thc,phc->htp", q, keys) / np.float32(np.sqrt(shape.head_dim))
         future = np.arange(len(keys))[None, :] > positions[:, None]  # [T, positions]
         scores = np.where(future, np.float32(-np.inf), scores)
         out = np.einsum("htp,phc->thc", _softmax(scores), values).reshape(len(x), -1)
@@ -314,9 +389,13 @@ class ReferenceEngine:
     def _project(self, layer: int, name: str, x: Array) -> Array:
         block = f"blk.{layer}.attn_{name}"
         y = x @ self._weights[f"{block}.weight"].T + self._weights.get(f"{block}.bias", np.float32(0))
+        norm = self._weights.get(f"{block}_norm.weight")
+        if norm is not None and len(norm) == y.shape[1]:  # olmoe
+            y = _rms_norm(y, norm, self._shape.eps)
         heads = y.reshape(len(x), -1, self._shape.head_dim)
-        norm = self._weights.get(f"{block}_norm.weight")  # qwen3
-        return heads if norm is None else _rms_norm(heads, norm, self._shape.eps)
+        if norm is not None and len(norm) == self._shape.head_dim:  # qwen3
+            heads = _rms_norm(heads, norm, self._shape.eps)
+        return heads
 
     def _rotate(self, x: Array, positions: NDArray[np.int64]) -> Array:
         """Rotary embedding of x [T, heads, C]: llama turns pairs (2i, 2i + 1), others (i, i + rotary / 2)."""

@@ -1,0 +1,299 @@
+// The feed-forward networks of T tokens, which are grouped by expert where there are experts. Candidates and
+// thresholds are masks, so that a mode computes the same function as token by token.
+#include <algorithm>
+
+#include "engine/batch.h"
+#include "engine/predictor.h"
+#include "engine/router.h"
+
+namespace turbosparse {
+namespace {
+
+/// Tokens of the step that go through one FFN, ascending.
+struct TokenGroup {
+  std::span<const std::int32_t> tokens;
+  std::span<const float> factors;  // of the FFN's output; empty: 1
+  const InputBuffer* input;        // row i belongs to token tokens[i]
+
+  float factor(std::size_t i) const { return factors.empty() ? 1.0F : factors[i]; }
+};
+
+/// The tokens that go through an expert.
+TokenGroup group_of(const Scratch& s, std::size_t expert) {
+  const auto first = static_cast<std::size_t>(s.groups.begin[expert]);
+  const auto n = static_cast<std::size_t>(s.groups.begin[expert + 1]) - first;
+  return {std::span(s.groups.tokens).subspan(first, n), std::span(s.groups.factors).subspan(first, n),
+          &s.expert_input};
+}
+
+/// Marks the candidates among this thread's neurons in the FFN input, all tokens of the group.
+void predict_group(const Step& step, const FfnWeights& w, const TokenGroup& group, std::int64_t layer,
+                   int index) {
+  Scratch& s = step.scratch;
+  const std::int64_t F = w.neurons;
+  const auto n = static_cast<std::int64_t>(group.tokens.size());
+  const Range rows = share(step, F, index);
+  const bool runs = runs_predictor(step, w);
+  if (runs && has_hidden_layer(w)) {
+    const Matrix& a = w.predictor.a;
+    const Range hidden =
+        project(step, a, predictor_input(step, *group.input, s.predictor), n, s.hidden.row(0, 0), index);
+    for (std::int64_t i = 0; i < n; ++i) finish_hidden(step, w, i * a.rows, hidden);
+    step.finish(index, Part::kPredictor);
+    project(step, w.predictor.b, s.hidden.view(), n, s.ffn_input.row(0, 0), index);
+  }
+  for (std::int64_t i = 0; i < n; ++i) {
+    float* scores = s.ffn_input.row(i, F);
+    if (runs && !has_hidden_layer(w))
+      score_signs(step, w, s.predictor, i, rows, s.differences.data(), scores);
+    mark_candidates(step, w, layer, group.tokens[static_cast<std::size_t>(i)], rows, scores, index);
+  }
+}
+
+/// The rule of the mode: products of neurons that it drops become 0.
+LayerCounts drop_neurons(const Step& step, const FfnWeights& w, Range rows, const float* gate,
+                         const float* up, float* product) {
+  const bool predicted = step.predicted();
+  const bool gated = step.config().gated;
+  const Thresholds limits = thresholds(step, w);
+  LayerCounts counts;
+  for (std::int64_t i = 0; i < rows.size(); ++i) {
+    const bool candidate = !predicted || product[i] != 0.0F;
+    const float value = gated ? gate[i] * up[i] : gate[i];
+    const bool passed = !below(gate[i], limits.gate[rows.begin + i]);
+    const bool kept = passed && !below(value, limits.neuron[rows.begin + i]);
+    const bool active = candidate && kept;
+    counts.candidates += candidate;
+    counts.gate_passed += candidate && passed;
+    counts.active += active;
+    counts.wanted += predicted && kept;
+    counts.found += predicted && active;
+    product[i] = active ? value : 0.0F;
+  }
+  return counts;
+}
+
+/// Computes with the rests, and lists, the neurons of token t of the group whose products are largest.
+std::int64_t refine(const Step& step, const FfnWeights& w, const TokenGroup& group, Range rows,
+                    std::int64_t t, int index) {
+  const ModelConfig& config = step.config();
+  const KernelTable& kernels = step.kernels();
+  const bool gated = config.gated;
+  const std::int64_t F = w.neurons;
+  Scratch& s = step.scratch;
+  float* product = s.ffn_input.row(t, F);
+  float* raw = s.raw.data();
+  float* up = s.up.data() + t * F;
+  float* values = step.thread(index).values.data();
+  std::int32_t* list = s.refined.data() + t * F + rows.begin;
+  const float* limit = thresholds(step, w).neuron;
+  std::int64_t n = 0;
+  for (std::int64_t r = rows.begin; r < rows.end; ++r) {
+    list[n] = static_cast<std::int32_t>(r);
+    n += static_cast<std::int64_t>(product[r] != 0.0F) &
+         static_cast<std::int64_t>(std::fabs(product[r]) >= config.refine.neurons * limit[r]);
+  }
+  const Input input = group.input->view(t, config.hidden_size);
+  kernels.gemv_rows(w.first(gated), input, list, n, raw);
+  add_rest_rows(step, w.first_rest(gated), input, list, n, raw);
+  if (gated) add_rest_rows(step, w.up_rest, input, list, n, up);
+  for (std::int64_t i = 0; i < n; ++i) values[i] = raw[list[i]];
+  kernels.activate(config.activation, config.activation_parameter, values, n, values);
+  const bool relu_up = config.activation == Activation::kDRelu;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float factor = relu_up ? std::max(up[list[i]], 0.0F) : up[list[i]];
+    product[list[i]] = gated ? values[i] * factor : values[i];
+  }
+  s.refined_counts[static_cast<std::size_t>(t * step.thread_count() + index)] = n;
+  return n;
+}
+
+/// This thread's columns of what the rest of down adds, all tokens.
+void add_down_rest(const Step& step, const FfnWeights& w, std::int64_t n_tokens, Range columns, int index) {
+  if (w.down_rest.rows == 0) return;
+  const std::int64_t D = step.config().hidden_size;
+  const std::int64_t F = w.neurons;
+  Scratch& s = step.scratch;
+  if (!step.refines(w)) {
+    step.kernels().gemm_t(w.down_rest, s.ffn_input.row(0, F), F, n_tokens, columns.begin, columns.end,
+                          s.out.data(), D, step.thread(index).gemm.data());
+    return;
+  }
+  for (std::int64_t t = 0; t < n_tokens; ++t) {
+    for (int other = 0; other < step.thread_count(); ++other) {
+      const std::int32_t* list = s.refined.data() + t * F + share(step, F, other).begin;
+      const std::int64_t n = s.refined_counts[static_cast<std::size_t>(t * step.thread_count() + other)];
+      step.kernels().axpy_rows(w.down_rest, list, n, s.ffn_input.row(t, F), columns.begin, columns.end,
+                               s.out.data() + t * D);
+    }
+  }
+}
+
+/// gate and up of this thread's neurons become activations, and their product, masked, lands in the FFN
+/// input: row i, of token t.
+LayerCounts combine(const Step& step, const FfnWeights& w, Range rows, const Capture& capture, std::int64_t i,
+                    std::int64_t t) {
+  const ModelConfig& config = step.config();
+  const KernelTable& kernels = step.kernels();
+  const std::int64_t at = i * w.neurons + rows.begin;
+  float* gate = step.scratch.gate.data() + at;
+  float* up = step.scratch.up.data() + at;
+  float* product = step.scratch.ffn_input.row(0, 0) + at;
+  kernels.activate(config.activation, config.activation_parameter, gate, rows.size(), gate);
+  if (config.activation == Activation::kDRelu) kernels.activate(Activation::kRelu, 0.0F, up, rows.size(), up);
+  if (capture.gate != nullptr) {
+    const std::int64_t to = t * config.layer_neurons() + w.first_neuron + rows.begin;
+    std::copy_n(gate, rows.size(), capture.gate + to);
+    if (config.gated) std::copy_n(up, rows.size(), capture.up + to);
+    if (!config.gated) std::fill_n(capture.up + to, rows.size(), 1.0F);
+  }
+  if (step.mode != Mode::kDense) return drop_neurons(step, w, rows, gate, up, product);
+  if (config.gated) {
+    for (std::int64_t r = 0; r < rows.size(); ++r) product[r] = gate[r] * up[r];
+  } else {
+    std::copy_n(gate, rows.size(), product);
+  }
+  return {.candidates = rows.size(), .gate_passed = rows.size(), .active = rows.size()};
+}
+
+/// Readies this thread's tokens of a group: their input, and what the predictor reads.
+void prepare_group(const Step& step, const FfnWeights& w, const TokenGroup& group, std::int64_t layer,
+                   int index) {
+  const std::int64_t D = step.config().hidden_size;
+  Scratch& s = step.scratch;
+  const Range mine = split(static_cast<std::int64_t>(group.tokens.size()), 1, index, step.thread_count());
+  for (std::int64_t i = mine.begin; i < mine.end; ++i) {
+    const std::int32_t t = group.tokens[static_cast<std::size_t>(i)];
+    if (group.input == &s.expert_input) s.expert_input.copy_row(s.input, t, i, D);
+    if (runs_predictor(step, w))
+      prepare_prediction(step, w, layer, t, s.input.row(t, D), s.predictor, i, index);
+  }
+}
+
+/// Computes this thread's columns, which it returns, of an FFN's outputs for a group of tokens, into `out`.
+Range compute_ffn(Step& step, const FfnWeights& w, const TokenGroup& group, std::int64_t layer, int index) {
+  const std::int64_t D = step.config().hidden_size;
+  const std::int64_t F = w.neurons;
+  const auto n = static_cast<std::int64_t>(group.tokens.size());
+  const bool neuron_major = step.model.weights->neuron_major;
+  Scratch& s = step.scratch;
+  ThreadScratch& thread = step.thread(index);
+  const Capture capture = step.captures.empty() ? Capture{} : step.captures[static_cast<std::size_t>(layer)];
+
+  prepare_group(step, w, group, layer, index);
+  step.finish(index, Part::kNorm);
+  if (step.predicted()) predict_group(step, w, group, layer, index);
+  thread.watch.lap(Part::kPredictor);
+  const bool gated = step.config().gated;
+  const Range rows = project(step, w.first(gated), group.input->view(), n, s.gate.data(), index);
+  const bool refines = step.refines(w);
+  if (!refines)
+    add_rest_batch(step, w.first_rest(gated), group.input->view(), n, rows, s.gate.data(), F, index);
+  thread.watch.lap(Part::kGate);
+  if (gated) {
+    project(step, w.up, group.input->view(), n, s.up.data(), index);
+    if (!refines) add_rest_batch(step, w.up_rest, group.input->view(), n, rows, s.up.data(), F, index);
+  }
+  thread.counts = {};
+  for (std::int64_t i = 0; i < n; ++i) {
+    const auto token = static_cast<std::size_t>(i);
+    thread.counts += combine(step, w, rows, capture, i, group.tokens[token]);
+    if (refines) thread.counts.refined += refine(step, w, group, rows, i, index);
+    if (const float factor = group.factor(token); factor != 1.0F) {
+      float* product = s.ffn_input.row(i, F);
+      for (std::int64_t r = rows.begin; r < rows.end; ++r) product[r] *= factor;
+    }
+    if (!neuron_major && is_quantized(w.down.type))
+      s.ffn_input.quantize(step.kernels(), i, F, rows.begin, rows.end);
+  }
+  step.finish(index, Part::kUp);
+
+  Range columns = share(step, D, index);
+  if (neuron_major) {
+    for (std::int64_t i = 0; i < n; ++i)
+      std::fill_n(s.out.data() + i * D + columns.begin, columns.size(), 0.0F);
+    step.kernels().gemm_t(w.down, s.ffn_input.row(0, F), F, n, columns.begin, columns.end, s.out.data(), D,
+                          thread.gemm.data());
+    add_down_rest(step, w, n, columns, index);
+  } else {
+    columns = project(step, w.down, s.ffn_input.view(), n, s.out.data(), index);
+  }
+  if (index == 0) {
+    for (const ThreadScratch& other : s.threads) step.counts[static_cast<std::size_t>(layer)] += other.counts;
+  }
+  thread.watch.lap(Part::kDown);
+  return columns;
+}
+
+/// Sends tokens to their experts: this thread's part of the router's work for them, and then all lists.
+void route(Step& step, const LayerWeights& w, std::int64_t layer, Range tokens, int index) {
+  const std::int64_t D = step.config().hidden_size;
+  Scratch& s = step.scratch;
+  if (!step.config().router.reads_layer_input) route_tokens(step, w, layer, s.input.row(0, 0), tokens, index);
+  for (std::int64_t t = tokens.begin; t < tokens.end; ++t)
+    s.shared_factors[static_cast<std::size_t>(t)] = shared_factor(step, w, s.input.row(t, D));
+  step.finish(index, Part::kRouter);
+  if (index == 0) group_tokens(step);
+  step.finish(index, Part::kRouter);
+}
+
+/// This thread's columns of the outputs of all experts together, into `ffn_sum`.
+Range sum_experts(Step& step, const LayerWeights& w, std::int64_t layer, int index) {
+  const std::int64_t D = step.config().hidden_size;
+  const auto E = static_cast<std::size_t>(step.config().router.experts);
+  Scratch& s = step.scratch;
+  Range columns = share(step, D, index);
+  for (std::int64_t t = 0; t < step.T; ++t)
+    std::fill_n(s.ffn_sum.data() + t * D + columns.begin, columns.size(), 0.0F);
+  for (std::size_t i = 0; i < w.ffns.size(); ++i) {
+    TokenGroup group{all_tokens(step), s.shared_factors, &s.input};
+    if (i < E) group = group_of(s, i);
+    if (group.tokens.empty()) continue;
+    columns = compute_ffn(step, w.ffns[i], group, layer, index);
+    add_rows(step, s.out, group.tokens, columns, s.ffn_sum);
+  }
+  return columns;
+}
+
+/// Where a layer is captured, this thread's tokens: the residual, and zeros for experts that are not used.
+void begin_capture(const Step& step, std::int64_t layer, Range tokens) {
+  if (step.captures.empty()) return;
+  const Capture& capture = step.captures[static_cast<std::size_t>(layer)];
+  if (capture.gate == nullptr) return;
+  const std::int64_t D = step.config().hidden_size;
+  const std::int64_t neurons = step.config().layer_neurons();
+  std::copy_n(step.scratch.x.data() + tokens.begin * D, tokens.size() * D,
+              capture.residual + tokens.begin * D);
+  std::fill_n(capture.gate + tokens.begin * neurons, tokens.size() * neurons, 0.0F);
+  std::fill_n(capture.up + tokens.begin * neurons, tokens.size() * neurons, 0.0F);
+}
+
+/// Where a layer is captured, this thread's columns of the FFN's output.
+void end_capture(const Step& step, std::int64_t layer, const float* total, Range columns) {
+  if (step.captures.empty()) return;
+  const Capture& capture = step.captures[static_cast<std::size_t>(layer)];
+  for (std::int64_t t = 0; capture.out != nullptr && t < step.T; ++t) {
+    const std::int64_t at = t * step.config().hidden_size + columns.begin;
+    std::copy_n(total + at, columns.size(), capture.out + at);
+  }
+}
+
+}  // namespace
+
+void batch_ffn(Step& step, std::int64_t layer, int index) {
+  const LayerWeights& w = step.model.weights->layers[static_cast<std::size_t>(layer)];
+  Scratch& s = step.scratch;
+  const Range tokens = normalize_all(step, w.ffn_norm, w.quantized_ffn_input(), ffn_stage(layer), index);
+  begin_capture(step, layer, tokens);
+  step.thread(index).watch.lap(Part::kNorm);
+  if (w.has_router()) route(step, w, layer, tokens, index);
+  const Range columns =
+      w.has_router() ? sum_experts(step, w, layer, index)
+                     : compute_ffn(step, w.ffns.front(), {all_tokens(step), {}, &s.input}, layer, index);
+  const AlignedVector<float>& total = w.has_router() ? s.ffn_sum : s.out;
+  end_capture(step, layer, total.data(), columns);
+  add_rows(step, total, all_tokens(step), columns, s.x);
+  step.finish(index, Part::kDown);
+}
+
+}  // namespace turbosparse
