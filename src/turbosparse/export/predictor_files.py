@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,15 @@ __all__ = ["with_predictors"]
 PREDICTOR_FILE, REPORT_FILE = "predictors.safetensors", "report.json"
 _SCORES = ("recall", "precision", "norm_kept", "cett", "candidate_ratio", "active_ratio")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_SHARED = ".shared_expert."
 _PARTS = ("pred_a.weight", "pred_b.weight", "pred_threshold")
 _KINDS, _INPUTS = ("low_rank",), ("ffn_norm", "residual")  # what a model file can hold
 _BLOCK = 32  # ranks are padded to a multiple, so that rows of every weight type fit
 
 
 def with_predictors(draft: Draft, directory: Path) -> Draft:
-    """Add a low-rank predictor to every layer.
+    """Add a low-rank predictor to every layer or expert.
 
     Parameters
     ----------
@@ -34,8 +37,9 @@ def with_predictors(draft: Draft, directory: Path) -> Draft:
     Returns
     -------
     Draft
-        With ``ffn_pred_a`` [R, D] and ``ffn_pred_b`` [F, R] in each block and ``turbosparse.predictor.*``
-        keys. Ranks are padded by rows and columns of zeros to a multiple of 32.
+        With ``ffn_pred_a`` [R, D] and ``ffn_pred_b`` [F, R] in each block, for each expert where there are
+        experts, and ``turbosparse.predictor.*`` keys. Ranks are padded by rows and columns of zeros to a
+        multiple of 32, those of a block's experts to the same one.
 
     Raises
     ------
@@ -51,28 +55,63 @@ def with_predictors(draft: Draft, directory: Path) -> Draft:
             raise ModelFileError(
                 f"[{files.path}: {name}] expected {' or '.join(known)}, got {str(header.get(name))[:80]!r}"
             )
-    layers = _by_layer(files)
-    expected = set(range(draft.num_hidden_layers))
-    if set(layers) != expected:
+    groups = _groups(draft)
+    found = _by_ffn(files, len(groups[0][0].ffns))
+    expected = {ffn for layer in groups for group in layer for ffn in group.ffns}
+    if set(found) != expected:
         raise ConfigError(
-            f"[{files.path}] expected a predictor for each of {len(expected)} layers, got "
-            f"{len(layers)}{': ' + str(sorted(layers))[:60] if layers else ''}"
+            f"[{files.path}] expected a predictor for each of {len(expected)} layers or experts, got "
+            f"{len(found)}{': ' + str(sorted(found))[:60] if found else ''}"
         )
     weights, thresholds = [], []
-    for layer in sorted(layers):
-        rank = _check(files, layers[layer], draft.sizes)
-        padded = -(-rank // _BLOCK) * _BLOCK
-        neurons, hidden = draft.sizes
-        for suffix, part, shape in (
-            ("ffn_pred_a", "pred_a.weight", (padded, hidden)),
-            ("ffn_pred_b", "pred_b.weight", (neurons, padded)),
-        ):
-            name = f"blk.{layer}.{suffix}.weight"
-            weights.append(Weight(name=name, shape=shape, values=_padded(files, layers[layer][part], shape)))
-        thresholds.append(float(files.read(layers[layer]["pred_threshold"]).reshape(-1)[0]))
+    for group in (group for layer in groups for group in layer):
+        ranks = [_check(files, found[ffn], group) for ffn in group.ffns]
+        padded = -(-max(ranks) // _BLOCK) * _BLOCK
+        for part, shape in (("pred_a", (padded, group.hidden)), ("pred_b", (group.neurons, padded))):
+            names = [found[ffn][f"{part}.weight"] for ffn in group.ffns]
+            stacked = (len(names), *shape) if group.fused else shape
+            name = f"blk.{group.ffns[0][0]}.ffn_{part}{group.suffix}.weight"
+            weights.append(Weight(name=name, shape=stacked, values=_padded(files, names, stacked)))
+        thresholds += [float(files.read(found[ffn]["pred_threshold"]).reshape(-1)[0]) for ffn in group.ffns]
     keys = {"kind": header["kind"], "input": header["input"], "threshold": thresholds}
-    keys |= _scores(directory / REPORT_FILE, [layers[layer]["pred_a.weight"] for layer in sorted(layers)])
+    if len(found) == draft.num_hidden_layers:
+        keys |= _scores(directory / REPORT_FILE, [found[ffn]["pred_a.weight"] for ffn in sorted(found)])
     return draft.adding({f"turbosparse.predictor.{name}": value for name, value in keys.items()}, weights)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Group:
+    """FFNs of a layer whose tensors share names: its only one, its experts, or its shared expert."""
+
+    suffix: str
+    ffns: list[tuple[int, int]]  # layer, and number in it
+    neurons: int
+    hidden: int
+
+    @property
+    def fused(self) -> bool:
+        """Whether their matrices are one tensor."""
+        return self.suffix == "_exps"
+
+
+def _groups(draft: Draft) -> list[list[_Group]]:
+    """The FFNs of each layer."""
+    names = {weight.name for weight in draft.weights}
+
+    def group(layer: int, suffix: str, first: int) -> _Group:
+        *experts, neurons, hidden = draft.find(f"blk.{layer}.ffn_up{suffix}.weight").shape
+        count = experts[0] if experts else 1
+        ffns = [(layer, first + e) for e in range(count)]
+        return _Group(suffix=suffix, ffns=ffns, neurons=neurons, hidden=hidden)
+
+    layers = []
+    for n in range(draft.num_hidden_layers):
+        groups: list[_Group] = []
+        for suffix in ("", "_exps", "_shexp"):
+            if f"blk.{n}.ffn_up{suffix}.weight" in names:
+                groups.append(group(n, suffix, sum(len(other.ffns) for other in groups)))
+        layers.append(groups)
+    return layers
 
 
 def _scores(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
@@ -85,27 +124,29 @@ def _scores(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
     return {name: [score[name] for score in scores] for name in complete}
 
 
-def _by_layer(files: WeightFiles) -> dict[int, dict[str, str]]:
-    """Names of the tensors by layer and part."""
-    layers: dict[int, dict[str, str]] = {}
+def _by_ffn(files: WeightFiles, experts: int) -> dict[tuple[int, int], dict[str, str]]:
+    """Names of the tensors by layer, number of the FFN in the layer, and part."""
+    ffns: dict[tuple[int, int], dict[str, str]] = {}
     for name in files.shapes:
         layer, part = _LAYER.search(name), next((part for part in _PARTS if name.endswith(part)), None)
         if layer is None or part is None:
             raise ModelFileError(
                 f"[{files.path}: {name}] expected a name as in model.layers.0.mlp.pred_a.weight, got another"
             )
-        layers.setdefault(int(layer[1]), {})[part] = name
-    return layers
+        expert = _EXPERT.search(name)
+        number = int(expert[1]) if expert else 0
+        ffns.setdefault((int(layer[1]), experts if _SHARED in name else number), {})[part] = name
+    return ffns
 
 
-def _check(files: WeightFiles, names: dict[str, str], sizes: tuple[int, int]) -> int:
+def _check(files: WeightFiles, names: dict[str, str], group: _Group) -> int:
     """Return the rank of a complete predictor of fitting shape."""
     missing = [part for part in _PARTS if part not in names]
     if missing:
         raise ModelFileError(
             f"[{files.path}] expected {missing[0]} beside {next(iter(names.values()))}, got none"
         )
-    neurons, hidden = sizes
+    neurons, hidden = group.neurons, group.hidden
     a, b = (files.shapes[names[part]] for part in _PARTS[:2])
     if len(a) != 2 or len(b) != 2 or a[1] != hidden or b[0] != neurons or a[0] != b[1]:
         raise ConfigError(
@@ -119,10 +160,14 @@ def _check(files: WeightFiles, names: dict[str, str], sizes: tuple[int, int]) ->
     return a[0]
 
 
-def _padded(files: WeightFiles, name: str, shape: tuple[int, int]) -> Callable[[], NDArray[np.float32]]:
+def _padded(
+    files: WeightFiles, names: Sequence[str], shape: tuple[int, ...]
+) -> Callable[[], NDArray[np.float32]]:
     def read() -> NDArray[np.float32]:
-        values = files.read(name)
-        rows, columns = values.shape
-        return np.pad(values, ((0, shape[0] - rows), (0, shape[1] - columns)))
+        values = np.zeros((len(names), *shape[-2:]), np.float32)
+        for target, name in zip(values, names, strict=True):
+            matrix = files.read(name)
+            target[: matrix.shape[0], : matrix.shape[1]] = matrix
+        return values.reshape(shape)
 
     return read

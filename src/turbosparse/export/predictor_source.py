@@ -76,6 +76,7 @@ class ModelFileSource:
     ) -> None:
         _check(config)
         self._file = ModelFile(path)
+        self._file.require_no_experts("fit-predictor")
         self._threads = threads
         self._window = window
         self._config = config

@@ -100,6 +100,7 @@ def calibrate(
     out = Path(out)
     check_output(out, overwrite=overwrite)
     source = ModelFile(model_path)
+    source.require_no_experts("calibrate")
     engine = _native.Model(str(model_path), threads=config.threads)
     windows = _Windows(source, text, config, engine.info.context_length)
     with progress("perplexity of the dense model") as advance:

@@ -76,6 +76,7 @@ class MeasuredFile:
 
     def __init__(self, path: str | PathLike[str], *, scratch: Path, threads: int = 0) -> None:
         self._file = ModelFile(path)
+        self._file.require_no_experts("measure")
         if self._file.activation is None or not self._file.gated:
             raise ModelFileError(f"[{path}] expected gated FFNs with a known activation, got others")
         self._engine = _native.Model(str(path), threads=threads)

@@ -277,6 +277,7 @@ def candidate_quality(counters: Mapping[str, Any], info: "ModelInfo") -> Candida
 
 def _check(source: ModelFile, predictors: Predictors) -> None:
     """Refuse predictors that the engine would refuse, before anything is written."""
+    source.require_no_experts("predictors")
     layers, neurons, width = source.num_hidden_layers, source.intermediate_size, source.hidden_size
     if len(predictors.layers) != layers:
         got = len(predictors.layers)
