@@ -43,7 +43,7 @@ def counts(path: Path, mode: "_native.Mode") -> dict[str, list[float]]:
     session = model.session(64)
     for token in ids:
         session.forward(np.array([token], np.int32), mode=mode)
-    neurons = len(ids) * model.info.intermediate_size
+    neurons = len(ids) * model.info.token_neurons
     return {name: [n / neurons for n in session.counters[name]] for name in COUNTS}
 
 
@@ -72,6 +72,24 @@ def test_the_predictor_has_the_stated_recall_and_precision() -> None:
 def test_other_sparsities_are_reached_too() -> None:
     (path,) = synthetic_files(replace(MODEL, sparsity=0.6, layers=1), with_plain=False)
     assert counts(path, "exact")["active"] == pytest.approx([0.4], abs=0.02)
+
+
+def test_experts_are_as_sparse_and_all_in_use() -> None:
+    shape = replace(SMALL, num_experts=4, num_experts_per_tok=2, num_hidden_layers=2)
+    sparse, plain = synthetic_files(replace(MODEL, shape=shape, name="moe"), with_plain=True)
+    shares = counts(sparse, "predicted")
+    assert shares["active"] == pytest.approx([0.1 * 0.95] * 2, abs=0.015)
+    assert shares["candidates"] == pytest.approx([0.1] * 2, abs=0.015)
+    theirs = _native.Model(str(plain))
+    assert (theirs.info.architecture, theirs.info.num_experts, theirs.info.num_experts_per_tok) == (
+        "llama",
+        4,
+        2,
+    )
+    gate = theirs.session(64).capture(np.arange(64, dtype=np.int32), [1])[0][0]  # [T, E * F]
+    used = np.any(gate.reshape(64, 4, 1024) != 0, axis=2)
+    assert (used.sum(axis=1) == 2).all()
+    assert (used.mean(axis=0) > 0.2).all()
 
 
 def test_the_plain_model_has_the_same_sizes_and_no_trace_of_ours() -> None:

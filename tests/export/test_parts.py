@@ -51,6 +51,40 @@ def make_predictors(directory: Path, *, ranks: tuple[int, ...] = (5, 32), **chan
     return directory
 
 
+def make_expert_predictors(directory: Path, *, experts: int, shared: int) -> Path:
+    """Predictors of two layers of a qwen2_moe model, of rank 5 and more, with neurons of 24 and `shared`."""
+    directory.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for layer in range(2):
+        ffns = {f"experts.{e}.": (24, 5 + e) for e in range(experts)} | {"shared_expert.": (shared, 7)}
+        for number, (ffn, (neurons, rank)) in enumerate(ffns.items()):
+            name = f"model.layers.{layer}.mlp.{ffn}"
+            tensors[name + "pred_a.weight"] = torch.randn(rank, D, generator=generator)
+            tensors[name + "pred_b.weight"] = torch.randn(neurons, rank, generator=generator)
+            tensors[name + "pred_threshold"] = torch.tensor([layer + number / 8])
+    save_file(tensors, directory / "predictors.safetensors", metadata=HEADER)
+    return directory
+
+
+def test_experts_have_predictors_of_their_own(
+    make_directory: MakeDirectory, tmp_path: Path, f32: TypeChoice
+) -> None:
+    source = make_directory("qwen2_moe", activation="drelu")
+    predictors = make_expert_predictors(tmp_path / "predictors", experts=4, shared=40)
+    file = export(source, tmp_path / "model.gguf", f32, predictors=predictors)
+    assert file.tensor("blk.1.ffn_pred_a_exps.weight").shape == (4, 32, D)
+    assert file.tensor("blk.1.ffn_pred_b_exps.weight").shape == (4, 24, 32)
+    assert file.tensor("blk.1.ffn_pred_b_shexp.weight").shape == (40, 32)
+    assert file.metadata["turbosparse.predictor.threshold"] == [
+        layer + number / 8 for layer in range(2) for number in range(5)
+    ]
+    ids = np.arange(20, dtype=np.int32)
+    expected = ReferenceEngine(file.path).forward(ids, "predicted")
+    got = load(file.path, threads=1).logits(ids.tolist(), mode="predicted")
+    assert np.linalg.norm(got - expected) < 1e-4 * np.linalg.norm(expected)
+
+
 @pytest.fixture
 def f32() -> TypeChoice:
     return TypeChoice(weights="F32", predictor="F32")
