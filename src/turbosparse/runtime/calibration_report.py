@@ -145,6 +145,7 @@ class CalibrationReport:
             "held_out_tokens": self.held_out_tokens,
             "window": config.window,
             "stages": config.stages,
+            **({} if config.refine is None else {"refine": config.refine.neurons}),
             "cett": [layer.cett for layer in self.layers],
             "active_ratio": [layer.active for layer in self.layers],
             "gate_passed": [layer.gate_passed for layer in self.layers],

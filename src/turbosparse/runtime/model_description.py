@@ -91,7 +91,8 @@ def _weights(file: ModelFile) -> dict[str, Any]:
     types: dict[str, dict[str, int]] = {}
     for tensor in file.tensors.values():
         values = math.prod(tensor.shape)
-        parameters += values
+        # A rest belongs to a weight that is counted.
+        parameters += 0 if tensor.name.endswith("_rest.weight") else values
         in_experts += values if "_exps" in tensor.name else 0
         weight_bytes += tensor.nbytes
         ffn_bytes += tensor.nbytes if FFN_TENSOR.fullmatch(tensor.name) else 0
