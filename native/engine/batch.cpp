@@ -58,18 +58,19 @@ void place_token(const Step& step, const LayerWeights& w, std::int64_t layer, st
   }
 }
 
-/// Causal attention, pairs of head and token dealt out in turn: later tokens have more to do.
+/// Causal attention, pairs of kv head and token dealt out in turn: later tokens have more to do.
 void attend_all(const Step& step, std::int64_t layer, int index) {
   const ModelConfig& config = step.config();
   const std::int64_t H = config.num_attention_heads;
   const std::int64_t C = config.head_dim;
   const std::int64_t group = H / config.num_key_value_heads;
   const std::int64_t threads = step.thread_count();
-  for (std::int64_t head = 0; head < H; ++head) {
+  for (std::int64_t head = 0; head < config.num_key_value_heads; ++head) {
     for (std::int64_t t = (index + head) % threads; t < step.T; t += threads) {
-      step.cache.attend(step.kernels(), layer, head / group, step.scratch.q.data() + (t * H + head) * C,
+      const std::int64_t first = head * group;
+      step.cache.attend(step.kernels(), layer, head, step.scratch.q.data() + (t * H + first) * C, group,
                         step.position + t + 1, step.thread(index).scores.data(),
-                        step.scratch.input.row(t, H * C) + head * C);
+                        step.scratch.input.row(t, H * C) + first * C);
     }
   }
 }

@@ -51,11 +51,12 @@ void attend(const Step& step, const LayerWeights& w, std::int64_t layer, int ind
   const std::int64_t group = config.num_attention_heads / config.num_key_value_heads;
   Scratch& s = step.scratch;
   const Range heads = split(config.num_attention_heads, 1, index, step.thread_count());
-  for (std::int64_t head = heads.begin; head < heads.end; ++head) {
-    float* query = s.q.data() + head * C;
-    place_heads(step, w.q_norm, layer, 0, 1, query);
-    step.cache.attend(step.kernels(), layer, head / group, query, step.position + 1,
-                      step.thread(index).scores.data(), s.input.row(0, 0) + head * C);
+  place_heads(step, w.q_norm, layer, 0, heads.size(), s.q.data() + heads.begin * C);
+  for (std::int64_t head = heads.begin; head < heads.end;) {
+    const std::int64_t end = std::min(heads.end, (head / group + 1) * group);
+    step.cache.attend(step.kernels(), layer, head / group, s.q.data() + head * C, end - head,
+                      step.position + 1, step.thread(index).scores.data(), s.input.row(0, 0) + head * C);
+    head = end;
   }
 }
 

@@ -19,16 +19,16 @@ void KvCache::store(const KernelTable& kernels, std::int64_t layer, std::int64_t
   }
 }
 
-void KvCache::attend(const KernelTable& kernels, std::int64_t layer, std::int64_t head, const float* query,
-                     std::int64_t n, float* scores, float* out) const {
+void KvCache::attend(const KernelTable& kernels, std::int64_t layer, std::int64_t head, const float* queries,
+                     std::int64_t heads, std::int64_t n, float* scores, float* out) const {
   const std::byte* k = keys(layer, head);
   const std::byte* v = values(layer, head);
   const float scale = 1.0F / std::sqrt(static_cast<float>(head_dim_));
   if (floats_) {
-    kernels.attend_f32(query, reinterpret_cast<const float*>(k), reinterpret_cast<const float*>(v), n,
-                       head_dim_, head_dim_, scale, scores, out);
+    kernels.attend_f32(queries, heads, reinterpret_cast<const float*>(k), reinterpret_cast<const float*>(v),
+                       n, head_dim_, head_dim_, scale, scores, out);
   } else {
-    kernels.attend(query, reinterpret_cast<const std::uint16_t*>(k),
+    kernels.attend(queries, heads, reinterpret_cast<const std::uint16_t*>(k),
                    reinterpret_cast<const std::uint16_t*>(v), n, head_dim_, head_dim_, scale, scores, out);
   }
 }

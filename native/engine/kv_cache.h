@@ -30,9 +30,9 @@ class KvCache {
   /// Writes the key and the value [C] of a head.
   void store(const KernelTable& kernels, std::int64_t layer, std::int64_t head, std::int64_t position,
              const float* key, const float* value);
-  /// Attention of one query head over the first n positions of a kv head.
-  void attend(const KernelTable& kernels, std::int64_t layer, std::int64_t head, const float* query,
-              std::int64_t n, float* scores, float* out) const;
+  /// Attention of query heads over the first n positions of the kv head that they share.
+  void attend(const KernelTable& kernels, std::int64_t layer, std::int64_t head, const float* queries,
+              std::int64_t heads, std::int64_t n, float* scores, float* out) const;
 
  private:
   std::int64_t head_bytes() const {

@@ -95,7 +95,7 @@ LayerCounts& LayerCounts::operator+=(const LayerCounts& other) {
 
 ThreadScratch::ThreadScratch(const Model& model, std::int64_t context, std::int64_t tokens)
     : input(1, widest(model.config)),
-      scores(count(context)),
+      scores(count(context, model.config.num_attention_heads / model.config.num_key_value_heads)),
       out(count(widest(model.config))),
       candidates{std::vector<std::int32_t>(count(model.weights->widest_ffn))},
       passed{std::vector<std::int32_t>(count(model.weights->widest_ffn))},

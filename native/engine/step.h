@@ -102,7 +102,7 @@ struct LayerCounts {
 struct ThreadScratch {
   ThreadScratch(const Model& model, std::int64_t context, std::int64_t capacity);
   InputBuffer input;                   // one vector
-  AlignedVector<float> scores;         // [context]
+  AlignedVector<float> scores;         // [heads that share a kv head, context]
   AlignedVector<float> out;            // [max(D, H * C)]
   KeptNeurons candidates;              // of the piece of neurons at hand
   KeptNeurons passed;                  // those whose |f(gate)| was enough

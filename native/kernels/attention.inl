@@ -1,8 +1,10 @@
-// One query head over the cache: scores, softmax, weighted sum of values. Keys and values are half or float.
+// Query heads over the cache that they share: scores, softmax, weighted sum of values. Keys and values are
+// half or float; halves are converted once for all heads, which took most of the time (docs/experiments.md).
 #pragma once
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "kernels/vector_ops.inl"
 
@@ -27,12 +29,30 @@ inline typename Float::V load_last_cached(const Cached* p, std::int64_t n) {
   return load_cached<Float>(padded);
 }
 
-/// scores[p] = q . k[p] * scale for all positions; returns the largest.
+/// Positions whose keys or values are converted to floats at a time, once for all heads; wider heads, and
+/// caches of floats, are read where they are.
+inline constexpr std::int64_t kTilePositions = 32, kTileWidth = 256;
+
+/// Keys or values of `count` positions as floats: in `tile`, or where they are.
 template <class Float, class Cached>
-inline float attention_scores(const float* q, const Cached* k, std::int64_t n, std::int64_t C,
-                              std::int64_t kv_stride, float scale, float* scores) {
+inline const float* tile_of(const Cached* cached, std::int64_t count, std::int64_t C, std::int64_t kv_stride,
+                            float* tile) {
+  for (std::int64_t p = 0; p < count; ++p) {
+    std::int64_t c = 0;
+    for (; c + Float::kLanes <= C; c += Float::kLanes)
+      Float::store(tile + p * C + c, load_cached<Float>(cached + p * kv_stride + c));
+    if (c < C)
+      Float::store_n(tile + p * C + c, C - c, load_last_cached<Float>(cached + p * kv_stride + c, C - c));
+  }
+  return tile;
+}
+
+/// scores[p] = q . k[p] * scale for n positions; returns the largest.
+template <class Float, class Cached>
+inline typename Float8::V attention_scores(const float* q, const Cached* k, std::int64_t n, std::int64_t C,
+                                           std::int64_t kv_stride, float scale, typename Float8::V largest,
+                                           float* scores) {
   constexpr std::int64_t kLanes = Float::kLanes;
-  auto largest = Float8::set(-std::numeric_limits<float>::infinity());
   for (std::int64_t p = 0; p < n; p += 8) {
     const std::int64_t count = std::min<std::int64_t>(8, n - p);
     const Cached* at[8];  // past the end the last position is computed again
@@ -58,7 +78,7 @@ inline float attention_scores(const float* q, const Cached* k, std::int64_t n, s
       Float8::store_n(scores + p, count, scaled);
     }
   }
-  return Float8::largest(largest);
+  return largest;
 }
 
 /// scores = e^(scores - largest); returns their sum.
@@ -80,41 +100,82 @@ inline float exponentials(std::int64_t n, float largest, float* scores) {
   return sum;
 }
 
-/// out[0 .. kVectors * kLanes) = sum of scores[p] * v[p] * inverse.
+/// out[0 .. kVectors * kLanes) += sum of scores[p] * v[p].
 template <class Float, int kVectors, class Cached>
 inline void weighted_values(const float* scores, const Cached* v, std::int64_t n, std::int64_t kv_stride,
-                            float inverse, float* out) {
+                            float* out) {
   typename Float::V sums[kVectors];
-  for (auto& sum : sums) sum = Float::zero();
+  for (int i = 0; i < kVectors; ++i) sums[i] = Float::load(out + i * Float::kLanes);
   for (std::int64_t p = 0; p < n; ++p, v += kv_stride) {
     const auto share = Float::set(scores[p]);
     for (int i = 0; i < kVectors; ++i) {
       sums[i] = Float::fma(share, load_cached<Float>(v + i * Float::kLanes), sums[i]);
     }
   }
-  for (int i = 0; i < kVectors; ++i)
-    Float::store(out + i * Float::kLanes, Float::mul(sums[i], Float::set(inverse)));
+  for (int i = 0; i < kVectors; ++i) Float::store(out + i * Float::kLanes, sums[i]);
 }
 
-template <class Isa, class Cached>
-void attend(const float* q, const Cached* k, const Cached* v, std::int64_t n, std::int64_t C,
-            std::int64_t kv_stride, float scale, float* scores, float* out) noexcept {
-  using Float = typename Isa::Float;
+/// out[0 .. C) += sum of scores[p] * v[p].
+template <class Float, class Cached>
+inline void add_values(const float* scores, const Cached* v, std::int64_t n, std::int64_t C,
+                       std::int64_t kv_stride, float* out) {
   constexpr std::int64_t kLanes = Float::kLanes;
-  const float largest = attention_scores<Float>(q, k, n, C, kv_stride, scale, scores);
-  const float inverse = 1.0f / exponentials<Float>(n, largest, scores);
   std::int64_t c = 0;
   for (; c + 8 * kLanes <= C; c += 8 * kLanes) {
-    weighted_values<Float, 8>(scores, v + c, n, kv_stride, inverse, out + c);
+    weighted_values<Float, 8>(scores, v + c, n, kv_stride, out + c);
   }
-  for (; c + kLanes <= C; c += kLanes)
-    weighted_values<Float, 1>(scores, v + c, n, kv_stride, inverse, out + c);
+  for (; c + kLanes <= C; c += kLanes) weighted_values<Float, 1>(scores, v + c, n, kv_stride, out + c);
   if (c == C) return;
-  auto sum = Float::zero();
+  auto sum = Float::load_n(out + c, C - c);
   for (std::int64_t p = 0; p < n; ++p) {
     sum = Float::fma(Float::set(scores[p]), load_last_cached<Float>(v + p * kv_stride + c, C - c), sum);
   }
-  Float::store_n(out + c, C - c, Float::mul(sum, Float::set(inverse)));
+  Float::store_n(out + c, C - c, sum);
+}
+
+/// Calls f(first position, count, rows, stride) for tiles of the cache, converted where that pays: for more
+/// than one head.
+template <class Float, class Cached, class F>
+inline void for_tiles(const Cached* cached, std::int64_t heads, std::int64_t n, std::int64_t C,
+                      std::int64_t kv_stride, F f) {
+  if (std::is_same_v<Cached, float> || heads == 1 || C > kTileWidth) return f(0, n, cached, kv_stride);
+  alignas(64) float tile[kTilePositions * kTileWidth];
+  for (std::int64_t p = 0; p < n; p += kTilePositions) {
+    const std::int64_t count = std::min(kTilePositions, n - p);
+    f(p, count, tile_of<Float>(cached + p * kv_stride, count, C, kv_stride, tile), C);
+  }
+}
+
+template <class Isa, class Cached>
+void attend(const float* q, std::int64_t heads, const Cached* k, const Cached* v, std::int64_t n,
+            std::int64_t C, std::int64_t kv_stride, float scale, float* scores, float* out) noexcept {
+  using Float = typename Isa::Float;
+  constexpr std::int64_t kMostHeads = 16;  // whose largest scores are kept at a time
+  for (; heads > kMostHeads; heads -= kMostHeads, q += kMostHeads * C, out += kMostHeads * C) {
+    attend<Isa>(q, kMostHeads, k, v, n, C, kv_stride, scale, scores, out);
+  }
+  Float8::V largest[kMostHeads];
+  for (std::int64_t h = 0; h < heads; ++h) largest[h] = Float8::set(-std::numeric_limits<float>::infinity());
+  for_tiles<Float>(k, heads, n, C, kv_stride,
+                   [&](std::int64_t p, std::int64_t count, auto rows, auto stride) {
+                     for (std::int64_t h = 0; h < heads; ++h) {
+                       largest[h] = attention_scores<Float>(q + h * C, rows, count, C, stride, scale,
+                                                            largest[h], scores + h * n + p);
+                     }
+                   });
+  float inverse[kMostHeads];
+  for (std::int64_t h = 0; h < heads; ++h) {
+    inverse[h] = 1.0f / exponentials<Float>(n, Float8::largest(largest[h]), scores + h * n);
+    std::fill_n(out + h * C, C, 0.0f);
+  }
+  for_tiles<Float>(v, heads, n, C, kv_stride,
+                   [&](std::int64_t p, std::int64_t count, auto rows, auto stride) {
+                     for (std::int64_t h = 0; h < heads; ++h)
+                       add_values<Float>(scores + h * n + p, rows, count, C, stride, out + h * C);
+                   });
+  for (std::int64_t h = 0; h < heads; ++h) {
+    for (std::int64_t c = 0; c < C; ++c) out[h * C + c] *= inverse[h];
+  }
 }
 
 }  // namespace

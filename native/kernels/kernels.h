@@ -116,13 +116,15 @@ struct KernelTable {
   void (*activate)(Activation f, float parameter, const float* gate, std::int64_t n, float* out) noexcept;
   /// Float to IEEE half, round to nearest even.
   void (*to_half)(const float* x, std::int64_t n, std::uint16_t* out) noexcept;
-  /// Attention of one query head over n cached positions: out = softmax(q . k * scale) v. k and v are half,
-  /// position p at k + p * kv_stride; q and out hold C floats; `scores` has room for n.
-  void (*attend)(const float* q, const std::uint16_t* k, const std::uint16_t* v, std::int64_t n,
-                 std::int64_t C, std::int64_t kv_stride, float scale, float* scores, float* out) noexcept;
+  /// Attention of query heads that share n cached positions: out = softmax(q . k * scale) v, each for itself.
+  /// k and v are half, position p at k + p * kv_stride; q and out hold heads * C floats; `scores` has room
+  /// for heads * n. A head's result does not depend on the others.
+  void (*attend)(const float* q, std::int64_t heads, const std::uint16_t* k, const std::uint16_t* v,
+                 std::int64_t n, std::int64_t C, std::int64_t kv_stride, float scale, float* scores,
+                 float* out) noexcept;
   /// The same with keys and values that are float.
-  void (*attend_f32)(const float* q, const float* k, const float* v, std::int64_t n, std::int64_t C,
-                     std::int64_t kv_stride, float scale, float* scores, float* out) noexcept;
+  void (*attend_f32)(const float* q, std::int64_t heads, const float* k, const float* v, std::int64_t n,
+                     std::int64_t C, std::int64_t kv_stride, float scale, float* scores, float* out) noexcept;
 };
 
 /// 64-bit words that hold the signs of n values.

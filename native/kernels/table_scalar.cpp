@@ -179,8 +179,8 @@ float cached(std::uint16_t value) { return half_to_float(value); }
 float cached(float value) { return value; }
 
 template <class Cached>
-void attend(const float* q, const Cached* k, const Cached* v, std::int64_t n, std::int64_t C,
-            std::int64_t kv_stride, float scale, float* scores, float* out) noexcept {
+void attend_one(const float* q, const Cached* k, const Cached* v, std::int64_t n, std::int64_t C,
+                std::int64_t kv_stride, float scale, float* scores, float* out) noexcept {
   float largest = -std::numeric_limits<float>::infinity();
   for (std::int64_t p = 0; p < n; ++p) {
     float sum = 0.0f;
@@ -197,6 +197,14 @@ void attend(const float* q, const Cached* k, const Cached* v, std::int64_t n, st
   for (std::int64_t p = 0; p < n; ++p) {
     const float share = scores[p] / total;
     for (std::int64_t c = 0; c < C; ++c) out[c] = std::fma(share, cached(v[p * kv_stride + c]), out[c]);
+  }
+}
+
+template <class Cached>
+void attend(const float* q, std::int64_t heads, const Cached* k, const Cached* v, std::int64_t n,
+            std::int64_t C, std::int64_t kv_stride, float scale, float* scores, float* out) noexcept {
+  for (std::int64_t h = 0; h < heads; ++h) {
+    attend_one(q + h * C, k, v, n, C, kv_stride, scale, scores + h * n, out + h * C);
   }
 }
 

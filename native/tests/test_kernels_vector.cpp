@@ -103,23 +103,30 @@ void check_rope(const KernelTable& k, std::int64_t C, std::int64_t rotary, bool 
         static_cast<long long>(rotary), neox);
 }
 
-void check_attend(const KernelTable& k, std::int64_t n, std::int64_t C) {
+void check_attend(const KernelTable& k, std::int64_t n, std::int64_t C, std::int64_t heads) {
   const std::int64_t stride = C + 5;
-  const std::vector<float> q = normal_floats(C, 8), kv = normal_floats(2 * n * stride, 9);
+  const std::vector<float> q = normal_floats(heads * C, 8), kv = normal_floats(2 * n * stride, 9);
   std::vector<std::uint16_t> half(kv.size());
   scalar().to_half(kv.data(), 2 * n * stride, half.data());
-  std::vector<float> scores(static_cast<std::size_t>(n)), expected(static_cast<std::size_t>(C)),
-      out(expected.size());
+  std::vector<float> scores(static_cast<std::size_t>(heads * n)), expected(q.size()), out(q.size());
   const std::uint16_t* v = half.data() + n * stride;
-  scalar().attend(q.data(), half.data(), v, n, C, stride, 0.3f, scores.data(), expected.data());
-  k.attend(q.data(), half.data(), v, n, C, stride, 0.3f, scores.data(), out.data());
-  CHECK(relative_error(out, expected) < 1e-5, "%s attend n %lld C %lld: %g", k.isa, static_cast<long long>(n),
-        static_cast<long long>(C), relative_error(out, expected));
+  const auto check = [&](const char* name) {
+    CHECK(relative_error(out, expected) < 1e-5, "%s %s n %lld C %lld heads %lld: %g", k.isa, name,
+          static_cast<long long>(n), static_cast<long long>(C), static_cast<long long>(heads),
+          relative_error(out, expected));
+  };
+  scalar().attend(q.data(), heads, half.data(), v, n, C, stride, 0.3f, scores.data(), expected.data());
+  k.attend(q.data(), heads, half.data(), v, n, C, stride, 0.3f, scores.data(), out.data());
+  check("attend");
+  // A head gives the same bits alone.
+  std::vector<float> one(static_cast<std::size_t>(C));
+  const std::int64_t last = (heads - 1) * C;
+  k.attend(q.data() + last, 1, half.data(), v, n, C, stride, 0.3f, scores.data(), one.data());
+  CHECK(std::equal(one.begin(), one.end(), out.begin() + last), "%s: a head depends on others", k.isa);
   const float* values = kv.data() + n * stride;
-  scalar().attend_f32(q.data(), kv.data(), values, n, C, stride, 0.3f, scores.data(), expected.data());
-  k.attend_f32(q.data(), kv.data(), values, n, C, stride, 0.3f, scores.data(), out.data());
-  CHECK(relative_error(out, expected) < 1e-5, "%s attend_f32 n %lld C %lld: %g", k.isa,
-        static_cast<long long>(n), static_cast<long long>(C), relative_error(out, expected));
+  scalar().attend_f32(q.data(), heads, kv.data(), values, n, C, stride, 0.3f, scores.data(), expected.data());
+  k.attend_f32(q.data(), heads, kv.data(), values, n, C, stride, 0.3f, scores.data(), out.data());
+  check("attend_f32");
 }
 
 void check_signs(const KernelTable& k, std::int64_t n) {
@@ -154,11 +161,11 @@ void check_attend_properties(const KernelTable& k) {
     values[i] = i / kWidth == 10 ? 0x4980 : 0;  // 11.0 in the last
   const std::vector<float> q(kWidth, 1000.0f);
   float scores[kPositions], out[kWidth];
-  k.attend(q.data(), keys.data(), values.data(), kPositions, kWidth, kWidth, 1.0f, scores, out);
+  k.attend(q.data(), 1, keys.data(), values.data(), kPositions, kWidth, kWidth, 1.0f, scores, out);
   for (const float value : out)
     CHECK(std::fabs(value - 1.0f) < 1e-5f, "%s: %g", k.isa, static_cast<double>(value));
   keys[0] = 0x7e00;  // NaN
-  k.attend(q.data(), keys.data(), values.data(), kPositions, kWidth, kWidth, 1.0f, scores, out);
+  k.attend(q.data(), 1, keys.data(), values.data(), kPositions, kWidth, kWidth, 1.0f, scores, out);
   CHECK(std::isnan(out[0]), "%s: NaN must show", k.isa);
 }
 
@@ -178,8 +185,11 @@ void check_table(const KernelTable& k) {
     }
   }
   for (const std::int64_t n : {1, 2, 7, 8, 9, 31, 257}) {
-    for (const std::int64_t C : {1, 6, 16, 64, 80, 100, 128, 256}) check_attend(k, n, C);
+    for (const std::int64_t C : {1, 6, 16, 64, 80, 100, 128, 256, 300}) {
+      for (const std::int64_t heads : {1, 3, 4}) check_attend(k, n, C, heads);
+    }
   }
+  check_attend(k, 33, 8, 37);  // more heads than are kept at a time
   check_attend_properties(k);
 }
 

@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="K",
         help="keep weights in two parts of 4 bits; read the second for neurons at K times their threshold, "
-        "and for the largest logits (1: all active neurons; 12 is usual)",
+        "and for the largest logits (1: all active neurons; 6 to 12 is usual)",
     )
     add("-t", "--threads", type=int, default=0, help="threads (default: physical cores, at most 8)")
     add("--force", action="store_true", help="replace OUT.gguf if it exists")
