@@ -72,7 +72,7 @@ inline void dot_quantized(const Matrix& w, const RowGroup<kRows>& group, const I
   }
   const std::int64_t fetched = b / 8 * kGroupBytes;
   for (const std::byte* later : group.later) {
-    prefetch<kTo>(later + fetched, static_cast<std::int64_t>(w.row_bytes) - fetched);
+    prefetch<kTo>(later + fetched, scales + 2 * blocks - fetched);
   }
   if (b < blocks) {
     const std::int64_t n = blocks - b;

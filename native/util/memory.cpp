@@ -48,4 +48,9 @@ std::byte* Arena::take(std::size_t bytes) {
   return piece;
 }
 
+void Arena::release(std::size_t begin) {
+  const std::size_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  if (first < size_) madvise(data_ + first, size_ - first, MADV_DONTNEED);
+}
+
 }  // namespace turbosparse

@@ -27,6 +27,8 @@ class Arena {
   /// The next `bytes`, 64-byte aligned. Throws std::bad_alloc past the end.
   std::byte* take(std::size_t bytes);
   std::size_t size() const { return size_; }
+  /// Gives back whole pages from `begin` on; they read as zero until they are written again.
+  void release(std::size_t begin);
 
  private:
   std::byte* data_ = nullptr;

@@ -193,5 +193,11 @@ def read_bandwidth(
 def dequantize(ggml_type: int, data: NDArray[np.uint8], cols: int) -> NDArray[np.float32]:
     """Rows of `cols` weights of a ggml file format as floats, shape (rows, cols). Raises ConfigError."""
 
+def packed_row_bytes(weight_type: str, cols: int) -> int:
+    """Bytes of a row as kernels read it. Raises ConfigError."""
+
+def pack_rows(ggml_type: int, data: NDArray[np.uint8], cols: int) -> NDArray[np.uint8]:
+    """Rows of a native type as kernels read them, shape (rows, packed_row_bytes). Raises ConfigError."""
+
 def requantize(values: NDArray[np.float32], weight_type: str, isa: str = "") -> NDArray[np.float32]:
     """What values, shape (rows, cols), are once kept as `weight_type`. Raises ConfigError."""

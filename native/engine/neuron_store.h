@@ -1,0 +1,145 @@
+// Neurons of all FFNs where memory does not hold them: the hottest stay in memory, of the others those that
+// were needed lately, and the rest is read when a token asks for it. What lies together in the file is a
+// bundle, the rows of gate, up and down_t of one neuron; docs/format.md has the layout.
+//
+// Belongs to the job that runs on the thread pool: one FFN at a time, `fetch` and `stream` by one thread,
+// `arrived` by all.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "engine/bundles.h"
+#include "engine/slot_cache.h"
+#include "io/disk_reader.h"
+#include "kernels/kernels.h"
+#include "util/memory.h"
+#include "util/thread_pool.h"
+
+namespace turbosparse {
+
+/// Neurons begin ... end - 1 of a list.
+struct ListRange {
+  std::int32_t begin = 0;
+  std::int32_t end = 0;
+};
+
+/// What asking for neurons came to.
+struct FetchCounts {
+  std::int64_t cached = 0;  // neurons that were in memory
+  std::int64_t missed = 0;
+  std::int64_t bytes = 0;  // read from disk
+};
+
+class NeuronStore {
+ public:
+  /// Neurons that prefill reads at a time: what one pass of the transposed product takes.
+  static constexpr std::int64_t kStripe = 768;
+
+  /// Everything in memory.
+  NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, ThreadPool& pool);
+  /// At most `bytes` in memory, all in; at least `minimum_bytes`.
+  NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, ThreadPool& pool, std::size_t bytes,
+              std::shared_ptr<const DiskFile> file, std::unique_ptr<DiskReader> reader);
+  /// With less, one FFN does not fit.
+  static std::size_t minimum_bytes(const BundleLayout& layout, const std::vector<FfnBundles>& ffns);
+
+  const BundleLayout& layout() const { return layout_; }
+  bool resident() const { return reader_ == nullptr; }
+  std::size_t bytes() const { return bytes_; }
+  /// Neurons that stay in memory, and those that have room beside them.
+  std::int64_t pinned_neurons() const { return pinned_rows_; }
+  std::int64_t cached_neurons() const { return cache_.slots() * layout_.cluster; }
+  const char* reader_name() const { return resident() ? "" : reader_->name(); }
+
+  /// Gives `bytes` back to the system, or takes them again where negative. Throws ConfigError where less
+  /// than the minimum would be left; not while a job runs.
+  void shrink(std::int64_t bytes);
+
+  /// Where all is in memory: the rows of an FFN, row r for neuron r.
+  Matrix matrix(std::int64_t ffn, Projection part) const;
+  /// Rows of all FFNs, as `fetch` numbers them.
+  Matrix rows(Projection part) const;
+  /// Values per row: what gate and up come to.
+  float* gate() { return gate_.data(); }
+  float* up() { return up_.data(); }
+
+  /// Asks for n neurons, ascending: rows[i] is where neurons[i] lies or will lie, until the next call.
+  /// ready[0 ... cached) are the i whose row is there already; the others arrive.
+  FetchCounts fetch(std::int64_t ffn, const std::int32_t* neurons, std::int64_t n, std::int32_t* rows,
+                    std::int32_t* ready) noexcept;
+  /// Waits for neurons that were asked for: parts of the list whose rows are there now. Returns how many
+  /// parts, 0 where no more come. For all threads.
+  std::int64_t arrived(std::span<ListRange> parts) noexcept;
+
+  /// Begins to read an FFN from start to end; then `stripe` gives its neurons, kStripe at a time, in order.
+  void stream(std::int64_t ffn) noexcept;
+  /// Waits for stripe `index` and begins to read what comes after it: two stripes stay valid. The bytes read
+  /// since the last call are added to `bytes`.
+  void stripe(std::int64_t index, std::int64_t* bytes) noexcept;
+  /// Rows of the stripe, row 0 for its first neuron.
+  Matrix stripe_matrix(std::int64_t ffn, std::int64_t index, Projection part) const;
+
+  /// What went wrong since the last call, "" for nothing. Cached rows that were not read are forgotten.
+  std::string take_error();
+
+ private:
+  static constexpr std::int64_t kStripes = 3;
+  struct Ffn {
+    FfnBundles bundles;
+    std::int64_t pinned = 0;         // neurons
+    std::int64_t first_row = 0;      // of the pinned ones
+    std::int64_t first_cluster = 0;  // in the cache's numbers
+  };
+  /// A cluster to be read for part of the list.
+  struct Miss {
+    std::int64_t cluster = 0;  // in the FFN
+    std::int32_t slot = 0;
+    ListRange list;
+    std::size_t buffer = 0;
+  };
+
+  static std::size_t io_bytes(const BundleLayout& layout);
+  static std::size_t cluster_bytes(const BundleLayout& layout);
+  void pin(std::int64_t clusters);
+  void load_pinned(ThreadPool& pool);
+  Matrix view(const std::byte* base, Projection part, std::int64_t rows, std::size_t row_bytes) const;
+  std::byte* row(std::int64_t index) const {
+    return memory_ + static_cast<std::size_t>(index) * layout_.bytes;
+  }
+  void start_misses();
+  void keep(const Miss& miss);
+  void start_stripe(std::int64_t index);
+  void fail(std::uint64_t offset, std::size_t bytes, int error);
+  bool streamed(std::int64_t ffn, std::int64_t index) const;
+
+  BundleLayout layout_;
+  std::vector<Ffn> ffns_;
+  std::size_t bytes_ = 0;
+  std::int64_t pinned_rows_ = 0;
+  std::int64_t fewest_slots_ = 0;
+  Arena arena_;
+  std::byte* memory_ = nullptr;
+  std::vector<float> gate_, up_;  // [rows]
+  SlotCache cache_;
+
+  std::shared_ptr<const DiskFile> file_;
+  std::unique_ptr<DiskReader> reader_;
+  Arena io_;
+  std::byte* io_memory_ = nullptr;
+  std::mutex mutex_;
+  std::vector<Miss> misses_;  // of the FFN at hand
+  std::size_t started_ = 0;   // of the misses
+  std::vector<std::size_t> free_buffers_;
+  std::vector<DiskRead> reads_;
+  std::int64_t ffn_ = 0;
+  std::array<std::int64_t, kStripes> stripe_reads_{};  // on their way
+  std::string error_;
+};
+
+}  // namespace turbosparse

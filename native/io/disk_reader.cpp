@@ -1,0 +1,65 @@
+#include "io/disk_reader.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <utility>
+
+#include "util/error.h"
+
+namespace turbosparse {
+namespace {
+
+[[noreturn]] void refuse(const std::string& path) {
+  throw ModelFileError("[" + path + "] expected a file that can be read, got " + std::strerror(errno));
+}
+
+}  // namespace
+
+std::string disk_error_text(int error) {
+  return error == kEndOfFile ? "the end of the file" : std::strerror(error);
+}
+
+DiskFile::DiskFile(const std::string& path, bool direct) {
+#if defined(O_DIRECT)
+  if (direct) descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
+#endif
+  // Some file systems have no O_DIRECT; what is read then passes through the page cache.
+  if (descriptor_ < 0) descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor_ < 0) refuse(path);
+  struct stat status{};
+  if (::fstat(descriptor_, &status) != 0) {
+    ::close(descriptor_);
+    refuse(path);
+  }
+  bytes_ = static_cast<std::size_t>(status.st_size);
+  modified_s_ = status.st_mtim.tv_sec;
+  modified_ns_ = status.st_mtim.tv_nsec;
+}
+
+DiskFile::~DiskFile() { ::close(descriptor_); }
+
+bool DiskFile::unchanged() const {
+  struct stat status{};
+  return ::fstat(descriptor_, &status) == 0 && static_cast<std::size_t>(status.st_size) == bytes_ &&
+         status.st_mtim.tv_sec == modified_s_ && status.st_mtim.tv_nsec == modified_ns_;
+}
+
+OpenedReader open_disk_reader(const std::shared_ptr<const DiskFile>& file, std::string_view name) {
+  if (name == "pread") return {make_pread_reader(file), ""};
+  if (name == "mmap") return {make_mapped_reader(file), ""};
+  if (name != "io_uring" && !name.empty()) {
+    throw ConfigError("[io] expected io_uring, pread or mmap, got " + std::string(name));
+  }
+  std::string why_not;
+  std::unique_ptr<DiskReader> reader = make_uring_reader(file, &why_not);
+  if (reader) return {std::move(reader), ""};
+  if (!name.empty()) throw ConfigError("[io] expected a kernel that allows io_uring, got " + why_not);
+  return {make_pread_reader(file),
+          "io_uring does not work here (" + why_not + "): threads with pread instead"};
+}
+
+}  // namespace turbosparse
