@@ -77,10 +77,10 @@ WeightType parse_transcode(const std::string& name) {
 }
 
 ModelPtr load(const std::filesystem::path& path, int threads, const std::string& isa,
-              const std::string& transcode) {
+              const std::string& transcode, const MemoryOptions& memory) {
   const WeightType type = parse_transcode(transcode);
   const nb::gil_scoped_release release;
-  return std::make_shared<const Model>(path.string(), threads, isa, type);
+  return std::make_shared<const Model>(path.string(), threads, isa, type, memory);
 }
 
 const bool* checked_mask(const std::optional<Mask>& mask, const ModelConfig& config, std::size_t tokens) {
@@ -151,6 +151,10 @@ nb::dict counters(const Session& self) {
   out["found"] = per_layer(&LayerCounts::found);
   out["bytes_read"] = counters.bytes_read;
   out["decode_tokens"] = counters.decode_tokens;
+  out["cached"] = per_layer(&LayerCounts::cached);
+  out["missed"] = per_layer(&LayerCounts::missed);
+  out["disk_bytes"] = per_layer(&LayerCounts::disk_bytes);
+  out["disk_wait_ns"] = per_layer(&LayerCounts::disk_wait_ns);
   const auto times = [](const PartTimes& parts) {
     nb::dict named;
     for (std::size_t part = 0; part < parts.size(); ++part) named[kPartNames[part]] = parts[part];
@@ -165,6 +169,19 @@ std::vector<std::string> mode_names(const InfoView& self) {
   std::vector<std::string> names;
   for (const Mode mode : self.model->modes()) names.emplace_back(mode_name(mode));
   return names;
+}
+
+nb::object memory(const InfoView& self) {
+  const Model& model = *self.model;
+  if (!model.on_disk()) return nb::none();
+  nb::dict out;
+  out["pinned_neurons"] = model.store->pinned_neurons();
+  out["cached_neurons"] = model.store->cached_neurons();
+  out["neuron_bytes"] = model.store->layout().bytes;
+  out["read_bytes"] = model.store->layout().read_bytes();
+  out["io"] = model.store->reader_name();
+  out["io_note"] = model.io_note;
+  return std::move(out);
 }
 
 void bind_info(nb::module_& m) {
@@ -191,6 +208,7 @@ void bind_info(nb::module_& m) {
       .def_prop_ro("neuron_major_down",
                    [](const InfoView& self) { return self.model->weights->neuron_major; })
       .def_prop_ro("weight_bytes", [](const InfoView& self) { return self.model->weights->bytes; })
+      .def_prop_ro("memory", memory)
       .def_prop_ro("transcoded", [](const InfoView& self) { return self.model->weights->transcoded; })
       .def_prop_ro("ffn_types", [](const InfoView& self) { return self.model->weights->ffn_types; });
 }
@@ -214,9 +232,13 @@ void bind_engine(nb::module_& m) {
       .def(
           "__init__",
           [](ModelView* self, const std::filesystem::path& path, int threads, const std::string& isa,
-             const std::string& transcode) { new (self) ModelView{load(path, threads, isa, transcode)}; },
+             const std::string& transcode, std::size_t memory_budget, std::int64_t context,
+             const std::string& io) {
+            new (self) ModelView{load(path, threads, isa, transcode, {memory_budget, context, io})};
+          },
           nb::arg("path"), nb::kw_only(), nb::arg("threads") = 0, nb::arg("isa") = "",
-          nb::arg("transcode") = "Q8_0")
+          nb::arg("transcode") = "Q8_0", nb::arg("memory_budget") = 0, nb::arg("context") = 0,
+          nb::arg("io") = "")
       .def_prop_ro("info", [](const ModelView& self) { return InfoView{self.model}; })
       .def_prop_ro("threads", [](const ModelView& self) { return self.model->pool.size(); })
       .def_prop_ro("isa", [](const ModelView& self) { return self.model->kernels.isa; })

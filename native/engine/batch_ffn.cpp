@@ -1,6 +1,7 @@
 // The feed-forward networks of T tokens, which are grouped by expert where there are experts. Candidates and
 // thresholds are masks, so that a mode computes the same function as token by token.
 #include <algorithm>
+#include <chrono>
 
 #include "engine/batch.h"
 #include "engine/predictor.h"
@@ -170,53 +171,102 @@ void prepare_group(const Step& step, const FfnWeights& w, const TokenGroup& grou
   }
 }
 
-/// Computes this thread's columns, which it returns, of an FFN's outputs for a group of tokens, into `out`.
-Range compute_ffn(Step& step, const FfnWeights& w, const TokenGroup& group, std::int64_t layer, int index) {
-  const std::int64_t D = step.config().hidden_size;
-  const std::int64_t F = w.neurons;
-  const auto n = static_cast<std::int64_t>(group.tokens.size());
-  const bool neuron_major = step.model.weights->neuron_major;
+/// Neurons of an FFN that are in memory at the same time, and their rows.
+struct Stripe {
+  std::int64_t begin = 0;
+  Matrix first, up, down;
+};
+
+/// All neurons, or where they are on disk stripe `number` of them, once it is there.
+Stripe take_stripe(const Step& step, const FfnWeights& w, std::int64_t number, int index) {
+  const bool gated = step.config().gated;
+  if (!step.on_disk()) return {0, w.first(gated), w.up, w.down};
+  using Clock = std::chrono::steady_clock;
+  NeuronStore& store = *step.model.store;
+  ThreadScratch& thread = step.thread(index);
+  const Clock::time_point asked = Clock::now();
+  if (index == 0) thread.counts.disk_bytes += store.stripe(number);
+  step.finish(index, Part::kDisk);
+  thread.counts.disk_wait_ns += std::chrono::nanoseconds(Clock::now() - asked).count() / step.thread_count();
+  Stripe stripe{number * NeuronStore::kStripe,
+                {},
+                store.stripe_matrix(w.stored, number, Projection::kUp),
+                store.stripe_matrix(w.stored, number, Projection::kDown)};
+  stripe.first = gated ? store.stripe_matrix(w.stored, number, Projection::kGate) : stripe.up;
+  if (gated && w.gate.data != nullptr) {
+    stripe.first = w.gate;
+    stripe.first.data += static_cast<std::size_t>(stripe.begin) * w.gate.row_bytes;
+    stripe.first.rows = stripe.up.rows;
+  }
+  return stripe;
+}
+
+/// From the inputs of a group to the masked products of this thread's neurons of a stripe.
+void multiply_in(const Step& step, const FfnWeights& w, const TokenGroup& group, const Stripe& stripe,
+                 const Capture& capture, int index) {
   Scratch& s = step.scratch;
   ThreadScratch& thread = step.thread(index);
-  const Capture capture = step.captures.empty() ? Capture{} : step.captures[static_cast<std::size_t>(layer)];
-
-  prepare_group(step, w, group, layer, index);
-  step.finish(index, Part::kNorm);
-  if (step.predicted()) predict_group(step, w, group, layer, index);
-  thread.watch.lap(Part::kPredictor);
   const bool gated = step.config().gated;
-  const Range rows = project(step, w.first(gated), group.input->view(), n, s.gate.data(), index);
+  const Range part = share(step, stripe.up.rows, index);
+  const auto project_part = [&](const Matrix& matrix, float* y) {
+    step.kernels().gemm(matrix, group.input->view(), static_cast<std::int64_t>(group.tokens.size()),
+                        part.begin, part.end, y + stripe.begin, w.neurons, thread.gemm.data());
+  };
+  const Range rows{stripe.begin + part.begin, stripe.begin + part.end};
+  const auto n = static_cast<std::int64_t>(group.tokens.size());
+  const Input input = group.input->view();
   const bool refines = step.refines(w);
-  if (!refines)
-    add_rest_batch(step, w.first_rest(gated), group.input->view(), n, rows, s.gate.data(), F, index);
+  project_part(stripe.first, s.gate.data());
+  if (!refines) add_rest_batch(step, w.first_rest(gated), input, n, rows, s.gate.data(), w.neurons, index);
   thread.watch.lap(Part::kGate);
   if (gated) {
-    project(step, w.up, group.input->view(), n, s.up.data(), index);
-    if (!refines) add_rest_batch(step, w.up_rest, group.input->view(), n, rows, s.up.data(), F, index);
+    project_part(stripe.up, s.up.data());
+    if (!refines) add_rest_batch(step, w.up_rest, input, n, rows, s.up.data(), w.neurons, index);
   }
-  thread.counts = {};
   for (std::int64_t i = 0; i < n; ++i) {
     const auto token = static_cast<std::size_t>(i);
     thread.counts += combine(step, w, rows, capture, i, group.tokens[token]);
     if (refines) thread.counts.refined += refine(step, w, group, rows, i, index);
     if (const float factor = group.factor(token); factor != 1.0F) {
-      float* product = s.ffn_input.row(i, F);
+      float* product = s.ffn_input.row(i, w.neurons);
       for (std::int64_t r = rows.begin; r < rows.end; ++r) product[r] *= factor;
     }
-    if (!neuron_major && is_quantized(w.down.type))
-      s.ffn_input.quantize(step.kernels(), i, F, rows.begin, rows.end);
+    if (!step.model.weights->neuron_major && is_quantized(w.down.type))
+      s.ffn_input.quantize(step.kernels(), i, w.neurons, rows.begin, rows.end);
   }
-  step.finish(index, Part::kUp);
+}
 
+/// Computes this thread's columns, which it returns, of an FFN's outputs for a group of tokens, into `out`.
+Range compute_ffn(Step& step, const FfnWeights& w, const TokenGroup& group, std::int64_t layer, int index) {
+  const std::int64_t D = step.config().hidden_size;
+  const std::int64_t F = w.neurons;
+  const auto n = static_cast<std::int64_t>(group.tokens.size());
+  Scratch& s = step.scratch;
+  ThreadScratch& thread = step.thread(index);
+  const Capture capture = step.captures.empty() ? Capture{} : step.captures[static_cast<std::size_t>(layer)];
+  const std::int64_t stripes = step.on_disk() ? (F + NeuronStore::kStripe - 1) / NeuronStore::kStripe : 1;
+
+  prepare_group(step, w, group, layer, index);
+  step.finish(index, Part::kNorm);  // and so nobody uses stripes of another FFN any more
+  if (step.on_disk() && index == 0) step.model.store->stream(w.stored);
+  if (step.predicted()) predict_group(step, w, group, layer, index);
+  thread.watch.lap(Part::kPredictor);
+  thread.counts = {};
   Range columns = share(step, D, index);
-  if (neuron_major) {
-    for (std::int64_t i = 0; i < n; ++i)
+  for (std::int64_t number = 0; number < stripes; ++number) {
+    const Stripe stripe = take_stripe(step, w, number, index);
+    multiply_in(step, w, group, stripe, capture, index);
+    step.finish(index, Part::kUp);
+    if (!step.model.weights->neuron_major) {
+      columns = project(step, w.down, s.ffn_input.view(), n, s.out.data(), index);
+      continue;
+    }
+    for (std::int64_t i = 0; i < n && number == 0; ++i)
       std::fill_n(s.out.data() + i * D + columns.begin, columns.size(), 0.0F);
-    step.kernels().gemm_t(w.down, s.ffn_input.row(0, F), F, n, columns.begin, columns.end, s.out.data(), D,
-                          thread.gemm.data());
+    step.kernels().gemm_t(stripe.down, s.ffn_input.row(0, F) + stripe.begin, F, n, columns.begin, columns.end,
+                          s.out.data(), D, thread.gemm.data());
     add_down_rest(step, w, n, columns, index);
-  } else {
-    columns = project(step, w.down, s.ffn_input.view(), n, s.out.data(), index);
+    thread.watch.lap(Part::kDown);
   }
   if (index == 0) {
     for (const ThreadScratch& other : s.threads) step.counts[static_cast<std::size_t>(layer)] += other.counts;

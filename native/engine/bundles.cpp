@@ -84,27 +84,25 @@ BundleLayout read_bundle_layout(const GgufFile& file, std::int64_t hidden_size, 
   return layout;
 }
 
-FfnBundles read_bundles(const GgufTensor& tensor, const BundleLayout& layout, std::int64_t first,
-                        std::int64_t neurons) {
-  const std::int64_t rows =
-      std::accumulate(tensor.shape.begin(), tensor.shape.end() - 1, std::int64_t{1}, std::multiplies<>());
-  const auto row_bytes = static_cast<std::int64_t>(layout.file_bytes);
-  if (tensor.type != kGgmlI8 || tensor.shape.size() < 2 || tensor.shape.back() != row_bytes ||
-      rows < first + neurons || tensor.shape[tensor.shape.size() - 2] != neurons) {
+std::vector<FfnBundles> split_bundles(const GgufTensor& tensor, const BundleLayout& layout, std::int64_t ffns,
+                                      std::int64_t neurons) {
+  const std::size_t bytes = static_cast<std::size_t>(neurons) * layout.file_bytes;
+  const std::int64_t row = tensor.shape.back();
+  if (tensor.type != kGgmlI8 || row != static_cast<std::int64_t>(layout.file_bytes) ||
+      tensor.data.size() != static_cast<std::size_t>(ffns) * bytes) {
     fail(tensor.name,
-         "I8, bundles of " + std::to_string(neurons) + " neurons in rows of " + std::to_string(row_bytes) +
-             " bytes",
-         "another type or shape");
+         std::to_string(ffns * neurons) + " bundles of " + std::to_string(layout.file_bytes) + " bytes, I8",
+         std::to_string(tensor.data.size() / static_cast<std::size_t>(row)) + " of " + std::to_string(row));
   }
   if (neurons % kBlock != 0) fail(tensor.name, "a multiple of 32 neurons", std::to_string(neurons));
   if (tensor.offset % kDiskBlock != 0) {
     fail(tensor.name, "an offset that is a multiple of 4096", std::to_string(tensor.offset));
   }
-  const std::size_t begin = static_cast<std::size_t>(first) * layout.file_bytes;
-  return {tensor.offset + begin,
-          tensor.data.subspan(begin, static_cast<std::size_t>(neurons) * layout.file_bytes),
-          neurons,
-          {}};
+  std::vector<FfnBundles> all;
+  for (std::size_t i = 0; i < static_cast<std::size_t>(ffns); ++i) {
+    all.push_back({tensor.offset + i * bytes, tensor.data.subspan(i * bytes, bytes), neurons, {}});
+  }
+  return all;
 }
 
 }  // namespace turbosparse

@@ -40,13 +40,19 @@ struct FfnBundles {
   std::vector<float> hotness;  // [neurons] share of tokens that need it, descending; or empty
 };
 
+/// All bundles of a file, in the order of layers and their FFNs.
+struct Bundles {
+  BundleLayout layout;
+  std::vector<FfnBundles> ffns;
+};
+
 /// Whether the file has bundles.
 bool has_bundles(const GgufFile& file);
 /// What the keys say of them. Throws ModelFileError.
 BundleLayout read_bundle_layout(const GgufFile& file, std::int64_t hidden_size, bool gated);
-/// Bundles of an FFN of `neurons` neurons that begin at neuron `first` of a tensor of [rows, file_bytes].
-/// Throws ModelFileError where the tensor does not match the model.
-FfnBundles read_bundles(const GgufTensor& tensor, const BundleLayout& layout, std::int64_t first,
-                        std::int64_t neurons);
+/// The bundles of `ffns` FFNs of `neurons` neurons each, one after the other. Throws ModelFileError where the
+/// tensor does not match the model.
+std::vector<FfnBundles> split_bundles(const GgufTensor& tensor, const BundleLayout& layout, std::int64_t ffns,
+                                      std::int64_t neurons);
 
 }  // namespace turbosparse

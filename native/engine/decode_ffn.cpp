@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <span>
 
+#include "engine/decode_ffn.h"
 #include "engine/predictor.h"
 #include "engine/router.h"
 #include "engine/step.h"
@@ -16,11 +17,6 @@ struct List {
   std::int64_t n;
 };
 
-/// The number of the first neuron of a slot: where its values are in the scratch.
-std::int64_t slot_begin(const Step& step, std::size_t slot) {
-  return static_cast<std::int64_t>(slot) * step.scratch.slot;
-}
-
 /// out += sum of coefficients times rows of down over `neurons`, and of the rest's rows over `refined`; `at`
 /// is where the coefficients begin.
 void add_neurons(const Step& step, const FfnWeights& w, List neurons, List refined, std::int64_t at,
@@ -30,12 +26,6 @@ void add_neurons(const Step& step, const FfnWeights& w, List neurons, List refin
   step.kernels().axpy_rows(w.down, neurons.rows, neurons.n, coef, columns.begin, columns.end, out);
   if (w.down_rest.rows > 0)
     step.kernels().axpy_rows(w.down_rest, refined.rows, refined.n, coef, columns.begin, columns.end, out);
-}
-
-/// What multiplies a neuron's row of down, from f(gate) and up.
-float coefficient(const ModelConfig& config, float gate, float up) {
-  if (!config.gated) return gate;
-  return gate * (config.activation == Activation::kDRelu ? std::max(up, 0.0F) : up);
 }
 
 /// values[i] = f(raw[list[i]])
@@ -58,9 +48,21 @@ void combine(const Step& step, float factor, Range rows, float* gate, const floa
   }
 }
 
-/// Bytes of the rows, and their thresholds, that these counts of neurons read.
+}  // namespace
+
+std::int64_t slot_begin(const Step& step, std::size_t slot) {
+  return static_cast<std::int64_t>(slot) * step.scratch.slot;
+}
+
+float coefficient(const ModelConfig& config, float gate, float up) {
+  if (!config.gated) return gate;
+  return gate * (config.activation == Activation::kDRelu ? std::max(up, 0.0F) : up);
+}
+
 std::int64_t ffn_bytes(const Step& step, const FfnWeights& w, const LayerCounts& counts) {
-  const auto row_bytes = [](const Matrix& matrix) { return static_cast<std::int64_t>(matrix.row_bytes); };
+  const auto row_bytes = [](const Matrix& matrix) {
+    return static_cast<std::int64_t>(packed_row_bytes(matrix.type, matrix.cols));
+  };
   const bool gated = step.config().gated;
   const bool refines = step.refines(w);
   const std::int64_t down_rows = step.model.weights->neuron_major ? counts.active : w.down.rows;
@@ -73,6 +75,62 @@ std::int64_t ffn_bytes(const Step& step, const FfnWeights& w, const LayerCounts&
   }
   return bytes + (counts.candidates + counts.gate_passed) * threshold_bytes(step);
 }
+
+Range piece_range(const Step& step, std::int64_t neurons, std::int64_t part) {
+  return split(neurons, kBlock, static_cast<int>(part), static_cast<int>(step.scratch.pieces));
+}
+
+const KeptNeurons& list_candidates(const Step& step, const Piece& piece, std::int64_t layer, int index) {
+  const FfnWeights& w = *piece.ffn.weights;
+  const Range rows = piece.rows;
+  Scratch& s = step.scratch;
+  ThreadScratch& thread = step.thread(index);
+  float* scores = s.scores.data() + piece.at;
+  if (runs_predictor(step, w)) {
+    if (has_hidden_layer(w)) {
+      step.kernels().gemv(w.predictor.b, s.hidden.view(static_cast<std::int64_t>(piece.slot) * s.rank),
+                          rows.begin, rows.end, scores);
+    } else {
+      std::int32_t* differences = s.differences.data() + piece.at * step.model.weights->sign_rows;
+      score_signs(step, w, thread.predictor, 0, rows, differences, scores);
+    }
+  }
+  mark_candidates(step, w, layer, 0, rows, scores, index);
+  thread.candidates.count = 0;
+  for (std::int64_t r = rows.begin; r < rows.end; ++r) {
+    thread.candidates.add_if(static_cast<std::int32_t>(r), scores[r] != 0.0F);
+  }
+  return thread.candidates;
+}
+
+void pass_gate(const Step& step, const Piece& piece, const std::int32_t* list, std::int64_t n, int index) {
+  const KernelTable& kernels = step.kernels();
+  const ModelConfig& config = step.config();
+  const FfnWeights& w = *piece.ffn.weights;
+  const Range rows = piece.rows;
+  ThreadScratch& thread = step.thread(index);
+  float* gate = step.scratch.gate.data() + piece.at;
+  const Input input = thread.input.view();
+  float* raw = step.scratch.raw.data() + piece.at;
+  float* values = thread.values.data();
+  if (n == rows.size()) {
+    kernels.gemv(w.first(config.gated), input, rows.begin, rows.end, raw);
+    if (!step.refines(w)) add_rest(step, w.first_rest(config.gated), input, rows, raw);
+    kernels.activate(config.activation, config.activation_parameter, raw + rows.begin, n, values);
+  } else {
+    kernels.gemv_rows(w.first(config.gated), input, list, n, raw);
+    if (!step.refines(w)) add_rest_rows(step, w.first_rest(config.gated), input, list, n, raw);
+    activate_list(step, raw, list, n, values);
+  }
+  const float* limit = thresholds(step, w).gate;
+  thread.passed.count = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    gate[list[i]] = values[i];
+    thread.passed.add_if(list[i], !below(values[i], limit[list[i]]));
+  }
+}
+
+namespace {
 
 void dense_neurons(const Step& step, const ActiveFfn& ffn, std::int64_t at, int index) {
   const KernelTable& kernels = step.kernels();
@@ -142,73 +200,6 @@ void predict_hidden(const Step& step, std::span<const ActiveFfn> ffns, std::int6
     finish_hidden(step, w, at, rows);
   }
   if (hidden) step.finish(index, Part::kPredictor);
-}
-
-/// Part `part` of the neurons of an FFN.
-Range piece_range(const Step& step, std::int64_t neurons, std::int64_t part) {
-  return split(neurons, kBlock, static_cast<int>(part), static_cast<int>(step.scratch.pieces));
-}
-
-/// Some neurons of a slot.
-struct Piece {
-  std::int64_t number;
-  std::size_t slot;
-  const ActiveFfn& ffn;
-  std::int64_t at;  // of the slot's first neuron in the scratch
-  Range rows;       // of the FFN
-};
-
-/// Lists the candidates of a piece.
-const KeptNeurons& list_candidates(const Step& step, const Piece& piece, std::int64_t layer, int index) {
-  const FfnWeights& w = *piece.ffn.weights;
-  const Range rows = piece.rows;
-  Scratch& s = step.scratch;
-  ThreadScratch& thread = step.thread(index);
-  float* scores = s.scores.data() + piece.at;
-  if (runs_predictor(step, w)) {
-    if (has_hidden_layer(w)) {
-      step.kernels().gemv(w.predictor.b, s.hidden.view(static_cast<std::int64_t>(piece.slot) * s.rank),
-                          rows.begin, rows.end, scores);
-    } else {
-      std::int32_t* differences = s.differences.data() + piece.at * step.model.weights->sign_rows;
-      score_signs(step, w, thread.predictor, 0, rows, differences, scores);
-    }
-  }
-  mark_candidates(step, w, layer, 0, rows, scores, index);
-  thread.candidates.count = 0;
-  for (std::int64_t r = rows.begin; r < rows.end; ++r) {
-    thread.candidates.add_if(static_cast<std::int32_t>(r), scores[r] != 0.0F);
-  }
-  return thread.candidates;
-}
-
-/// Lists in `passed` which of n neurons have a large enough f(gate), and leaves that in `gate`, and what f
-/// was applied to in `raw`.
-void pass_gate(const Step& step, const Piece& piece, const std::int32_t* list, std::int64_t n, int index) {
-  const KernelTable& kernels = step.kernels();
-  const ModelConfig& config = step.config();
-  const FfnWeights& w = *piece.ffn.weights;
-  const Range rows = piece.rows;
-  ThreadScratch& thread = step.thread(index);
-  float* gate = step.scratch.gate.data() + piece.at;
-  const Input input = thread.input.view();
-  float* raw = step.scratch.raw.data() + piece.at;
-  float* values = thread.values.data();
-  if (n == rows.size()) {
-    kernels.gemv(w.first(config.gated), input, rows.begin, rows.end, raw);
-    if (!step.refines(w)) add_rest(step, w.first_rest(config.gated), input, rows, raw);
-    kernels.activate(config.activation, config.activation_parameter, raw + rows.begin, n, values);
-  } else {
-    kernels.gemv_rows(w.first(config.gated), input, list, n, raw);
-    if (!step.refines(w)) add_rest_rows(step, w.first_rest(config.gated), input, list, n, raw);
-    activate_list(step, raw, list, n, values);
-  }
-  const float* limit = thresholds(step, w).gate;
-  thread.passed.count = 0;
-  for (std::int64_t i = 0; i < n; ++i) {
-    gate[list[i]] = values[i];
-    thread.passed.add_if(list[i], !below(values[i], limit[list[i]]));
-  }
 }
 
 /// Adds the rests of gate and up to the neurons of `list` whose coefficients are largest, computes these
@@ -318,14 +309,8 @@ void add_kept(const Step& step, std::span<const ActiveFfn> ffns, int index) {
 void sparse_ffns(Step& step, std::span<const ActiveFfn> ffns, std::int64_t layer, int index) {
   Scratch& s = step.scratch;
   ThreadScratch& thread = step.thread(index);
-  const std::int64_t pieces = static_cast<std::int64_t>(ffns.size()) * s.pieces;
   thread.counts = {};
-  for (std::int64_t number; (number = s.next_piece.fetch_add(1, std::memory_order_relaxed)) < pieces;) {
-    const auto slot = static_cast<std::size_t>(number / s.pieces);
-    const Piece piece{number, slot, ffns[slot], slot_begin(step, slot),
-                      piece_range(step, ffns[slot].weights->neurons, number % s.pieces)};
-    s.kept_counts[static_cast<std::size_t>(number)] = compute_piece(step, piece, layer, index);
-  }
+  take_pieces(step, ffns, [&](const Piece& piece) { return compute_piece(step, piece, layer, index); });
   step.finish(index, Part::kUp);
   add_kept(step, ffns, index);
   if (index != 0) return;
@@ -363,10 +348,12 @@ void decode_ffn(Step& step, std::int64_t layer, int index) noexcept {
   const std::span<const ActiveFfn> ffns = choose_ffns(step, w, layer, normalized, index);
   if (w.has_router()) thread.watch.lap(Part::kRouter);
   if (index == 0) count_fixed(step, w, ffns, layer);
-  if (step.mode == Mode::kDense) {
+  if (step.mode != Mode::kDense) predict_hidden(step, ffns, layer, index);
+  if (step.on_disk()) {
+    decode_stored_ffns(step, ffns, layer, index);
+  } else if (step.mode == Mode::kDense) {
     dense_ffns(step, ffns, index);
   } else {
-    predict_hidden(step, ffns, layer, index);
     sparse_ffns(step, ffns, layer, index);
   }
   step.finish(index, Part::kDown);

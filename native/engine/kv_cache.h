@@ -24,6 +24,11 @@ class KvCache {
         data_(arena_.take(0)) {}
 
   std::int64_t context() const { return context_; }
+  /// Bytes of a cache.
+  static std::int64_t bytes(const ModelConfig& config, std::int64_t context, bool floats) {
+    const auto value = static_cast<std::int64_t>(floats ? sizeof(float) : sizeof(std::uint16_t));
+    return config.num_hidden_layers * context * 2 * config.num_key_value_heads * config.head_dim * value;
+  }
   /// Bytes of one position in one layer.
   std::int64_t position_bytes() const { return 2 * heads_ * head_bytes(); }
 

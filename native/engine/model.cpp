@@ -3,12 +3,20 @@
 #include <array>
 #include <utility>
 
+#include "engine/session.h"
+#include "io/disk_reader.h"
 #include "util/error.h"
 
 namespace turbosparse {
 namespace {
 
 constexpr std::array<const char*, 4> kModeNames{"dense", "exact", "threshold", "predicted"};
+
+/// Rounded up, so that what is asked for is enough.
+std::string mebibytes(std::size_t bytes) {
+  constexpr std::size_t kMebibyte = std::size_t{1} << 20;
+  return std::to_string((bytes + kMebibyte - 1) / kMebibyte) + " MiB";
+}
 
 bool has_zeros(Activation activation) {
   return activation != Activation::kSilu && activation != Activation::kGelu;
@@ -25,11 +33,73 @@ Mode parse_mode(const std::string& name) {
 
 const char* mode_name(Mode mode) { return kModeNames[static_cast<std::size_t>(mode)]; }
 
-Model::Model(const std::string& path, int threads, const std::string& isa, WeightType transcode)
+Model::Model(const std::string& path, int threads, const std::string& isa, WeightType transcode,
+             const MemoryOptions& memory)
     : kernels(kernel_table(isa)), pool(thread_count(threads)) {
   const std::shared_ptr<const GgufFile> file = GgufFile::open(path);
   config = read_model_config(*file);
-  weights = std::make_unique<const Weights>(file, config, kernels, pool, transcode);
+  auto loaded = std::make_unique<Weights>(file, config, kernels, pool, transcode, memory.budget > 0);
+  Weights& mutable_weights = *loaded;
+  weights = std::move(loaded);
+  if (memory.budget > 0) {
+    limit(path, mutable_weights, memory);
+  } else if (mutable_weights.bundles) {
+    store =
+        std::make_unique<NeuronStore>(mutable_weights.bundles->layout, mutable_weights.bundles->ffns, pool);
+  }
+  if (store && store->resident()) mutable_weights.take_neurons(*store);
+}
+
+/// Finds out whether all neurons fit into the budget, and what of them else.
+void Model::limit(const std::string& path, Weights& loaded, const MemoryOptions& memory) {
+  const auto session = static_cast<std::size_t>(Session::bytes(*this, memory.context));
+  const std::size_t fixed = loaded.held_bytes + session;
+  const auto& bundles = loaded.bundles;
+  const std::size_t all = bundles ? NeuronStore::resident_bytes(bundles->layout, bundles->ffns) : 0;
+  budget_ = static_cast<std::int64_t>(memory.budget);
+  if (fixed + all <= memory.budget) {
+    left_ = budget_ - static_cast<std::int64_t>(loaded.held_bytes + all);
+    if (bundles) store = std::make_unique<NeuronStore>(bundles->layout, bundles->ffns, pool);
+    return;
+  }
+  const std::int64_t token = config.token_neurons();
+  const std::size_t least = bundles ? NeuronStore::minimum_bytes(bundles->layout, bundles->ffns, token) : 0;
+  if (!bundles || fixed + least > memory.budget) {
+    throw ConfigError(
+        "[memory budget] expected at least " + mebibytes(fixed + least) + " (" +
+        mebibytes(loaded.held_bytes) + " of weights that stay, " + mebibytes(session) + " for a context of " +
+        std::to_string(memory.context) + ", " +
+        (bundles
+             ? mebibytes(least) + " for neurons"
+             : "and the file has no bundles: turbosparse export --layout bundled makes one that needs less") +
+        "), got " + mebibytes(memory.budget));
+  }
+  const bool direct = memory.io != "mmap";
+  const auto file = std::make_shared<const DiskFile>(path, direct);
+  OpenedReader opened = open_disk_reader(file, memory.io);
+  io_note = opened.note;
+  store = std::make_unique<NeuronStore>(bundles->layout, bundles->ffns, pool, token,
+                                        StoreRoom{memory.budget - loaded.held_bytes, session}, file,
+                                        std::move(opened.reader));
+}
+
+void Model::reserve(std::int64_t bytes) const {
+  if (budget_ == 0) return;
+  const std::lock_guard lock(mutex_);
+  if (on_disk()) {
+    std::string error;
+    pool.run([&](int index) noexcept {
+      if (index != 0) return;
+      error = store->shrink(bytes);
+    });
+    if (!error.empty()) throw ConfigError(error);
+    return;
+  }
+  if (bytes > left_) {
+    throw ConfigError("[memory budget] expected " + mebibytes(static_cast<std::size_t>(bytes - left_)) +
+                      " more for another session, got " + mebibytes(static_cast<std::size_t>(budget_)));
+  }
+  left_ -= bytes;
 }
 
 std::vector<Mode> Model::modes() const {

@@ -1,11 +1,14 @@
 // A model ready to run: its file, shape, weights, kernels and threads. Sessions share it.
 #pragma once
 
+#include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
 #include "engine/model_config.h"
+#include "engine/neuron_store.h"
 #include "engine/weights.h"
 #include "kernels/kernels.h"
 #include "util/thread_pool.h"
@@ -19,17 +22,41 @@ enum class Mode : std::uint8_t { kDense = 0, kExact, kThreshold, kPredicted };
 Mode parse_mode(const std::string& name);
 const char* mode_name(Mode mode);
 
-struct Model {
-  /// Throws ModelFileError, ConfigError (threads, isa).
-  Model(const std::string& path, int threads, const std::string& isa, WeightType transcode);
+/// What the engine may hold, and how it reads what it does not.
+struct MemoryOptions {
+  std::size_t budget = 0;    // bytes of everything: weights, sessions, neurons; 0: no limit
+  std::int64_t context = 0;  // of a session that has to fit
+  std::string io;            // "io_uring", "pread" or "mmap"; "": the best that works
+};
+
+class Model {
+ public:
+  /// Throws ModelFileError, ConfigError (threads, isa, a budget that is too small).
+  Model(const std::string& path, int threads, const std::string& isa, WeightType transcode,
+        const MemoryOptions& memory = {});
 
   /// Modes this file can run in.
   std::vector<Mode> modes() const;
+  /// Whether not all neurons are in memory.
+  bool on_disk() const { return store != nullptr && !store->resident(); }
+
+  /// Takes `bytes` of the budget for a session, gives them back where negative. Throws ConfigError where they
+  /// are too many.
+  void reserve(std::int64_t bytes) const;
 
   ModelConfig config;
   const KernelTable& kernels;
   mutable ThreadPool pool;
   std::unique_ptr<const Weights> weights;
+  std::unique_ptr<NeuronStore> store;  // null in a file without bundles; belongs to the job of the pool
+  std::string io_note;                 // why neurons are not read as they might be, or ""
+
+ private:
+  void limit(const std::string& path, Weights& loaded, const MemoryOptions& memory);
+
+  mutable std::mutex mutex_;
+  std::int64_t budget_ = 0;        // 0: no limit
+  mutable std::int64_t left_ = 0;  // of the budget, where nothing is on disk
 };
 
 }  // namespace turbosparse

@@ -26,43 +26,40 @@ std::int64_t all_clusters(const BundleLayout& layout, const std::vector<FfnBundl
   return count;
 }
 
-std::int64_t most_clusters(const BundleLayout& layout, const std::vector<FfnBundles>& ffns) {
-  std::int64_t most = 0;
-  for (const FfnBundles& ffn : ffns) most = std::max(most, clusters_of(layout, ffn));
-  return most;
-}
-
 std::size_t count(std::int64_t n) { return static_cast<std::size_t>(n); }
 
 }  // namespace
 
 NeuronStore::NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, ThreadPool& pool)
-    : layout_(layout) {
+    : layout_(layout), bytes_(resident_bytes(layout, ffns)) {
   for (FfnBundles& ffn : ffns) {
     const std::int64_t neurons = ffn.neurons;
     ffns_.push_back({std::move(ffn), neurons, pinned_rows_, 0});
     pinned_rows_ += neurons;
   }
-  bytes_ = count(pinned_rows_) * layout_.bytes;
   arena_ = Arena(bytes_);
   memory_ = arena_.take(bytes_);
   load_pinned(pool);
 }
 
 NeuronStore::NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, ThreadPool& pool,
-                         std::size_t bytes, std::shared_ptr<const DiskFile> file,
-                         std::unique_ptr<DiskReader> reader)
+                         std::int64_t token_neurons, const StoreRoom& room,
+                         std::shared_ptr<const DiskFile> file, std::unique_ptr<DiskReader> reader)
     : layout_(layout),
-      bytes_(bytes),
-      fewest_slots_(most_clusters(layout, ffns)),
+      bytes_(room.bytes),
+      fewest_slots_(token_neurons / layout.cluster),
       file_(std::move(file)),
       reader_(std::move(reader)),
       io_(io_bytes(layout)) {
   const std::int64_t all = all_clusters(layout_, ffns);
   const std::size_t fixed = io_bytes(layout_) + SlotCache::bytes(all, 0);
-  const std::int64_t fits = static_cast<std::int64_t>((bytes - fixed) / cluster_bytes(layout_));
+  const auto fitting = [&](std::size_t bytes) {
+    return static_cast<std::int64_t>((bytes - fixed) / cluster_bytes(layout_));
+  };
+  const std::int64_t fits = fitting(room.bytes);
+  const std::int64_t stays = fitting(room.bytes - room.lent) - 1;  // giving back is in whole clusters
   const std::int64_t pinned =
-      std::min(fits - fewest_slots_, static_cast<std::int64_t>(kPinnedShare * static_cast<double>(fits)));
+      std::min(stays - fewest_slots_, static_cast<std::int64_t>(kPinnedShare * static_cast<double>(stays)));
   std::int64_t first_cluster = 0;
   for (FfnBundles& ffn : ffns) {
     const std::int64_t clusters = clusters_of(layout_, ffn);
@@ -72,13 +69,15 @@ NeuronStore::NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, Thre
   pin(std::max<std::int64_t>(pinned, 0));
   const std::int64_t slots = std::min(fits, all) - pinned_rows_ / layout_.cluster;
   const std::int64_t rows = pinned_rows_ + slots * layout_.cluster;
+  lent_ = (rows / layout_.cluster - fits) * static_cast<std::int64_t>(cluster_bytes(layout_));
   arena_ = Arena(count(rows) * layout_.bytes);
   memory_ = arena_.take(count(rows) * layout_.bytes);
   gate_.resize(count(rows));
   up_.resize(count(rows));
   cache_ = SlotCache(all, slots);
   io_memory_ = io_.take(io_bytes(layout_));
-  misses_.reserve(count(fewest_slots_));
+  misses_.reserve(count(token_neurons));
+  reads_.reserve(std::max(kMostReads, count(kStripe) * layout_.file_bytes / kStripeRead + 1));
   for (std::size_t buffer = 0; buffer < std::min(kMostReads, reader_->depth()); ++buffer) {
     free_buffers_.push_back(buffer);
   }
@@ -94,9 +93,14 @@ std::size_t NeuronStore::cluster_bytes(const BundleLayout& layout) {
   return count(layout.cluster) * (layout.bytes + 2 * sizeof(float)) + SlotCache::bytes(0, 1);
 }
 
-std::size_t NeuronStore::minimum_bytes(const BundleLayout& layout, const std::vector<FfnBundles>& ffns) {
+std::size_t NeuronStore::minimum_bytes(const BundleLayout& layout, const std::vector<FfnBundles>& ffns,
+                                       std::int64_t token_neurons) {
   return io_bytes(layout) + SlotCache::bytes(all_clusters(layout, ffns), 0) +
-         count(most_clusters(layout, ffns)) * cluster_bytes(layout);
+         count(token_neurons / layout.cluster + 1) * cluster_bytes(layout);
+}
+
+std::size_t NeuronStore::resident_bytes(const BundleLayout& layout, const std::vector<FfnBundles>& ffns) {
+  return count(all_clusters(layout, ffns) * layout.cluster) * layout.bytes;
 }
 
 /// Chooses what stays in memory: the hottest clusters of all FFNs, or as large a part of each where the file
@@ -154,68 +158,70 @@ Matrix NeuronStore::rows(Projection part) const {
   return view(memory_, part, static_cast<std::int64_t>(gate_.size()), layout_.bytes);
 }
 
-void NeuronStore::shrink(std::int64_t bytes) {
+std::string NeuronStore::shrink(std::int64_t bytes) noexcept {
   const auto each = static_cast<std::int64_t>(cluster_bytes(layout_));
-  const std::int64_t most = (static_cast<std::int64_t>(gate_.size()) - pinned_rows_) / layout_.cluster;
-  const std::int64_t slots =
-      std::min(most, cache_.slots() - (bytes > 0 ? (bytes + each - 1) / each : bytes / each));
+  const std::int64_t lent = std::max<std::int64_t>(lent_ + bytes, 0);
+  const std::int64_t slots = cache_.most() - (lent + each - 1) / each;
   if (slots < fewest_slots_) {
-    throw ConfigError("[memory budget] expected room for the neurons of one layer, got " +
-                      std::to_string((fewest_slots_ - slots) * each) + " bytes too few");
+    return "[memory budget] expected " + std::to_string((fewest_slots_ - slots) * each) +
+           " bytes more for another session beside the neurons of one layer, got none";
   }
+  lent_ += bytes;
   cache_.resize(slots);
-  arena_.release(count(pinned_rows_ + slots * layout_.cluster) * layout_.bytes);
+  arena_.release(count(pinned_rows_ + cache_.slots() * layout_.cluster) * layout_.bytes);
+  return "";
 }
 
 // ---- neurons one by one
 // ------------------------------------------------------------------------------------------
 
-FetchCounts NeuronStore::fetch(std::int64_t ffn, const std::int32_t* neurons, std::int64_t n,
-                               std::int32_t* rows, std::int32_t* ready) noexcept {
-  const Ffn& f = ffns_[count(ffn)];
+FetchCounts NeuronStore::fetch(std::span<const NeuronList> lists, std::int32_t* rows,
+                               std::int32_t* ready) noexcept {
   const auto k = static_cast<std::int32_t>(layout_.cluster);
+  const auto slots_begin = static_cast<std::int32_t>(pinned_rows_);
   FetchCounts counts;
-  ffn_ = ffn;
   misses_.clear();
   started_ = 0;
   cache_.begin();
-  for (std::int64_t i = 0; i < n; ++i) {
-    const std::int32_t neuron = neurons[i];
-    if (neuron < f.pinned) {
-      rows[i] = static_cast<std::int32_t>(f.first_row) + neuron;
-      ready[counts.cached++] = static_cast<std::int32_t>(i);
-      continue;
+  std::int32_t place = 0;
+  for (const NeuronList& list : lists) {
+    const Ffn& f = ffns_[count(list.ffn)];
+    for (std::int64_t i = 0; i < list.n; ++i, ++place) {
+      const std::int32_t neuron = list.neurons[i];
+      const std::int64_t cluster = neuron / k;
+      const std::int32_t slot = neuron < f.pinned ? SlotCache::kNone : cache_.find(f.first_cluster + cluster);
+      if (neuron < f.pinned) {
+        rows[place] = static_cast<std::int32_t>(f.first_row) + neuron;
+      } else if (slot != SlotCache::kNone) {
+        cache_.touch(slot);
+        rows[place] = slots_begin + slot * k + neuron % k;
+      } else {
+        rows[place] = neuron % k;  // the slot is chosen when all that is there has been touched
+        const bool same =
+            !misses_.empty() && misses_.back().ffn == list.ffn && misses_.back().cluster == cluster;
+        if (!same) misses_.push_back({.ffn = list.ffn, .cluster = cluster, .list = {place, place}});
+        misses_.back().list.end = place + 1;
+        ++counts.missed;
+        continue;
+      }
+      ready[counts.cached++] = place;
     }
-    const std::int64_t cluster = neuron / k;
-    if (!misses_.empty() && misses_.back().cluster == cluster) {
-      misses_.back().list.end = static_cast<std::int32_t>(i + 1);
-      continue;
-    }
-    const std::int32_t slot = cache_.find(f.first_cluster + cluster);
-    if (slot == SlotCache::kNone) {
-      misses_.push_back(
-          {.cluster = cluster, .list = {static_cast<std::int32_t>(i), static_cast<std::int32_t>(i + 1)}});
-      continue;
-    }
-    cache_.touch(slot);
-    rows[i] = static_cast<std::int32_t>(pinned_rows_) + slot * k + neuron % k;
-    ready[counts.cached++] = static_cast<std::int32_t>(i);
   }
   for (Miss& miss : misses_) {
-    miss.slot = cache_.take(f.first_cluster + miss.cluster);
-    for (std::int32_t i = miss.list.begin; i < miss.list.end; ++i) {
-      rows[i] = static_cast<std::int32_t>(pinned_rows_) + miss.slot * k + neurons[i] % k;
-    }
+    miss.slot = cache_.take(ffns_[count(miss.ffn)].first_cluster + miss.cluster);
+    for (std::int32_t i = miss.list.begin; i < miss.list.end; ++i) rows[i] += slots_begin + miss.slot * k;
   }
-  counts.missed = n - counts.cached;
   counts.bytes = static_cast<std::int64_t>(misses_.size() * layout_.read_bytes());
   start_misses();
   return counts;
 }
 
+std::uint64_t NeuronStore::offset(const Miss& miss) const {
+  return ffns_[count(miss.ffn)].bundles.offset + count(miss.cluster) * layout_.read_bytes();
+}
+
 /// Asks for as many misses as there are buffers; after an error for none.
 void NeuronStore::start_misses() {
-  const Ffn& f = ffns_[count(ffn_)];
   reads_.clear();
   for (; started_ < misses_.size() && !free_buffers_.empty(); ++started_) {
     Miss& miss = misses_[started_];
@@ -225,7 +231,7 @@ void NeuronStore::start_misses() {
     }
     miss.buffer = free_buffers_.back();
     free_buffers_.pop_back();
-    reads_.push_back({.offset = f.bundles.offset + count(miss.cluster) * layout_.read_bytes(),
+    reads_.push_back({.offset = offset(miss),
                       .bytes = layout_.read_bytes(),
                       .to = io_memory_ + miss.buffer * layout_.read_bytes(),
                       .tag = started_});
@@ -245,8 +251,7 @@ std::int64_t NeuronStore::arrived(std::span<ListRange> parts) noexcept {
       const Miss& miss = misses_[done[i].tag];
       free_buffers_.push_back(miss.buffer);
       if (done[i].error != 0) {
-        fail(ffns_[count(ffn_)].bundles.offset + count(miss.cluster) * layout_.read_bytes(),
-             layout_.read_bytes(), done[i].error);
+        fail(offset(miss), layout_.read_bytes(), done[i].error);
         cache_.drop(miss.slot);
         continue;
       }
@@ -278,7 +283,7 @@ bool NeuronStore::streamed(std::int64_t ffn, std::int64_t index) const {
 
 void NeuronStore::stream(std::int64_t ffn) noexcept {
   ffn_ = ffn;
-  for (std::int64_t index = 0; index + 1 < kStripes; ++index) start_stripe(index);
+  start_stripe(0);
 }
 
 void NeuronStore::start_stripe(std::int64_t index) {
@@ -299,9 +304,9 @@ void NeuronStore::start_stripe(std::int64_t index) {
   reader_->start(reads_);
 }
 
-void NeuronStore::stripe(std::int64_t index, std::int64_t* bytes) noexcept {
+std::int64_t NeuronStore::stripe(std::int64_t index) noexcept {
   const Ffn& f = ffns_[count(ffn_)];
-  start_stripe(index + kStripes - 1);
+  start_stripe(index + 1);
   std::array<DiskDone, 32> done;
   const auto buffer = count(index % kStripes);
   while (stripe_reads_[buffer] > 0) {
@@ -313,10 +318,9 @@ void NeuronStore::stripe(std::int64_t index, std::int64_t* bytes) noexcept {
       }
     }
   }
-  if (streamed(ffn_, index)) {
-    *bytes += std::min(kStripe, f.bundles.neurons - index * kStripe) *
-              static_cast<std::int64_t>(layout_.file_bytes);
-  }
+  if (!streamed(ffn_, index)) return 0;
+  return std::min(kStripe, f.bundles.neurons - index * kStripe) *
+         static_cast<std::int64_t>(layout_.file_bytes);
 }
 
 Matrix NeuronStore::stripe_matrix(std::int64_t ffn, std::int64_t index, Projection part) const {

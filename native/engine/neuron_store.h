@@ -23,7 +23,20 @@
 
 namespace turbosparse {
 
-/// Neurons begin ... end - 1 of a list.
+/// Neurons of one FFN, ascending.
+struct NeuronList {
+  std::int64_t ffn = 0;
+  const std::int32_t* neurons = nullptr;
+  std::int64_t n = 0;
+};
+
+/// Bytes for a store, all in, of which it will have to give some back.
+struct StoreRoom {
+  std::size_t bytes = 0;
+  std::size_t lent = 0;
+};
+
+/// Places begin ... end - 1 of a list.
 struct ListRange {
   std::int32_t begin = 0;
   std::int32_t end = 0;
@@ -43,11 +56,15 @@ class NeuronStore {
 
   /// Everything in memory.
   NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, ThreadPool& pool);
-  /// At most `bytes` in memory, all in; at least `minimum_bytes`.
-  NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, ThreadPool& pool, std::size_t bytes,
-              std::shared_ptr<const DiskFile> file, std::unique_ptr<DiskReader> reader);
-  /// With less, one FFN does not fit.
-  static std::size_t minimum_bytes(const BundleLayout& layout, const std::vector<FfnBundles>& ffns);
+  /// As many neurons as the room allows, which is at least `minimum_bytes`. A token needs up to
+  /// `token_neurons` of a layer at once.
+  NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, ThreadPool& pool, std::int64_t token_neurons,
+              const StoreRoom& room, std::shared_ptr<const DiskFile> file,
+              std::unique_ptr<DiskReader> reader);
+  static std::size_t minimum_bytes(const BundleLayout& layout, const std::vector<FfnBundles>& ffns,
+                                   std::int64_t token_neurons);
+  /// What holds everything, read or not.
+  static std::size_t resident_bytes(const BundleLayout& layout, const std::vector<FfnBundles>& ffns);
 
   const BundleLayout& layout() const { return layout_; }
   bool resident() const { return reader_ == nullptr; }
@@ -56,10 +73,12 @@ class NeuronStore {
   std::int64_t pinned_neurons() const { return pinned_rows_; }
   std::int64_t cached_neurons() const { return cache_.slots() * layout_.cluster; }
   const char* reader_name() const { return resident() ? "" : reader_->name(); }
+  /// Whether the file is as it was opened.
+  bool unchanged() const { return resident() || file_->unchanged(); }
 
-  /// Gives `bytes` back to the system, or takes them again where negative. Throws ConfigError where less
-  /// than the minimum would be left; not while a job runs.
-  void shrink(std::int64_t bytes);
+  /// Gives `bytes` back to the system, or takes them again where negative. Says what is wrong where less than
+  /// the minimum would be left, "" for nothing.
+  std::string shrink(std::int64_t bytes) noexcept;
 
   /// Where all is in memory: the rows of an FFN, row r for neuron r.
   Matrix matrix(std::int64_t ffn, Projection part) const;
@@ -69,19 +88,18 @@ class NeuronStore {
   float* gate() { return gate_.data(); }
   float* up() { return up_.data(); }
 
-  /// Asks for n neurons, ascending: rows[i] is where neurons[i] lies or will lie, until the next call.
-  /// ready[0 ... cached) are the i whose row is there already; the others arrive.
-  FetchCounts fetch(std::int64_t ffn, const std::int32_t* neurons, std::int64_t n, std::int32_t* rows,
-                    std::int32_t* ready) noexcept;
+  /// Asks for neurons of some FFNs, whose lists follow each other: rows[i] is where the i-th of all lies or
+  /// will lie, until the next call. ready[0 ... cached) are the i whose row is there already; others arrive.
+  FetchCounts fetch(std::span<const NeuronList> lists, std::int32_t* rows, std::int32_t* ready) noexcept;
   /// Waits for neurons that were asked for: parts of the list whose rows are there now. Returns how many
   /// parts, 0 where no more come. For all threads.
   std::int64_t arrived(std::span<ListRange> parts) noexcept;
 
   /// Begins to read an FFN from start to end; then `stripe` gives its neurons, kStripe at a time, in order.
   void stream(std::int64_t ffn) noexcept;
-  /// Waits for stripe `index` and begins to read what comes after it: two stripes stay valid. The bytes read
-  /// since the last call are added to `bytes`.
-  void stripe(std::int64_t index, std::int64_t* bytes) noexcept;
+  /// Waits for stripe `index` and begins to read the next one; the one before stays valid. Returns the bytes
+  /// that it took.
+  std::int64_t stripe(std::int64_t index) noexcept;
   /// Rows of the stripe, row 0 for its first neuron.
   Matrix stripe_matrix(std::int64_t ffn, std::int64_t index, Projection part) const;
 
@@ -98,6 +116,7 @@ class NeuronStore {
   };
   /// A cluster to be read for part of the list.
   struct Miss {
+    std::int64_t ffn = 0;
     std::int64_t cluster = 0;  // in the FFN
     std::int32_t slot = 0;
     ListRange list;
@@ -115,6 +134,7 @@ class NeuronStore {
   void start_misses();
   void keep(const Miss& miss);
   void start_stripe(std::int64_t index);
+  std::uint64_t offset(const Miss& miss) const;
   void fail(std::uint64_t offset, std::size_t bytes, int error);
   bool streamed(std::int64_t ffn, std::int64_t index) const;
 
@@ -123,6 +143,7 @@ class NeuronStore {
   std::size_t bytes_ = 0;
   std::int64_t pinned_rows_ = 0;
   std::int64_t fewest_slots_ = 0;
+  std::int64_t lent_ = 0;  // bytes given back; negative: that no neuron needs
   Arena arena_;
   std::byte* memory_ = nullptr;
   std::vector<float> gate_, up_;  // [rows]
@@ -133,11 +154,11 @@ class NeuronStore {
   Arena io_;
   std::byte* io_memory_ = nullptr;
   std::mutex mutex_;
-  std::vector<Miss> misses_;  // of the FFN at hand
+  std::vector<Miss> misses_;  // of the lists at hand
   std::size_t started_ = 0;   // of the misses
   std::vector<std::size_t> free_buffers_;
   std::vector<DiskRead> reads_;
-  std::int64_t ffn_ = 0;
+  std::int64_t ffn_ = 0;                               // that is streamed
   std::array<std::int64_t, kStripes> stripe_reads_{};  // on their way
   std::string error_;
 };

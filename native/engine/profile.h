@@ -19,12 +19,13 @@ enum class Part : std::uint8_t {
   kGate,       // gate projection and activation; without a gate those of up
   kUp,         // up projection, product, and what the thresholds drop
   kDown,       // down projection
+  kDisk,       // waiting for neurons from disk
   kLmHead,     // logits
   kBarrier,    // waiting for other threads
 };
-inline constexpr std::array<const char*, 12> kPartNames{"norm", "qkv",    "kv_cache",  "attention",
-                                                        "out",  "router", "predictor", "gate",
-                                                        "up",   "down",   "lm_head",   "barrier"};
+inline constexpr std::array<const char*, 13> kPartNames{
+    "norm", "qkv", "kv_cache", "attention", "out",     "router", "predictor",
+    "gate", "up",  "down",     "disk",      "lm_head", "barrier"};
 /// Nanoseconds per part.
 using PartTimes = std::array<std::int64_t, kPartNames.size()>;
 

@@ -22,6 +22,9 @@ std::int64_t checked_context(const Model& model, std::int64_t context) {
   return context;
 }
 
+/// See kv_cache.h.
+bool has_float_cache(const Model& model) { return model.weights->layers[0].k.type == WeightType::kF32; }
+
 std::string stage_name(const ModelConfig& config, std::int64_t stage) {
   if (stage == 0) return "token embedding";
   if (stage > attention_stage(config.num_hidden_layers)) return "output projection";
@@ -30,6 +33,11 @@ std::string stage_name(const ModelConfig& config, std::int64_t stage) {
   constexpr std::array<const char*, kStagesPerLayer> kParts{"", "attention", "router", "predictor"};
   return std::string(kParts[static_cast<std::size_t>(stage % kStagesPerLayer)]) + " of layer " +
          std::to_string(layer);
+}
+
+/// Inside the job that read from disk: the next job may be another session's.
+void take_disk_error(Step& step) {
+  if (step.on_disk()) step.disk_error = step.model.store->take_error();
 }
 
 }  // namespace
@@ -67,10 +75,22 @@ class Session::Guard {
   bool done_ = false;
 };
 
+Session::Reservation::Reservation(const Model& model, std::int64_t context)
+    : model_(model), bytes_(bytes(model, context)) {
+  model_.reserve(bytes_);
+}
+
+Session::Reservation::~Reservation() { model_.reserve(-bytes_); }
+
+std::int64_t Session::bytes(const Model& model, std::int64_t context) {
+  return KvCache::bytes(model.config, context, has_float_cache(model)) +
+         Scratch::bytes(model, context, std::min(context, kChunk));
+}
+
 Session::Session(std::shared_ptr<const Model> model, std::int64_t context)
     : model_(std::move(model)),
-      cache_(model_->config, checked_context(*model_, context),
-             model_->weights->layers[0].k.type == WeightType::kF32) {
+      reservation_(*model_, checked_context(*model_, context)),
+      cache_(model_->config, context, has_float_cache(*model_)) {
   reset_counters();
 }
 
@@ -96,6 +116,9 @@ std::int64_t Session::logit_rows(WantedLogits wanted, std::int64_t tokens) {
 void Session::check(std::span<const std::int32_t> ids, Mode mode, bool given_candidates) const {
   const auto tokens = static_cast<std::int64_t>(ids.size());
   if (ids.empty()) throw ConfigError("[ids] expected at least one token, got none");
+  if (model_->on_disk() && !model_->store->unchanged())
+    throw EngineError(
+        "[model file] expected it as it was when it was opened, got one that has changed since");
   if (tokens > context() - position_) {
     throw ContextLengthError("[ids] expected at most " + std::to_string(context() - position_) +
                              " tokens (context " + std::to_string(context()) + ", " +
@@ -201,6 +224,7 @@ void Session::run_decode(Step& step, float* logits) {
     step.thread(index).watch.start(step.profiled);
     for (std::int64_t layer = 0; layer < layers; ++layer) decode_layer(step, layer, index);
     if (logits != nullptr) output_logits(step, 0, logits, index);
+    if (index == 0) take_disk_error(step);
   });
   if (step.profiled) add_times(counters_.decode_times);
   counters_.decode_tokens += 1;
@@ -217,7 +241,9 @@ void Session::run_batch(Step& step, std::int64_t first_logit, float* logits,
     model_->pool.run([&](int index) noexcept {
       step.thread(index).watch.start(step.profiled);
       batch_layer(step, layer, index);
+      if (index == 0) take_disk_error(step);
     });
+    if (!step.disk_error.empty()) throw EngineError(step.disk_error);
   }
   if (first_logit != step.T) {
     model_->pool.run([&](int index) noexcept {
@@ -238,6 +264,7 @@ void Session::add_times(PartTimes& times) {
 
 /// Checks what a step computed and makes it count.
 void Session::finish(const Step& step, const float* logits, std::int64_t rows) {
+  if (!step.disk_error.empty()) throw EngineError(step.disk_error);
   const ModelConfig& config = model_->config;
   std::int64_t broken = INT64_MAX;
   for (const ThreadScratch& thread : step.scratch.threads) broken = std::min(broken, thread.broken_at);

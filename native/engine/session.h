@@ -52,8 +52,11 @@ struct CapturedLayer {
 
 class Session {
  public:
-  /// Throws ConfigError where `context` is below 1 or beyond what the model was trained for.
+  /// Throws ConfigError where `context` is below 1 or beyond what the model was trained for, or the model's
+  /// memory budget has no room for it.
   Session(std::shared_ptr<const Model> model, std::int64_t context);
+  /// Bytes that a session takes.
+  static std::int64_t bytes(const Model& model, std::int64_t context);
 
   const Model& model() const { return *model_; }
   std::int64_t context() const { return cache_.context(); }
@@ -71,7 +74,7 @@ class Session {
   static std::int64_t logit_rows(WantedLogits wanted, std::int64_t tokens);
   /// Appends ids and writes logit_rows x vocab_size floats to `logits`. On any error the cache is as before.
   /// Throws ConfigError (no ids, an id out of range), ContextLengthError, ModelFileError (mode), EngineError
-  /// (two calls at once, NaN or Inf).
+  /// (two calls at once, NaN or Inf, neurons that could not be read, a file that has changed).
   void forward(std::span<const std::int32_t> ids, const ForwardOptions& options, float* logits);
   /// Appends ids densely and fills the arrays of `layers`.
   void capture(std::span<const std::int32_t> ids, std::span<const CapturedLayer> layers,
@@ -79,6 +82,18 @@ class Session {
 
  private:
   class Guard;
+  /// A session's part of the memory budget, as long as it lives.
+  class Reservation {
+   public:
+    Reservation(const Model& model, std::int64_t context);
+    ~Reservation();
+    Reservation(const Reservation&) = delete;
+    Reservation& operator=(const Reservation&) = delete;
+
+   private:
+    const Model& model_;
+    std::int64_t bytes_;
+  };
   void check(std::span<const std::int32_t> ids, Mode mode, bool given_candidates) const;
   void run_decode(Step& step, float* logits);
   void run_batch(Step& step, std::int64_t first_logit, float* logits,
@@ -90,6 +105,7 @@ class Session {
   std::int64_t token_bytes(const Step& step, const std::vector<LayerCounts>& before) const;
 
   std::shared_ptr<const Model> model_;
+  Reservation reservation_;
   KvCache cache_;
   std::unique_ptr<Scratch> scratch_;
   std::int64_t position_ = 0;

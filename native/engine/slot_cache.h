@@ -21,6 +21,8 @@ class SlotCache {
   static std::size_t bytes(std::int64_t clusters, std::int64_t slots);
 
   std::int64_t slots() const { return slots_; }
+  /// Slots at construction.
+  std::int64_t most() const { return static_cast<std::int64_t>(capacity_); }
   /// The slot of a cluster, or kNone.
   std::int32_t find(std::int64_t cluster) const { return slot_of_[static_cast<std::size_t>(cluster)]; }
 

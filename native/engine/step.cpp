@@ -90,7 +90,22 @@ LayerCounts& LayerCounts::operator+=(const LayerCounts& other) {
   wanted += other.wanted;
   found += other.found;
   bytes += other.bytes;
+  cached += other.cached;
+  missed += other.missed;
+  disk_bytes += other.disk_bytes;
+  disk_wait_ns += other.disk_wait_ns;
   return *this;
+}
+
+StoredNeurons::StoredNeurons(std::int64_t n, std::int64_t slots)
+    : neurons(count(n)),
+      rows(neurons.size()),
+      active(neurons.size()),
+      ready(neurons.size()),
+      places(neurons.size()),
+      begin(count(slots + 1)),
+      lists(count(slots)) {
+  std::iota(places.begin(), places.end(), 0);
 }
 
 ThreadScratch::ThreadScratch(const Model& model, std::int64_t context, std::int64_t tokens)
@@ -144,9 +159,34 @@ Scratch::Scratch(const Model& model, std::int64_t context, std::int64_t tokens)
       largest(count(tokens, model.pool.size())),
       refined_logits(count(model.pool.size())),
       all(count(std::max(slot, tokens))),
-      zeros(count(slot)) {
+      zeros(count(slot)),
+      stored(model.on_disk() ? model.config.token_neurons() : 0, slots(model.config)) {
   for (int index = 0; index < model.pool.size(); ++index) threads.emplace_back(model, context, tokens);
   std::iota(all.begin(), all.end(), 0);
+}
+
+std::int64_t Scratch::bytes(const Model& model, std::int64_t context, std::int64_t tokens) {
+  const ModelConfig& config = model.config;
+  constexpr auto kFloat = static_cast<std::int64_t>(sizeof(float));
+  constexpr auto kIndex = static_cast<std::int64_t>(sizeof(std::int32_t));
+  const std::int64_t F = round_up(model.weights->widest_ffn);
+  const std::int64_t D = config.hidden_size;
+  const std::int64_t rank = largest_rank(*model.weights);
+  const std::int64_t expert_input = config.router.experts > 0 ? D : 0;
+  const std::int64_t residual = config.predictor.reads_residual ? D : 0;
+  const std::int64_t heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim;
+  const std::int64_t floats =
+      2 * D + heads + (model.weights->has_rests ? 3 : 2) * F + config.rotary_dim + config.router.experts;
+  // An InputBuffer has a float and an 8-bit integer per value, a scale and a sum per block.
+  const std::int64_t inputs = widest(config) + F + residual + rank + expert_input;
+  const std::int64_t rows = std::max(tokens, slots(config));
+  const std::int64_t per_token = floats * kFloat + inputs * (kFloat + 1) + 2 * blocks(inputs) * kFloat;
+  const std::int64_t per_thread = context * kFloat + F * (kFloat + 3 * kIndex) +
+                                  static_cast<std::int64_t>(gemm_scratch_bytes(std::max(widest(config), F)));
+  const std::int64_t neurons = slots(config) * F;
+  return rows * per_token + model.pool.size() * per_thread +
+         neurons * (4 + model.weights->sign_rows) * kIndex + (F + tokens) * kFloat +
+         (model.weights->bundles ? config.token_neurons() * (4 * kIndex + 1) : 0);
 }
 
 void begin_step(Step& step, std::span<const std::int32_t> ids) {

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <span>
+#include <string>
 #include <vector>
 
 #include "engine/kv_cache.h"
@@ -95,7 +96,26 @@ struct LayerCounts {
   std::int64_t found = 0;   // those of them that were candidates
   // Tokens that came alone.
   std::int64_t bytes = 0;  // of weights of router, predictors and FFNs that were read
+  // Where neurons are on disk.
+  std::int64_t cached = 0;        // neurons asked for that were in memory
+  std::int64_t missed = 0;        // neurons asked for that were not
+  std::int64_t disk_bytes = 0;    // read
+  std::int64_t disk_wait_ns = 0;  // mean of the threads
   LayerCounts& operator+=(const LayerCounts& other);
+};
+
+/// What a token needs of a layer whose neurons are partly on disk: the lists of its FFNs one after the other.
+struct StoredNeurons {
+  StoredNeurons(std::int64_t neurons, std::int64_t slots);
+  std::vector<std::int32_t> neurons;  // ascending in each FFN
+  std::vector<std::int32_t> rows;     // where they lie in the store
+  std::vector<std::uint8_t> active;   // whether their row of down is needed
+  std::vector<std::int32_t> ready;    // places in the lists whose rows are in memory
+  std::vector<std::int32_t> places;   // 0, 1, 2 ...
+  std::vector<std::int64_t> begin;    // [slots + 1] where the list of each FFN begins
+  std::vector<NeuronList> lists;      // [slots]
+  std::int64_t ready_count = 0;
+  std::atomic<std::int64_t> next_ready = 0;
 };
 
 /// Memory of one thread.
@@ -123,6 +143,8 @@ struct ThreadScratch {
 /// Memory of up to `capacity` tokens that all threads share.
 struct Scratch {
   Scratch(const Model& model, std::int64_t context, std::int64_t capacity);
+  /// What one takes, but for what is small beside it.
+  static std::int64_t bytes(const Model& model, std::int64_t context, std::int64_t capacity);
   std::int64_t capacity;
   AlignedVector<float> x;     // [T, D] residual stream
   AlignedVector<float> q;     // [T, H * C]
@@ -160,6 +182,7 @@ struct Scratch {
   std::vector<std::int64_t> refined_logits;  // [threads] how many of the last token's were refined
   std::vector<std::int32_t> all;             // [max(F, T)] 0, 1, 2 ...
   std::vector<float> zeros;                  // [F] thresholds of the exact mode
+  StoredNeurons stored;                      // empty where all neurons are in memory
 };
 
 /// Where `capture` wants the FFN of one layer; row t of the step is row `first + t`.
@@ -189,10 +212,14 @@ struct Step {
   GivenCandidates given = {};
   bool profiled = false;
 
+  std::string disk_error = {};  // what went wrong; the step's numbers mean nothing then
+
   bool predicted() const { return mode == Mode::kPredicted; }
   /// Whether rests count only where it matters; else they are always added.
   bool refines() const { return mode == Mode::kThreshold && model.weights->has_rests; }
   bool refines(const FfnWeights& ffn) const { return refines() && ffn.has_rests(); }
+  /// Whether not all neurons are in memory.
+  bool on_disk() const { return model.on_disk(); }
   const ModelConfig& config() const { return model.config; }
   const KernelTable& kernels() const { return model.kernels; }
   int thread_count() const { return model.pool.size(); }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <functional>
 #include <set>
 #include <span>
 #include <string_view>
@@ -63,7 +64,8 @@ std::vector<FfnGroup> ffn_groups(const ModelConfig& config, LayerWeights& layer)
 /// Finds tensors in the file, checks them, and notes which matrices still need packing.
 class Binder {
  public:
-  Binder(const GgufFile& file, WeightType transcode) : file_(file), transcode_(transcode) {}
+  Binder(const GgufFile& file, WeightType transcode, bool unmapped)
+      : file_(file), transcode_(transcode), unmapped_(unmapped) {}
 
   const GgufTensor* find(const std::string& name) {
     const GgufTensor* tensor = file_.tensor(name);
@@ -121,6 +123,7 @@ class Binder {
     const GgufTensor& found = tensor(name, {size});
     std::vector<float> values(static_cast<std::size_t>(size));
     ggml_dequantize_row(found.type, found.data.data(), size, values.data());
+    vector_bytes_ += values.size() * sizeof(float);
     return values;
   }
 
@@ -137,6 +140,7 @@ class Binder {
     for (std::size_t i = 0; i < group.ffns.size(); ++i) {
       std::vector<float>& values = group.ffns[i].*target;
       values.resize(static_cast<std::size_t>(group.neurons));
+      vector_bytes_ += values.size() * sizeof(float);
       ggml_dequantize_row(found.type, found.data.data() + i * each, group.neurons, values.data());
     }
   }
@@ -170,6 +174,7 @@ class Binder {
   const std::vector<Packing>& packings() const { return packings_; }
   std::map<std::string, std::string> transcoded() const { return transcoded_; }
   std::size_t bytes() const { return bytes_; }
+  std::size_t vector_bytes() const { return vector_bytes_; }
 
  private:
   /// Makes `target`, whose type is set, a view of the file's rows or of rows to be packed.
@@ -183,7 +188,8 @@ class Binder {
     target->row_bytes = packed_row_bytes(target->type, cols);
     WeightType type;
     const bool native = native_type(found.type, &type) && type == target->type;
-    if (native && !is_quantized(type) && target->row_bytes == ggml_row_bytes(found.type, cols)) {
+    if (!unmapped_ && native && !is_quantized(type) &&
+        target->row_bytes == ggml_row_bytes(found.type, cols)) {
       target->data = data.data();
     } else {
       packings_.push_back({found.type, data, target});
@@ -194,10 +200,12 @@ class Binder {
 
   const GgufFile& file_;
   WeightType transcode_;
+  bool unmapped_;
   std::unordered_set<std::string_view> known_;
   std::vector<Packing> packings_;
   std::map<std::string, std::string> transcoded_;
   std::size_t bytes_ = 0;
+  std::size_t vector_bytes_ = 0;
 };
 
 void bind_attention(Binder& binder, const std::string& block, const ModelConfig& config,
@@ -220,16 +228,46 @@ void bind_attention(Binder& binder, const std::string& block, const ModelConfig&
   binder.matrix(block + "attn_output.weight", D, q_rows, &layer.o);
 }
 
+/// The bundles of a group, and matrices that know type and shape of the rows in them.
+void bind_bundles(Binder& binder, const std::string& block, const FfnGroup& group, Bundles& bundles) {
+  const std::string name = group.name(block, "bundles", "");
+  const GgufTensor* tensor = binder.find(name);
+  if (tensor == nullptr) fail(name, "bundles of neurons", "no such tensor");
+  const auto count = static_cast<std::int64_t>(group.ffns.size());
+  std::vector<FfnBundles> found = split_bundles(*tensor, bundles.layout, count, group.neurons);
+  const std::string hotness = group.name(block, "hotness", "");
+  binder.optional_vectors(hotness, group, &FfnWeights::hotness);
+  const auto view = [&](Projection part) -> Matrix {
+    const BundleLayout::Part& p = bundles.layout.part(part);
+    if (!p.there) return {};
+    return {nullptr, group.neurons, bundles.layout.cols, bundles.layout.bytes, p.type};
+  };
+  for (std::size_t i = 0; i < found.size(); ++i) {
+    FfnWeights& ffn = group.ffns[i];
+    ffn.stored = static_cast<std::int64_t>(bundles.ffns.size());
+    if (bundles.layout.part(Projection::kGate).there) ffn.gate = view(Projection::kGate);
+    ffn.up = view(Projection::kUp);
+    ffn.down = view(Projection::kDown);
+    if (!std::ranges::is_sorted(ffn.hotness, std::greater<>()))
+      fail(hotness, "numbers that never rise", "others");
+    found[i].hotness = ffn.hotness;
+    bundles.ffns.push_back(std::move(found[i]));
+  }
+}
+
 void bind_ffns(Binder& binder, const std::string& block, const ModelConfig& config, bool neuron_major,
-               const FfnGroup& group) {
+               const FfnGroup& group, std::optional<Bundles>& bundles) {
   const std::int64_t D = config.hidden_size;
   const std::int64_t F = group.neurons;
   const auto gate = [](FfnWeights& ffn) { return &ffn.gate; };
   const auto up = [](FfnWeights& ffn) { return &ffn.up; };
   const auto down = [](FfnWeights& ffn) { return &ffn.down; };
-  if (config.gated) binder.matrices(group.name(block, "gate", ".weight"), group, F, D, gate);
-  binder.matrices(group.name(block, "up", ".weight"), group, F, D, up);
-  if (neuron_major) {
+  if (config.gated && !(bundles && bundles->layout.part(Projection::kGate).there))
+    binder.matrices(group.name(block, "gate", ".weight"), group, F, D, gate);
+  if (!bundles) binder.matrices(group.name(block, "up", ".weight"), group, F, D, up);
+  if (bundles) {
+    bind_bundles(binder, block, group, *bundles);
+  } else if (neuron_major) {
     binder.matrices(group.name(block, "down_t", ".weight"), group, F, D, down);
   } else {
     binder.matrices(group.name(block, "down", ".weight"), group, D, F, down);
@@ -283,7 +321,7 @@ void bind_predictors(Binder& binder, const std::string& block, const ModelConfig
 }
 
 void bind_layer(Binder& binder, const std::string& block, const ModelConfig& config, bool neuron_major,
-                LayerWeights& layer) {
+                LayerWeights& layer, std::optional<Bundles>& bundles) {
   const std::int64_t experts = config.router.experts;
   bind_attention(binder, block, config, layer);
   layer.ffn_norm = binder.vector(block + "ffn_norm.weight", config.hidden_size);
@@ -293,7 +331,7 @@ void bind_layer(Binder& binder, const std::string& block, const ModelConfig& con
   if (config.router.gates_shared_expert)
     layer.shared_gate = binder.vector(block + "ffn_gate_inp_shexp.weight", config.hidden_size);
   for (const FfnGroup& group : ffn_groups(config, layer)) {
-    bind_ffns(binder, block, config, neuron_major, group);
+    bind_ffns(binder, block, config, neuron_major, group, bundles);
     if (config.predictor.kind != PredictorKind::kNone) bind_predictors(binder, block, config, group);
   }
   std::int64_t neuron = 0;
@@ -330,18 +368,24 @@ void pack(const Packing& packing, std::byte* out, ThreadPool& pool) {
 }  // namespace
 
 Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config, const KernelTable& kernels,
-                 ThreadPool& pool, WeightType transcode)
+                 ThreadPool& pool, WeightType transcode, bool unmapped)
     : file_(std::move(file)) {
-  Binder binder(*file_, transcode);
+  Binder binder(*file_, transcode, unmapped);
   const std::int64_t D = config.hidden_size;
   neuron_major = file_->tensor("blk.0.ffn_down_t.weight") != nullptr ||
                  file_->tensor("blk.0.ffn_down_t_exps.weight") != nullptr;
+  if (has_bundles(*file_)) {
+    if (config.predictor.kind == PredictorKind::kSign)
+      fail("turbosparse.predictor.kind", "low_rank in a file with bundles", "sign");
+    bundles = Bundles{read_bundle_layout(*file_, D, config.gated), {}};
+    neuron_major = true;
+  }
   layers.resize(static_cast<std::size_t>(config.num_hidden_layers));
   auto predictor_threshold = config.predictor.thresholds.begin();
   for (std::size_t n = 0; n < layers.size(); ++n) {
     const std::string block = "blk." + std::to_string(n) + ".";
-    bind_layer(binder, block, config, neuron_major, layers[n]);
-    if (neuron_major && !layers[n].has_router())
+    bind_layer(binder, block, config, neuron_major, layers[n], bundles);
+    if (neuron_major && !bundles && !layers[n].has_router())
       has_rests |= bind_rests(binder, block, config, layers[n].ffns.front());
     for (FfnWeights& ffn : layers[n].ffns) {
       const bool thresholds = !ffn.threshold.empty();
@@ -375,6 +419,12 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
     file_->release(packing.data);
   }
   bytes = binder.bytes() + sign_bytes;
+  held_bytes = bytes + binder.vector_bytes();
+  if (unmapped) {
+    rows_ = std::make_unique<const DiskFile>(file_->path(), false);
+    file_->release_all();
+  }
+  if (bundles) bytes += NeuronStore::resident_bytes(bundles->layout, bundles->ffns);
   transcoded = binder.transcoded();
   std::set<std::string> types;
   for (const LayerWeights& layer : layers) {
@@ -434,11 +484,30 @@ std::size_t Weights::take_signs(const ModelConfig& config, const KernelTable& ke
   return total;
 }
 
-void Weights::embed(std::int32_t id, float* out) const noexcept {
+void Weights::embed(std::int32_t id, float* out) const {
   const std::int64_t cols = embedding_->shape[1];
   const std::size_t row_bytes = ggml_row_bytes(embedding_->type, cols);
-  ggml_dequantize_row(embedding_->type, embedding_->data.data() + static_cast<std::size_t>(id) * row_bytes,
-                      cols, out);
+  const std::size_t begin = static_cast<std::size_t>(id) * row_bytes;
+  if (rows_ == nullptr) {
+    ggml_dequantize_row(embedding_->type, embedding_->data.data() + begin, cols, out);
+    return;
+  }
+  std::vector<std::byte> row(row_bytes);
+  if (const int error = read_whole(rows_->get(), {embedding_->offset + begin, row_bytes, row.data(), 0})) {
+    throw EngineError("[token embedding] expected a row of the model file, got " + disk_error_text(error));
+  }
+  ggml_dequantize_row(embedding_->type, row.data(), cols, out);
+}
+
+void Weights::take_neurons(const NeuronStore& store) {
+  for (LayerWeights& layer : layers) {
+    for (FfnWeights& ffn : layer.ffns) {
+      if (store.layout().part(Projection::kGate).there)
+        ffn.gate = store.matrix(ffn.stored, Projection::kGate);
+      ffn.up = store.matrix(ffn.stored, Projection::kUp);
+      ffn.down = store.matrix(ffn.stored, Projection::kDown);
+    }
+  }
 }
 
 }  // namespace turbosparse

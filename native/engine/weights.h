@@ -8,10 +8,14 @@
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "engine/bundles.h"
 #include "engine/model_config.h"
+#include "engine/neuron_store.h"
+#include "io/disk_reader.h"
 #include "io/gguf_file.h"
 #include "kernels/kernels.h"
 #include "util/memory.h"
@@ -30,13 +34,15 @@ struct FfnPredictor {
 
 /// One feed-forward network: that of a layer, an expert, or a shared expert.
 struct FfnWeights {
-  std::int64_t neurons = 0;              // F
-  std::int64_t first_neuron = 0;         // where its neurons are among those of all FFNs of the layer
-  Matrix gate, up;                       // [F, D]; gate is empty in a model without
-  Matrix down;                           // [D, F], or [F, D] where Weights::neuron_major
+  std::int64_t neurons = 0;       // F
+  std::int64_t first_neuron = 0;  // where its neurons are among those of all FFNs of the layer
+  std::int64_t stored = -1;       // its number in the neuron store, if any; then matrices may have no data
+  Matrix gate, up;                // [F, D]; gate is empty in a model without
+  Matrix down;                    // [D, F], or [F, D] where Weights::neuron_major
   Matrix gate_rest, up_rest, down_rest;  // [F, D], added to the above, or empty
   std::vector<float> threshold;          // [F], or empty
   std::vector<float> gate_threshold;     // [F] where there are thresholds, else empty
+  std::vector<float> hotness;            // [F] share of tokens that need a neuron, descending; or empty
   FfnPredictor predictor;
 
   /// The projection that f is applied to.
@@ -71,11 +77,16 @@ class Weights {
  public:
   /// Reads what `config` needs, on the threads of `pool`; types without a kernel become `transcode`. Throws
   /// ModelFileError for tensors that are missing, unknown, or of another shape or type than expected.
+  /// `unmapped`: keeps nothing of the file mapped, so that `held_bytes` is all there is. Neurons in bundles
+  /// are left to a store.
   Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config, const KernelTable& kernels,
-          ThreadPool& pool, WeightType transcode);
+          ThreadPool& pool, WeightType transcode, bool unmapped);
 
-  /// The embedding of a token as floats; 0 <= id < vocab_size.
-  void embed(std::int32_t id, float* out) const noexcept;
+  /// The embedding of a token as floats; 0 <= id < vocab_size. Throws EngineError where the file cannot be
+  /// read.
+  void embed(std::int32_t id, float* out) const;
+  /// Takes the neurons' rows from a store that holds all of them.
+  void take_neurons(const NeuronStore& store);
 
   std::vector<LayerWeights> layers;
   std::vector<float> output_norm;  // [D]
@@ -84,10 +95,12 @@ class Weights {
   std::vector<float> rope_freqs;   // [rotary / 2], frequencies are divided by it; or empty
   bool neuron_major = false;       // whether `down` has one row per neuron
   bool has_thresholds = false;
-  bool has_rests = false;                         // whether any matrix has one
-  std::int64_t widest_ffn = 0;                    // neurons of the largest FFN
-  std::int64_t sign_rows = 0;                     // per neuron in a sign predictor: one, with dReLU two
-  std::size_t bytes = 0;                          // of all matrices, as packed
+  bool has_rests = false;       // whether any matrix has one
+  std::int64_t widest_ffn = 0;  // neurons of the largest FFN
+  std::int64_t sign_rows = 0;   // per neuron in a sign predictor: one, with dReLU two
+  std::size_t bytes = 0;        // of all matrices, as packed
+  std::size_t held_bytes = 0;   // of all that stays in memory, mapped or not
+  std::optional<Bundles> bundles;
   std::map<std::string, std::string> transcoded;  // type in the file -> type in memory
   std::vector<std::string> ffn_types;             // types of gate, up and down after loading, sorted
 
@@ -95,6 +108,7 @@ class Weights {
   std::size_t take_signs(const ModelConfig& config, const KernelTable& kernels, ThreadPool& pool);
 
   std::shared_ptr<const GgufFile> file_;
+  std::unique_ptr<const DiskFile> rows_;  // where embeddings are read; null: in the mapping
   const GgufTensor* embedding_ = nullptr;
   Arena arena_;
   Arena signs_;

@@ -23,6 +23,20 @@ std::string disk_error_text(int error) {
   return error == kEndOfFile ? "the end of the file" : std::strerror(error);
 }
 
+int read_whole(int descriptor, DiskRead read) {
+  while (read.bytes > 0) {
+    const ssize_t got = ::pread(descriptor, read.to, read.bytes, static_cast<off_t>(read.offset));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0) return errno;
+    if (got == 0) return kEndOfFile;
+    const auto size = static_cast<std::size_t>(got);
+    read.offset += size;
+    read.to += size;
+    read.bytes -= size;
+  }
+  return 0;
+}
+
 DiskFile::DiskFile(const std::string& path, bool direct) {
 #if defined(O_DIRECT)
   if (direct) descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);

@@ -73,6 +73,9 @@ class DiskFile {
   std::int64_t modified_ns_ = 0;
 };
 
+/// Reads at once. 0, an errno, or kEndOfFile.
+int read_whole(int descriptor, DiskRead read);
+
 /// A reader, and why it is not the one that was to be preferred ("" where it is).
 struct OpenedReader {
   std::unique_ptr<DiskReader> reader;

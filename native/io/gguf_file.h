@@ -96,6 +96,8 @@ class GgufFile {
 
   /// Tells the kernel that these mapped pages are not needed again soon (they stay valid).
   void release(std::span<const std::byte> pages) const;
+  /// The same of all pages.
+  void release_all() const { release(bytes_); }
 
  private:
   friend class GgufParser;

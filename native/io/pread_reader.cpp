@@ -18,21 +18,6 @@ constexpr std::size_t kThreads =
     16;  // asleep nearly always; the disk has no use for more (docs/experiments.md)
 constexpr std::size_t kDepth = 64;
 
-/// 0, an errno, or kEndOfFile.
-int read_whole(int descriptor, DiskRead read) {
-  while (read.bytes > 0) {
-    const ssize_t got = ::pread(descriptor, read.to, read.bytes, static_cast<off_t>(read.offset));
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0) return errno;
-    if (got == 0) return kEndOfFile;
-    const auto size = static_cast<std::size_t>(got);
-    read.offset += size;
-    read.to += size;
-    read.bytes -= size;
-  }
-  return 0;
-}
-
 class PreadReader final : public DiskReader {
  public:
   explicit PreadReader(std::shared_ptr<const DiskFile> file) : file_(std::move(file)) {
