@@ -92,6 +92,11 @@ class ModelInfo:
     def weight_bytes(self) -> int:
         """Bytes of packed weights the engine holds or maps."""
     @property
+    def memory(self) -> dict[str, Any] | None:
+        """Where not all neurons are in memory: pinned_neurons and cached_neurons that have room, neuron_bytes
+        of each in memory, read_bytes of a read, io, and io_note, why it is not a better one. Else None.
+        """
+    @property
     def transcoded(self) -> dict[str, str]:
         """Per file type without a native kernel, what it became, e.g. {"Q4_1": "Q8_0"}."""
     @property
@@ -111,8 +116,14 @@ class Model:
         threads: int = 0,
         isa: str = "",
         transcode: Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"] = "Q8_0",
+        memory_budget: int = 0,
+        context: int = 0,
+        io: str = "",
     ) -> None:
-        """`threads` 0 means physical cores, at most 8."""
+        """`threads` 0 means physical cores, at most 8. `memory_budget`: bytes that weights, neurons and
+        sessions may take, a session of `context` positions among them; 0 means no limit. `io` is "io_uring",
+        "pread" or "mmap", "" the best that works.
+        """
     @property
     def info(self) -> ModelInfo: ...
     @property

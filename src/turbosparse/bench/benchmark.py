@@ -17,6 +17,8 @@ from turbosparse.bench.rounds import Case, Timing, alternate, median_ratio
 from turbosparse.bench.runners import EngineRunner, LlamaCppRunner, Runner
 from turbosparse.bench.shapes import SYNTHETIC
 from turbosparse.errors import ConfigError
+from turbosparse.runtime.engine import preferred_mode
+from turbosparse.runtime.memory import peak_resident_bytes
 from turbosparse.runtime.model_file import ModelFile
 from turbosparse.runtime.texts import HELD_OUT, read_text
 from turbosparse.tokenizer import Tokenizer
@@ -49,6 +51,10 @@ class BenchConfig:
     """The file llama.cpp reads; by default the same one."""
     isa: str = ""
     """Instruction set of our kernels; empty means the best there is."""
+    memory_budget: int = 0
+    """Bytes that our engine may hold, 0 for no limit. With one, a file's default mode alone is timed."""
+    io: str = ""
+    """How neurons beyond the budget are read; empty means the best that works."""
 
     def __post_init__(self) -> None:
         _check("rounds", self.rounds, 1, 1000)
@@ -102,6 +108,14 @@ class Row:
     """bandwidth_gb_per_s relative to the read bandwidth measured with as many threads."""
     read_bandwidth_gb_per_s: float
     """Of a stream; the larger of two measurements, before and after the rounds."""
+    hit_ratio: float | None
+    """Share of the neurons asked for that were in memory, 0 to 1; None where all are."""
+    disk_bytes_per_token: float | None
+    """Read from disk."""
+    disk_wait_ratio: float | None
+    """Share of the time that threads waited for the disk."""
+    peak_resident_bytes: int | None
+    """Of the process, Python and all it did before included; None without a budget."""
     synthetic: bool
     """Random weights: the speed is measured, and nothing else means anything."""
     isa: str
@@ -123,7 +137,7 @@ def runs_per_model(config: BenchConfig, path: Path) -> int:
     int
         How often :func:`bench_model` calls ``progress``.
     """
-    modes = len(config.modes) or len(ModelFile(path).modes)
+    modes = len(config.modes or _default_modes(path, config))
     tests = (config.prompt_tokens > 0) + (config.generated_tokens > 0)
     return (modes + config.against_llama_cpp) * tests * (config.rounds + 1) * len(config.threads)
 
@@ -152,9 +166,17 @@ def bench_model(path: Path, config: BenchConfig, *, progress: Callable[[], None]
         asked for and missing, or cannot read the file.
     """
     for threads in config.threads:
-        model = _native.Model(str(path), threads=threads, isa=config.isa)
-        cases = cases_of(path, config, model.info.context_length)
+        file = ModelFile(path)
+        cases = cases_of(path, config, file.integer(f"{file.architecture}.context_length"))
         context = max(len(case.warm) + len(case.timed) for case in cases)
+        model = _native.Model(
+            str(path),
+            threads=threads,
+            isa=config.isa,
+            memory_budget=config.memory_budget,
+            context=context,
+            io=config.io,
+        )
         unknown = [mode for mode in config.modes if mode not in model.info.modes]
         if unknown:
             have = ", ".join(model.info.modes)
@@ -162,7 +184,7 @@ def bench_model(path: Path, config: BenchConfig, *, progress: Callable[[], None]
                 f"[bench mode] expected one that {path.name} can run ({have}), got {unknown[0]}"
             )
         runners: list[Runner] = [
-            EngineRunner(model, mode, context) for mode in config.modes or model.info.modes
+            EngineRunner(model, mode, context) for mode in config.modes or _default_modes(path, config)
         ]
         bandwidth = stream_bandwidth(model.threads)
         with contextlib.ExitStack() as stack:
@@ -212,10 +234,20 @@ def _rows(
             bandwidth_gb_per_s=rate and rate / 1e9,
             bandwidth_share=rate and rate / bandwidth,
             read_bandwidth_gb_per_s=bandwidth / 1e9,
+            hit_ratio=usage.hit_ratio if usage else None,
+            disk_bytes_per_token=usage.disk_bytes_per_token if usage else None,
+            disk_wait_ratio=usage.disk_wait_ratio if usage else None,
+            peak_resident_bytes=peak_resident_bytes() if ours and config.memory_budget else None,
             synthetic=file.name.startswith(SYNTHETIC),
             isa=model.isa if ours else "",
             rounds_tok_per_s=timing.tok_per_s,
         )
+
+
+def _default_modes(path: Path, config: BenchConfig) -> "Sequence[Mode]":
+    """All modes; within a budget the one that would run, since sessions share it."""
+    modes = ModelFile(path).modes
+    return [preferred_mode(modes)] if config.memory_budget else modes
 
 
 def _find(timings: Sequence[Timing], backend: str, mode: str) -> Timing | None:

@@ -39,7 +39,8 @@ _HEADER = (
         "recall",
         "precision",
     ),
-    *("predictor MB", "MB/token", "GB/s", "bandwidth", "vs dense", "vs llama.cpp"),
+    *("predictor MB", "MB/token", "GB/s", "bandwidth", "hits", "disk MB/token", "disk wait", "peak RAM"),
+    *("vs dense", "vs llama.cpp"),
 )
 
 
@@ -75,6 +76,10 @@ def as_table(rows: Sequence[Row]) -> str:
                 _number(row.bytes_per_token and row.bytes_per_token / 1e6, "{:.1f}"),
                 _number(row.bandwidth_gb_per_s, "{:.1f}"),
                 _number(row.bandwidth_share, "{:.0%}"),
+                _number(row.hit_ratio, "{:.1%}"),
+                _number(row.disk_bytes_per_token and row.disk_bytes_per_token / 1e6, "{:.1f}"),
+                _number(row.disk_wait_ratio, "{:.0%}"),
+                "-" if row.peak_resident_bytes is None else _size(row.peak_resident_bytes),
                 _number(row.ratio_to_dense, "{:.2f}x"),
                 _number(row.ratio_to_baseline, "{:.2f}x"),
             )

@@ -66,15 +66,24 @@ class Usage:
         self._neurons = neurons_per_token
         self._tokens = self._decoded = self._bytes = self._active = 0
         self._candidates = self._wanted = self._found = 0
+        self._cached = self._missed = self._disk_bytes = 0
+        self._wait_seconds = self._seconds = 0.0
 
-    def add(self, counters: dict[str, Any]) -> None:
+    def add(self, counters: dict[str, Any], seconds: float) -> None:
         """Add a run.
 
         Parameters
         ----------
         counters : dict
             The session's counters over the timed part alone.
+        seconds : float
+            How long that took.
         """
+        self._seconds += seconds
+        self._cached += sum(counters["cached"])
+        self._missed += sum(counters["missed"])
+        self._disk_bytes += sum(counters["disk_bytes"])
+        self._wait_seconds += sum(counters["disk_wait_ns"]) / 1e9
         self._tokens += counters["tokens"]
         self._decoded += counters["decode_tokens"]
         self._bytes += counters["bytes_read"]
@@ -104,6 +113,40 @@ class Usage:
             0 to 1; None before the first run.
         """
         return self._active / (self._tokens * self._neurons) if self._tokens else None
+
+    @property
+    def hit_ratio(self) -> float | None:
+        """Average the share of the neurons asked for that were in memory.
+
+        Returns
+        -------
+        float or None
+            0 to 1; None where all always are, and for tokens that came together, which read whole layers.
+        """
+        asked = self._cached + self._missed
+        return self._cached / asked if asked else None
+
+    @property
+    def disk_bytes_per_token(self) -> float | None:
+        """Average the bytes read from disk per token.
+
+        Returns
+        -------
+        float or None
+            Bytes; None where none were read.
+        """
+        return self._disk_bytes / self._tokens if self._disk_bytes else None
+
+    @property
+    def disk_wait_ratio(self) -> float | None:
+        """Average the share of the time that threads waited for the disk.
+
+        Returns
+        -------
+        float or None
+            0 to 1; None where nothing was read.
+        """
+        return self._wait_seconds / self._seconds if self._disk_bytes else None
 
     @property
     def recall(self) -> float | None:
@@ -161,7 +204,7 @@ class EngineRunner:
         for piece in pieces:
             session.forward(piece, mode=self.mode, logits="last")
         seconds = time.perf_counter() - begin
-        self.usage.setdefault(stepwise, Usage(self._neurons)).add(session.counters)
+        self.usage.setdefault(stepwise, Usage(self._neurons)).add(session.counters, seconds)
         return seconds
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbosparse.cli.console import add_json_option
-from turbosparse.cli.model_options import MODES
+from turbosparse.cli.model_options import MODES, add_memory_options, memory_budget
 from turbosparse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--against", choices=["llama.cpp"], help="time it in turn; needs turbosparse[baseline]")
     add("--baseline-model", type=Path, metavar="FILE", help="what llama.cpp reads, if not MODEL itself")
     add("--isa", default="", help="instruction set of our kernels (default: the best there is)")
+    add_memory_options(parser)
     add("--roofline", action="store_true", help="measure how fast memory is read: as streams, and some rows")
     add("--profile", action="store_true", help="also the time of each part of a token, in runs of its own")
     add("--output", type=Path, metavar="DIR", help="write DIR/DATE-NAME.json with all to repeat it")
@@ -103,6 +104,8 @@ def bench_config(args: argparse.Namespace) -> "BenchConfig":
         against_llama_cpp=args.against is not None,
         baseline_model=args.baseline_model,
         isa=args.isa,
+        memory_budget=memory_budget(args) or 0,
+        io=args.io or "",
     )
 
 
@@ -168,6 +171,10 @@ def command_line(args: argparse.Namespace) -> str:
         words += ["--baseline-model", args.baseline_model.name]
     if args.isa:
         words += ["--isa", args.isa]
+    if args.memory_budget:
+        words += ["--memory-budget", args.memory_budget]
+    if args.io:
+        words += ["--io", args.io]
     if args.roofline:
         words += ["--roofline"]
     if args.profile:

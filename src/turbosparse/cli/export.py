@@ -7,6 +7,7 @@ function.
   turbosparse export runs/mine/distillation/model -o mine.gguf --type q8_0
   turbosparse export runs/mine/distillation/model -o mine.gguf --predictor runs/mine/predictors
   turbosparse export plain.gguf -o sparse.gguf --thresholds calibrated.gguf
+  turbosparse export sparse.gguf -o bundled.gguf --layout bundled
 """
 
 import argparse
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
+LAYOUTS = ("plain", "bundled")
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 
@@ -54,6 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="add thresholds of this model's calibrated file",
     )
     add("--name", help="name of the model in the file")
+    add("--layout", choices=LAYOUTS, default="plain", help="bundled: for models larger than memory")
+    add(
+        "--gate-apart",
+        action="store_true",
+        help="bundled: keep gate in memory, for the modes exact and threshold",
+    )
+    add(
+        "--hotness-tokens",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="bundled: tokens to find out by which neurons are hot (default: 2048; 0 keeps their order)",
+    )
     add("--allow-untrained", action="store_true", help="export a swapped model without a record of training")
     add("--check", action=argparse.BooleanOptionalAction, default=True, help="compare with the original")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text to compare on (default: technical English)")
@@ -103,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> "ExportConfig":
     from turbosparse.export.draft import TypeChoice
-    from turbosparse.export.run import ExportConfig
+    from turbosparse.export.run import Bundles, ExportConfig
 
     types = (args.type, args.down_type, args.embedding_type, args.predictor_type)
     weights, down, embedding, predictor = (name and name.upper() for name in types)
@@ -115,6 +130,9 @@ def _config(args: argparse.Namespace) -> "ExportConfig":
         allow_untrained=args.allow_untrained,
         check=args.check,
         check_tokens=args.tokens,
+        bundles=Bundles(gate_apart=args.gate_apart, hotness_tokens=args.hotness_tokens)
+        if args.layout == "bundled"
+        else None,
         threads=args.threads,
     )
 

@@ -12,16 +12,19 @@ if TYPE_CHECKING:
     from turbosparse.runtime.sampling import SamplingConfig
 
 __all__ = [
+    "add_memory_options",
     "add_model_options",
     "add_sampling_options",
     "check_model_name",
     "describe",
+    "memory_budget",
     "open_model",
     "read_text",
     "sampling_config",
 ]
 
 MODES = ("dense", "exact", "threshold", "predicted")
+IO = ("io_uring", "pread", "mmap")
 TRANSCODE = ("Q8_0", "Q4_0", "F16", "BF16", "F32")
 
 
@@ -51,6 +54,48 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_modes: bool = 
         default="Q8_0",
         help="what weights without a native kernel become while loading (default: Q8_0)",
     )
+    add_memory_options(group)
+
+
+def add_memory_options(group: argparse._ActionsContainer) -> None:
+    """Add how much memory the engine may take.
+
+    Parameters
+    ----------
+    group : parser or argument group
+        Where the options stand.
+    """
+    group.add_argument(
+        "--memory-budget",
+        metavar="SIZE",
+        help="what the engine may hold, such as 6GiB, or auto; neurons beyond it are read from disk when "
+        "needed (files of `export --layout bundled`)",
+    )
+    group.add_argument(
+        "--io",
+        choices=IO,
+        help="how they are read (default: io_uring where the kernel allows it, else pread)",
+    )
+
+
+def memory_budget(args: argparse.Namespace) -> int | None:
+    """Give the budget that `add_memory_options` was asked for.
+
+    Parameters
+    ----------
+    args : argparse.Namespace
+        Parsed arguments.
+
+    Returns
+    -------
+    int or None
+        Bytes; None for no limit.
+    """
+    from turbosparse.runtime.memory import AUTO, automatic_budget, parse_size
+
+    if args.memory_budget is None:
+        return None
+    return automatic_budget() if args.memory_budget == AUTO else parse_size(args.memory_budget)
 
 
 def add_sampling_options(parser: argparse.ArgumentParser, default: "SamplingConfig") -> None:
@@ -128,7 +173,15 @@ def open_model(args: argparse.Namespace, *, context: int | None = None) -> "Mode
     from turbosparse.runtime.engine import load
 
     with progress(None, f"loading {args.model.name}"):
-        return load(args.model, threads=args.threads, context=context, isa=args.isa, transcode=args.transcode)
+        return load(
+            args.model,
+            threads=args.threads,
+            context=context,
+            isa=args.isa,
+            transcode=args.transcode,
+            memory_budget=memory_budget(args),
+            io=args.io,
+        )
 
 
 def check_model_name(name: str) -> None:
@@ -176,6 +229,10 @@ def describe(model: "Model", mode: str | None) -> str:
         f"{engine.threads} threads",
         engine.isa,
     ]
+    if memory := info.memory:
+        neurons = info.num_hidden_layers * info.intermediate_size
+        room = memory["pinned_neurons"] + memory["cached_neurons"]
+        parts.append(f"{room / neurons:.0%} of the neurons in memory, the rest by {memory['io']}")
     return " | ".join(parts)
 
 

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from turbosparse.errors import ConfigError
 from turbosparse.export.check import (
     KL_LIMITS,
@@ -25,6 +28,7 @@ from turbosparse.export.hf_config import HFConfig
 from turbosparse.export.hf_draft import draft_of_directory
 from turbosparse.export.predictor_files import with_predictors
 from turbosparse.export.thresholds import with_thresholds
+from turbosparse.runtime.bundles import bundled
 from turbosparse.runtime.model_file import ModelFile
 from turbosparse.runtime.model_file_writer import (
     TensorSource,
@@ -32,9 +36,11 @@ from turbosparse.runtime.model_file_writer import (
     model_file_bytes,
     write_model_file,
 )
+from turbosparse.runtime.neuron_hotness import neuron_hotness
+from turbosparse.runtime.texts import CALIBRATION, read_text
 from turbosparse.tokenizer import Tokenizer
 
-__all__ = ["ExportConfig", "ExportPlan", "ExportReport", "export_model", "plan_export"]
+__all__ = ["Bundles", "ExportConfig", "ExportPlan", "ExportReport", "export_model", "plan_export"]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +48,16 @@ Progress = Callable[[str], AbstractContextManager[Callable[[float], None]]]
 _CHECK_CONTEXT = 256  # tokens per window
 # general.file_type of llama.cpp, by the type of most weights.
 _FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q8_0": 7, "BF16": 32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundles:
+    """How neurons are laid out for a model larger than memory."""
+
+    gate_apart: bool = False
+    """Whether gate stays a tensor of its own, for modes that compute it for every neuron."""
+    hotness_tokens: int = 2048
+    """Tokens of the text that ships with turbosparse to sort neurons by; 0 keeps their order."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +78,8 @@ class ExportConfig:
     """Whether the file's logits are compared with those of what it was made from."""
     check_tokens: int = 1024
     """Tokens of the text that are compared."""
+    bundles: Bundles | None = None
+    """How the rows of each neuron are put side by side; None leaves tensors as they are."""
     threads: int = 0
     """Threads of the check; 0: physical cores, at most 8."""
 
@@ -145,6 +163,13 @@ def plan_export(source: Path, config: ExportConfig) -> ExportPlan:
     metadata = dict(draft.metadata)
     if type_name in _FILE_TYPES:
         metadata["general.file_type"] = _FILE_TYPES[type_name]
+    if config.bundles is not None:
+        metadata, tensors = bundled(
+            metadata,
+            tensors,
+            gate_apart=config.bundles.gate_apart,
+            hotness=_hotness(source, config.bundles.hotness_tokens, config.threads),
+        )
     return ExportPlan(source=source, metadata=metadata, tensors=tensors, type_name=type_name)
 
 
@@ -207,6 +232,19 @@ def export_model(
         check_output(target, overwrite=overwrite or target != output)
         draft.replace(target)
     return ExportReport(output=target, check=check)
+
+
+def _hotness(source: Path, tokens: int, threads: int) -> list[NDArray[np.float32]] | None:
+    """How hot the neurons are, where the source can tell."""
+    if tokens == 0:
+        return None
+    if source.is_dir() or ModelFile(source).modes == ["dense"]:
+        logger.warning(
+            "neurons keep their order: only a model file that can skip neurons tells which are hot; "
+            "export one first, then put it into bundles"
+        )
+        return None
+    return neuron_hotness(ModelFile(source), read_text(CALIBRATION), tokens=tokens, threads=threads)
 
 
 def _ignore(share: float) -> None:

@@ -6,7 +6,7 @@ the hottest come first, which is what the engine keeps in memory.
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from turbosparse import _native
 from turbosparse.errors import ModelFileError
+from turbosparse.runtime.model_file import KEY_BUNDLE
 from turbosparse.runtime.model_file_writer import ALIGNMENT, TensorSource
 
-__all__ = ["BUNDLES", "KEY_BUNDLE", "bundled"]
+__all__ = ["BUNDLES", "bundled"]
 
-KEY_BUNDLE = "turbosparse.bundle."  # prefix of the keys
 BUNDLES = "ffn_bundles"
 DISK_BLOCK = 4096  # bytes; clusters of neurons begin and end at multiples of it
 _PART_ALIGNMENT = 16

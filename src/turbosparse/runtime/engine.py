@@ -25,7 +25,7 @@ from turbosparse.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from turbosparse._native import Mode, ModelInfo
 
-__all__ = ["DEFAULT_CONTEXT", "Model", "Prompt", "load"]
+__all__ = ["DEFAULT_CONTEXT", "Model", "Prompt", "default_context", "load", "preferred_mode"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,8 @@ def load(
     context: int | None = None,
     isa: str | None = None,
     transcode: Transcode = "Q8_0",
+    memory_budget: int | None = None,
+    io: str | None = None,
 ) -> "Model":
     """Open a model file.
 
@@ -59,6 +61,12 @@ def load(
         Instruction set, one of `turbosparse._native.available_isas`; by default the best.
     transcode : {"F32", "F16", "BF16", "Q8_0", "Q4_0"}
         What weights become whose type has no native kernel.
+    memory_budget : int, optional
+        Bytes that the engine may hold, all in: weights, KV cache, scratch memory, neurons. Neurons of a file
+        with bundles that do not fit are read when a token needs them. By default there is no limit. What
+        Python itself takes, some 60 MB, is not counted.
+    io : {"io_uring", "pread", "mmap"}, optional
+        How they are read; by default the best that works here.
 
     Returns
     -------
@@ -70,14 +78,58 @@ def load(
     ModelFileError
         If the file is broken or holds something that cannot run.
     ConfigError
-        If a setting is out of its range.
+        If a setting is out of its range, or the budget too small.
     """
     if threads is not None and threads < 1:
         raise ConfigError(f"[threads] expected 1 or more, got {threads}")
-    engine = _native.Model(fspath(path), threads=threads or 0, isa=isa or "", transcode=transcode)
+    metadata = _native.GgufFile(fspath(path)).metadata
+    engine = _native.Model(
+        fspath(path),
+        threads=threads or 0,
+        isa=isa or "",
+        transcode=transcode,
+        memory_budget=memory_budget or 0,
+        context=context or default_context(metadata),
+        io=io or "",
+    )
     for source, target in engine.info.transcoded.items():
         logger.info("%s: %s has no native kernel; transcoded to %s while loading", path, source, target)
-    return Model(engine, _native.GgufFile(fspath(path)).metadata, context=context)
+    if engine.info.memory and engine.info.memory["io_note"]:
+        logger.warning("%s: %s", path, engine.info.memory["io_note"])
+    return Model(engine, metadata, context=context)
+
+
+def preferred_mode(modes: "Sequence[Mode]") -> "Mode":
+    """Choose the mode that runs where none is asked for.
+
+    Parameters
+    ----------
+    modes : sequence of {"dense", "exact", "threshold", "predicted"}
+        What the file can run.
+
+    Returns
+    -------
+    {"dense", "exact", "threshold", "predicted"}
+        The first of predicted, exact, threshold, dense.
+    """
+    return next(mode for mode in _MODES_BY_PREFERENCE if mode in modes)
+
+
+def default_context(metadata: Mapping[str, Any]) -> int:
+    """Choose a context.
+
+    Parameters
+    ----------
+    metadata : Mapping[str, Any]
+        A model file's keys and values.
+
+    Returns
+    -------
+    int
+        Tokens that the model was trained for, at most 4096.
+    """
+    trained = metadata.get(f"{metadata.get('general.architecture')}.context_length", DEFAULT_CONTEXT)
+    return min(int(trained), DEFAULT_CONTEXT)
 
 
 class Model:
@@ -131,7 +183,7 @@ class Model:
             predicted where the file has predictors, since it was made for that; else exact where the file
             can, which loses nothing; else threshold where the file was calibrated; else dense.
         """
-        return next(mode for mode in _MODES_BY_PREFERENCE if mode in self.info.modes)
+        return preferred_mode(self.info.modes)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

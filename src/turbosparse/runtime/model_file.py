@@ -26,6 +26,7 @@ __all__ = [
     "KEY_ACTIVATION",
     "KEY_ACTIVATION_PARAM",
     "KEY_ARCHITECTURE",
+    "KEY_BUNDLE",
     "KEY_CALIBRATION",
     "KEY_CETT_TARGET",
     "KEY_GATED",
@@ -46,6 +47,7 @@ KEY_ACTIVATION_PARAM = "turbosparse.activation_param"
 KEY_GATED = "turbosparse.gated"
 KEY_CETT_TARGET = "turbosparse.cett_target"
 KEY_CALIBRATION = "turbosparse.calibration."  # prefix of the calibration's record
+KEY_BUNDLE = "turbosparse.bundle."  # prefix of the keys of bundles
 KEY_PREDICTOR = "turbosparse.predictor."  # prefix of all keys of the predictors
 KEY_REFINE = "turbosparse.refine."  # prefix of the rules by which second parts of weights are read
 
@@ -210,7 +212,12 @@ class ModelFile:
     @property
     def neuron_major_down(self) -> bool:
         """Whether every layer holds ``ffn_down_t``, one row per neuron, so that neurons can be skipped."""
-        return self._in_every_layer("ffn_down_t.weight", "ffn_down_t_exps.weight")
+        return self.has_bundles or self._in_every_layer("ffn_down_t.weight", "ffn_down_t_exps.weight")
+
+    @property
+    def has_bundles(self) -> bool:
+        """Whether the rows of each neuron lie side by side, so that they need not all be in memory."""
+        return f"{KEY_BUNDLE}parts" in self.metadata
 
     @property
     def modes(self) -> list[Mode]:

@@ -1,0 +1,99 @@
+"""How much memory the engine may take: sizes as people write them, and what the machine has free."""
+
+import re
+from pathlib import Path
+
+from turbosparse.errors import ConfigError
+
+__all__ = ["AUTO", "automatic_budget", "free_memory", "parse_size", "peak_resident_bytes"]
+
+AUTO = "auto"
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]I?)?B?", re.IGNORECASE)
+_RESERVE = 512 * 2**20  # bytes left to the rest of the machine, at least
+_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+def parse_size(text: str) -> int:
+    """Read a number of bytes.
+
+    Parameters
+    ----------
+    text : str
+        Such as ``6GiB``, ``800 MB`` or ``1073741824``.
+
+    Returns
+    -------
+    int
+        Bytes, 1 or more.
+
+    Raises
+    ------
+    ConfigError
+        For anything else.
+
+    Examples
+    --------
+    >>> parse_size("1.5GiB")
+    1610612736
+    """
+    match = _SIZE.fullmatch(text.strip())
+    size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    if size < 1:
+        raise ConfigError(f"[memory budget] expected a size such as 6GiB or 800MB, got {text!r}")
+    return size
+
+
+def free_memory() -> int:
+    """Say how much memory a new program can have.
+
+    Returns
+    -------
+    int
+        Bytes: what the kernel calls available, or less where a cgroup allows less.
+
+    Raises
+    ------
+    ConfigError
+        Where the system does not say.
+    """
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError as error:
+        raise ConfigError(
+            "[memory budget] expected a size, got auto where /proc/meminfo is missing"
+        ) from error
+    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    for path in map(Path, _LIMITS):
+        text = path.read_text(encoding="ascii").strip() if path.exists() else "max"
+        if text != "max":
+            free = min(free, int(text))
+    return free
+
+
+def automatic_budget() -> int:
+    """Choose a budget: nine tenths of the free memory, and half a gibibyte is left in any case.
+
+    Returns
+    -------
+    int
+        Bytes, 1 or more.
+    """
+    free = free_memory()
+    return max(1, min(free * 9 // 10, free - _RESERVE))
+
+
+def peak_resident_bytes() -> int:
+    """Say how much memory this process has had at most.
+
+    Returns
+    -------
+    int
+        Bytes that were resident at once, those of Python and of mapped files among them; 0 where the system
+        does not say.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return 0
+    lines = status.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
