@@ -193,7 +193,7 @@ Stripe take_stripe(const Step& step, const FfnWeights& w, std::int64_t number, i
                 store.stripe_matrix(w.stored, number, Projection::kUp),
                 store.stripe_matrix(w.stored, number, Projection::kDown)};
   stripe.first = gated ? store.stripe_matrix(w.stored, number, Projection::kGate) : stripe.up;
-  if (gated && w.gate.data != nullptr) {
+  if (gated && !store.has(Projection::kGate)) {
     stripe.first = w.gate;
     stripe.first.data += static_cast<std::size_t>(stripe.begin) * w.gate.row_bytes;
     stripe.first.rows = stripe.up.rows;

@@ -13,6 +13,10 @@ namespace {
 /// Neurons in memory that a thread takes at a time.
 constexpr std::int64_t kReadyAtOnce = 64;
 
+bool gate_in_memory(const Step& step) {
+  return step.config().gated && !step.model.store->has(Projection::kGate);
+}
+
 /// Leaves the neurons of a piece that the token needs in `kept`; returns how many. Where gate is in memory,
 /// they have passed it.
 std::int64_t want_piece(const Step& step, const Piece& piece, std::int64_t layer, int index) {
@@ -27,7 +31,7 @@ std::int64_t want_piece(const Step& step, const Piece& piece, std::int64_t layer
     thread.watch.lap(Part::kPredictor);
   }
   thread.counts.candidates += n;
-  if (piece.ffn.weights->gate.data != nullptr) {
+  if (gate_in_memory(step)) {
     pass_gate(step, piece, list, n, index);
     thread.watch.lap(Part::kGate);
     list = thread.passed.rows.data();
@@ -82,7 +86,7 @@ void compute(const Step& step, const ActiveFfn& ffn, std::size_t slot, const std
   float* values = thread.values.data();
   std::int32_t* rows = thread.candidates.rows.data();
   for (std::int64_t i = 0; i < n; ++i) rows[i] = stored.rows[static_cast<std::size_t>(places[i])];
-  if (w.gate.data != nullptr) {
+  if (gate_in_memory(step)) {
     const float* known = s.gate.data() + slot_begin(step, slot);
     for (std::int64_t i = 0; i < n; ++i)
       values[i] = known[stored.neurons[static_cast<std::size_t>(places[i])]];

@@ -68,6 +68,8 @@ class NeuronStore {
 
   const BundleLayout& layout() const { return layout_; }
   bool resident() const { return reader_ == nullptr; }
+  /// Whether a projection's rows are in the bundles.
+  bool has(Projection part) const { return layout_.part(part).there; }
   std::size_t bytes() const { return bytes_; }
   /// Neurons that stay in memory, and those that have room beside them.
   std::int64_t pinned_neurons() const { return pinned_rows_; }

@@ -16,7 +16,8 @@ namespace turbosparse::test {
 
 class TinyGguf {
  public:
-  using Value = std::variant<std::uint32_t, float, bool, std::string, std::vector<float>>;
+  using Value =
+      std::variant<std::uint32_t, float, bool, std::string, std::vector<float>, std::vector<std::string>>;
   using Shape = std::vector<std::uint64_t>;  // slowest first
 
   /// A complete model: 2 layers, D 64, F 96, 4 heads of 16, 2 kv heads, 50 tokens, neuron-major, dReLU, with
@@ -59,8 +60,25 @@ class TinyGguf {
     return file;
   }
 
+  /// The model with gate, up and down_t in bundles, clusters of four neurons.
+  static TinyGguf bundled_model() {
+    TinyGguf file = model();
+    file.alignment = 4096;
+    file.keys["general.alignment"] = std::uint32_t{4096};
+    file.keys["turbosparse.bundle.parts"] = std::vector<std::string>{"gate", "up", "down_t"};
+    file.keys["turbosparse.bundle.types"] = std::vector<std::string>(3, "F32");
+    file.keys["turbosparse.bundle.bytes"] = std::uint32_t{1024};
+    file.keys["turbosparse.bundle.cluster"] = std::uint32_t{4};
+    for (const std::string block : {"blk.0.", "blk.1."}) {
+      for (const char* part : {"gate", "up", "down_t"}) file.shapes.erase(block + "ffn_" + part + ".weight");
+      file.shapes[block + "ffn_bundles"] = {96, 1024};
+    }
+    return file;
+  }
+
   std::map<std::string, Value> keys;
   std::map<std::string, Shape> shapes;
+  std::size_t alignment = 32;
 
   /// The file. Weights come from a fixed seed; thresholds are 0.05, hot neurons 0, 1, 2 ...
   std::vector<std::byte> bytes() const {
@@ -75,9 +93,9 @@ class TinyGguf {
       put_text(out, name);
       put(out, static_cast<std::uint32_t>(shape.size()));
       for (auto size = shape.rbegin(); size != shape.rend(); ++size) put(out, *size);
-      put(out, std::uint32_t{is_list(name) ? 26U : 0U});  // I32 or F32
+      put(out, std::uint32_t{is_list(name) ? 26U : is_bytes(name) ? 24U : 0U});  // I32, I8 or F32
       put(out, offset);
-      offset += padded(count(shape) * sizeof(float));
+      offset += padded(values(name, shape) * sizeof(float));
     }
     out.resize(padded(out.size()));
     std::mt19937 generator(7);
@@ -87,7 +105,12 @@ class TinyGguf {
 
  private:
   static bool is_list(const std::string& name) { return name.find("ffn_pred_hot") != std::string::npos; }
-  static std::size_t padded(std::size_t n) { return (n + 31) / 32 * 32; }
+  /// Bytes that are floats all the same.
+  static bool is_bytes(const std::string& name) { return name.find("ffn_bundles") != std::string::npos; }
+  static std::size_t values(const std::string& name, const Shape& shape) {
+    return count(shape) / (is_bytes(name) ? sizeof(float) : 1);
+  }
+  std::size_t padded(std::size_t n) const { return (n + alignment - 1) / alignment * alignment; }
   static std::size_t count(const Shape& shape) {
     std::size_t n = 1;
     for (const std::uint64_t size : shape) n *= size;
@@ -103,7 +126,7 @@ class TinyGguf {
     for (const char c : text) out.push_back(static_cast<std::byte>(c));
   }
   static void put_key(std::vector<std::byte>& out, const std::string& key, const Value& value) {
-    constexpr std::uint32_t kKinds[] = {4, 6, 7, 8, 9};  // uint32, float32, bool, string, array
+    constexpr std::uint32_t kKinds[] = {4, 6, 7, 8, 9, 9};  // uint32, float32, bool, string, arrays
     put_text(out, key);
     put(out, kKinds[value.index()]);
     if (const auto* number = std::get_if<std::uint32_t>(&value)) put(out, *number);
@@ -115,11 +138,17 @@ class TinyGguf {
       put(out, std::uint64_t{list->size()});
       for (const float number : *list) put(out, number);
     }
+    if (const auto* list = std::get_if<std::vector<std::string>>(&value)) {
+      put(out, kKinds[3]);
+      put(out, std::uint64_t{list->size()});
+      for (const std::string& word : *list) put_text(out, word);
+    }
   }
-  static void put_tensor(std::vector<std::byte>& out, const std::string& name, const Shape& shape,
-                         std::mt19937& generator) {
-    std::normal_distribution<float> normal(0.0F, 1.0F / std::sqrt(static_cast<float>(shape.back())));
-    for (std::size_t i = 0; i < count(shape); ++i) {
+  void put_tensor(std::vector<std::byte>& out, const std::string& name, const Shape& shape,
+                  std::mt19937& generator) const {
+    const float width = is_bytes(name) ? 64.0F : static_cast<float>(shape.back());
+    std::normal_distribution<float> normal(0.0F, 1.0F / std::sqrt(width));
+    for (std::size_t i = 0; i < values(name, shape); ++i) {
       if (is_list(name)) {
         put(out, static_cast<std::int32_t>(i));
         continue;

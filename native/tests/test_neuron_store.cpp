@@ -1,0 +1,173 @@
+// Neurons on disk: the numbers of an engine with everything in memory, whatever comes first; and a disk that
+// fails while a token is computed, after which everybody can go on.
+#include <cerrno>
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+#include "engine/session.h"
+#include "tiny_gguf.h"
+#include "util/error.h"
+
+namespace turbosparse {
+namespace {
+
+using test::TinyGguf;
+const std::vector<std::int32_t> kIds{3, 41, 7, 7, 19, 0, 33, 12, 25, 49};
+
+/// The model as a file of its own.
+class TempModel {
+ public:
+  TempModel() {
+    std::string folder = (std::filesystem::temp_directory_path() / "turbosparse-XXXXXX").string();
+    if (::mkdtemp(folder.data()) == nullptr) std::abort();
+    folder_ = folder;
+    const std::vector<std::byte> bytes = TinyGguf::bundled_model().bytes();
+    std::ofstream(path(), std::ios::binary)
+        .write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
+  }
+  ~TempModel() { std::filesystem::remove_all(folder_); }
+  TempModel(const TempModel&) = delete;
+  TempModel& operator=(const TempModel&) = delete;
+  std::string path() const { return folder_ / "model.gguf"; }
+
+ private:
+  std::filesystem::path folder_;
+};
+
+/// Lets reads through until it is told to fail.
+class FaultyReader final : public DiskReader {
+ public:
+  FaultyReader(std::unique_ptr<DiskReader> reader, std::shared_ptr<int> reads_left, int error)
+      : reader_(std::move(reader)), reads_left_(std::move(reads_left)), error_(error) {}
+  const char* name() const override { return "faulty"; }
+  std::size_t depth() const override { return reader_->depth(); }
+  void start(std::span<const DiskRead> reads) override { reader_->start(reads); }
+  std::size_t wait(std::span<DiskDone> done) override {
+    const std::size_t count = reader_->wait(done);
+    for (std::size_t i = 0; i < count; ++i) {
+      if ((*reads_left_)-- <= 0) done[i].error = error_;
+    }
+    return count;
+  }
+
+ private:
+  std::unique_ptr<DiskReader> reader_;
+  std::shared_ptr<int> reads_left_;
+  int error_;
+};
+
+/// The model with as few neurons in memory as it can have.
+std::shared_ptr<Model> load_small(const TempModel& file, int threads, const std::shared_ptr<int>& reads_left,
+                                  int error) {
+  auto model = std::make_shared<Model>(file.path(), threads, "", WeightType::kQ8_0);
+  const Bundles& bundles = *model->weights->bundles;
+  const std::int64_t token = model->config.token_neurons();
+  const auto disk = std::make_shared<const DiskFile>(file.path(), true);
+  auto reader = std::make_unique<FaultyReader>(make_pread_reader(disk), reads_left, error);
+  const StoreRoom room{NeuronStore::minimum_bytes(bundles.layout, bundles.ffns, token), 0};
+  model->store = std::make_unique<NeuronStore>(bundles.layout, bundles.ffns, model->pool, token, room, disk,
+                                               std::move(reader));
+  return model;
+}
+
+std::vector<float> run(Session& session, Mode mode, bool stepwise) {
+  const auto vocab = static_cast<std::size_t>(session.model().config.vocab_size);
+  std::vector<float> logits(kIds.size() * vocab);
+  session.truncate(0);
+  const ForwardOptions options{.mode = mode, .logits = WantedLogits::kAll};
+  if (!stepwise) session.forward(kIds, options, logits.data());
+  for (std::size_t i = 0; stepwise && i < kIds.size(); ++i) {
+    session.forward(std::span(kIds).subspan(i, 1), options, logits.data() + i * vocab);
+  }
+  return logits;
+}
+
+void test_same_numbers() {
+  const TempModel file;
+  for (const int threads : {1, 3}) {
+    Session memory(std::make_shared<const Model>(file.path(), threads, "", WeightType::kQ8_0), 16);
+    Session disk(load_small(file, threads, std::make_shared<int>(1 << 30), EIO), 16);
+    CHECK(disk.model().on_disk() && !memory.model().on_disk(), "%d threads", threads);
+    for (const Mode mode : {Mode::kDense, Mode::kExact, Mode::kThreshold, Mode::kPredicted}) {
+      for (const bool stepwise : {true, false}) {
+        CHECK(run(disk, mode, stepwise) == run(memory, mode, stepwise), "mode %s stepwise %d",
+              mode_name(mode), stepwise);
+      }
+    }
+    std::int64_t cached = 0, missed = 0;
+    for (const LayerCounts& layer : disk.counters().layers) {
+      cached += layer.cached;
+      missed += layer.missed;
+    }
+    CHECK(cached > 0 && missed > 0, "%ld cached, %ld missed", static_cast<long>(cached),
+          static_cast<long>(missed));
+  }
+}
+
+void test_faults() {
+  const TempModel file;
+  for (const int error : {EIO, kEndOfFile}) {
+    const auto reads_left = std::make_shared<int>(1 << 30);
+    const std::shared_ptr<Model> model = load_small(file, 2, reads_left, error);
+    Session session(model, 16), other(model, 16);
+    for (const bool stepwise : {true, false}) {
+      const std::vector<float> before = run(session, Mode::kPredicted, stepwise);
+      const std::vector<float> others = run(other, Mode::kExact, stepwise);
+      for (const int reads : {0, 1}) {
+        *reads_left = reads;
+        std::string message;
+        try {
+          (void)run(session, Mode::kExact, stepwise);
+        } catch (const EngineError& e) {
+          message = e.what();
+        }
+        CHECK(message.find(disk_error_text(error)) != std::string::npos, "%d reads: %s", reads,
+              message.c_str());
+        *reads_left = 1 << 30;
+        CHECK(run(other, Mode::kExact, stepwise) == others, "another session after %d reads", reads);
+        CHECK(run(session, Mode::kPredicted, stepwise) == before, "after %d reads", reads);
+      }
+    }
+  }
+}
+
+void test_budget() {
+  const TempModel file;
+  const auto load = [&](std::size_t budget) {
+    return std::make_shared<const Model>(file.path(), 1, "", WeightType::kQ8_0,
+                                         MemoryOptions{budget, 16, "pread"});
+  };
+  std::string message;
+  try {
+    (void)load(1);
+  } catch (const ConfigError& e) {
+    message = e.what();
+  }
+  CHECK(message.find("expected at least") != std::string::npos, "%s", message.c_str());
+  const std::shared_ptr<const Model> roomy = load(std::size_t{1} << 24);
+  CHECK(!roomy->on_disk(), "everything fits");
+  const Session first(roomy, 16);
+  bool refused = false;
+  try {
+    std::vector<std::unique_ptr<Session>> sessions;
+    for (int i = 0; i < 1000; ++i) sessions.push_back(std::make_unique<Session>(roomy, 128));
+  } catch (const ConfigError&) {
+    refused = true;
+  }
+  CHECK(refused, "a thousand sessions");
+  const Session again(roomy, 128);
+}
+
+}  // namespace
+}  // namespace turbosparse
+
+int main() {
+  turbosparse::test_same_numbers();
+  turbosparse::test_faults();
+  turbosparse::test_budget();
+  return turbosparse::test::report();
+}
