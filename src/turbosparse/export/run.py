@@ -238,13 +238,17 @@ def _hotness(source: Path, tokens: int, threads: int) -> list[NDArray[np.float32
     """How hot the neurons are, where the source can tell."""
     if tokens == 0:
         return None
-    if source.is_dir() or ModelFile(source).modes == ["dense"]:
+    if source.is_dir() or ModelFile(source).modes == ["dense"] or _has_experts(ModelFile(source)):
         logger.warning(
-            "neurons keep their order: only a model file that can skip neurons tells which are hot; "
-            "export one first, then put it into bundles"
+            "neurons keep their order: only a model file without experts that can skip neurons tells which "
+            "are hot; export one first, then put it into bundles"
         )
         return None
     return neuron_hotness(ModelFile(source), read_text(CALIBRATION), tokens=tokens, threads=threads)
+
+
+def _has_experts(file: ModelFile) -> bool:
+    return any("_exps." in name for name in file.tensors)
 
 
 def _ignore(share: float) -> None:

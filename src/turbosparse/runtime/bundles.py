@@ -4,6 +4,7 @@ docs/format.md is the definition. Neurons may change places, since an FFN's outp
 the hottest come first, which is what the engine keeps in memory.
 """
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from turbosparse import _native
 from turbosparse.errors import ModelFileError
-from turbosparse.runtime.model_file import KEY_BUNDLE
+from turbosparse.runtime.model_file import KEY_BUNDLE, plain_value
 from turbosparse.runtime.model_file_writer import ALIGNMENT, TensorSource
 
 __all__ = ["BUNDLES", "bundled"]
@@ -23,11 +24,13 @@ __all__ = ["BUNDLES", "bundled"]
 BUNDLES = "ffn_bundles"
 DISK_BLOCK = 4096  # bytes; clusters of neurons begin and end at multiples of it
 _PART_ALIGNMENT = 16
-_PARTS = {"gate": "ffn_gate.weight", "up": "ffn_up.weight", "down_t": "ffn_down_t.weight"}
+_PARTS = ("gate", "up", "down_t")
 _NATIVE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 # Tensors whose rows belong to neurons and that stay outside of the bundles.
 _PER_NEURON = ("ffn_gate.weight", "ffn_threshold", "ffn_gate_threshold", "ffn_pred_b.weight")
-_BLOCK = re.compile(r"blk\.(\d+)\.(ffn_.*)")
+# The FFN of a block, its experts, and its shared expert.
+_FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down_t)(_exps|_shexp|)\.weight")
+_BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(ffn_.*)")
 
 
 def bundled(
@@ -64,14 +67,13 @@ def bundled(
         When the model has no ``ffn_down_t`` or has bundles already, rows of a type that needs transcoding or
         that differ between layers, or predictors of signs.
     """
-    layers: dict[int, dict[str, TensorSource]] = defaultdict(dict)
+    groups: dict[tuple[int, str], dict[str, TensorSource]] = defaultdict(dict)
     for tensor in tensors:
-        if match := _BLOCK.fullmatch(tensor.name):
-            layers[int(match[1])][match[2]] = tensor
-    parts = _checked_parts(layers, metadata, gate_apart=gate_apart)
-    types = {name: layers[0][_PARTS[name]].type_name for name in parts}
-    D = layers[0]["ffn_up.weight"].shape[-1]
-    row_bytes, cluster = _file_layout(types, D)
+        if match := _FFN_TENSOR.fullmatch(tensor.name):
+            groups[int(match[1]), match[3]][match[2]] = tensor
+    _check_model(metadata, tensors)
+    types = _checked_types(groups, gate_apart=gate_apart)
+    row_bytes, cluster = _file_layout(types, next(iter(groups.values()))["up"].shape[-1])
     keys = dict(metadata) | {
         ALIGNMENT: DISK_BLOCK,
         f"{KEY_BUNDLE}parts": list(types),
@@ -79,51 +81,61 @@ def bundled(
         f"{KEY_BUNDLE}bytes": row_bytes,
         f"{KEY_BUNDLE}cluster": cluster,
     }
-    inside = {_PARTS[name] for name in parts}
+    orders = [np.argsort(-np.asarray(values), kind="stable") for values in hotness or ()]
     made: list[TensorSource] = []
     for tensor in tensors:
-        match = _BLOCK.fullmatch(tensor.name)
-        if match is None:
-            made.append(tensor)
-            continue
-        number, part = int(match[1]), match[2]
-        order = None if hotness is None else np.argsort(-np.asarray(hotness[number]), kind="stable")
-        if part == _PARTS["down_t"]:
-            rows = [layers[number][_PARTS[name]] for name in parts]
-            made.append(_bundles(f"blk.{number}.{BUNDLES}", rows, row_bytes, order))
-            if hotness is not None and order is not None:
-                sorted_values = np.asarray(hotness[number], np.float32)[order]
-                made.append(TensorSource.of_array(f"blk.{number}.ffn_hotness", sorted_values))
-        elif part not in inside:
-            made.append(_reordered(tensor, part, order))
+        if match := _FFN_TENSOR.fullmatch(tensor.name):
+            number, part, group = int(match[1]), match[2], match[3]
+            order = orders[number] if orders and not group else None
+            if part == "down_t":
+                rows = [groups[number, group][name] for name in types]
+                made.append(_bundles(f"blk.{number}.{BUNDLES}{group}", rows, row_bytes, order))
+                if hotness is not None and order is not None:
+                    values = np.asarray(hotness[number], np.float32)[order]
+                    made.append(TensorSource.of_array(f"blk.{number}.ffn_hotness", values))
+                continue
+            if part in types:
+                continue
+        match = _BLOCK_TENSOR.fullmatch(tensor.name)
+        made.append(_reordered(tensor, match[2], orders[int(match[1])]) if match and orders else tensor)
     return keys, made
 
 
-def _checked_parts(
-    layers: Mapping[int, Mapping[str, TensorSource]], metadata: Mapping[str, Any], *, gate_apart: bool
-) -> list[str]:
+def _check_model(metadata: Mapping[str, Any], tensors: Sequence[TensorSource]) -> None:
     place = "bundled layout"
     if f"{KEY_BUNDLE}parts" in metadata:
         raise ModelFileError(f"[{place}] expected a file without bundles, got one that has them")
-    kind = metadata.get("turbosparse.predictor.kind")
-    if getattr(kind, "value", kind) == "sign":
+    if plain_value(metadata.get("turbosparse.predictor.kind")) == "sign":
         raise ModelFileError(f"[{place}] expected low_rank predictors, got those of signs")
-    gated = "ffn_gate.weight" in layers.get(0, {})
+    for tensor in tensors:
+        if ".ffn_" in tensor.name and "_rest" in tensor.name:
+            raise ModelFileError(f"[{place}] expected FFNs in one part, got {tensor.name}")
+
+
+def _checked_types(
+    groups: Mapping[tuple[int, str], Mapping[str, TensorSource]], *, gate_apart: bool
+) -> dict[str, str]:
+    """Type of each part, which is that of all FFNs."""
+    place = "bundled layout"
+    gated = any("gate" in group for group in groups.values())
     parts = [name for name in _PARTS if name != "gate" or (gated and not gate_apart)]
-    for number, layer in sorted(layers.items()):
+    types: dict[str, str] = {}
+    if not groups:
+        raise ModelFileError(f"[{place}] expected feed-forward layers, got none")
+    for (number, suffix), group in sorted(groups.items()):
         for name in parts:
-            tensor = layer.get(_PARTS[name])
-            at = f"{place}: blk.{number}.{_PARTS[name]}"
-            if tensor is None:
+            at = f"{place}: blk.{number}.ffn_{name}{suffix}.weight"
+            if name not in group:
                 expected = "a file that can skip neurons (turbosparse calibrate or export --predictor)"
                 raise ModelFileError(f"[{at}] expected {expected}, got no such tensor")
-            own = layers[0][_PARTS[name]].type_name
+            tensor = group[name]
+            own = types.setdefault(name, tensor.type_name)
             if tensor.type_name not in _NATIVE_TYPES or tensor.type_name != own:
                 expected = f"the same one of {', '.join(_NATIVE_TYPES)} in all layers"
                 raise ModelFileError(f"[{at}] expected {expected}, got {tensor.type_name} (see --type)")
-            if tensor.shape[0] % 32 != 0:
-                raise ModelFileError(f"[{at}] expected a multiple of 32 neurons, got {tensor.shape[0]}")
-    return parts
+            if tensor.shape[-2] % 32 != 0:
+                raise ModelFileError(f"[{at}] expected a multiple of 32 neurons, got {tensor.shape[-2]}")
+    return types
 
 
 def _file_layout(types: Mapping[str, str], columns: int) -> tuple[int, int]:
@@ -143,33 +155,32 @@ def _file_layout(types: Mapping[str, str], columns: int) -> tuple[int, int]:
 def _bundles(
     name: str, parts: Sequence[TensorSource], row_bytes: int, order: NDArray[np.intp] | None
 ) -> TensorSource:
-    F = parts[0].shape[0]
+    shape = (*parts[0].shape[:-1], row_bytes)
 
     def read() -> NDArray[np.uint8]:
-        out = np.zeros((F, row_bytes), np.uint8)
+        out = np.zeros((math.prod(shape[:-1]), row_bytes), np.uint8)
         at = 0
         for part in parts:
             data = np.ascontiguousarray(part.read()).view(np.uint8).reshape(-1)
-            rows = _native.pack_rows(GGMLQuantizationType[part.type_name].value, data, part.shape[1])
+            rows = _native.pack_rows(GGMLQuantizationType[part.type_name].value, data, part.shape[-1])
             out[:, at : at + rows.shape[1]] = rows if order is None else rows[order]
             at += -(-rows.shape[1] // _PART_ALIGNMENT) * _PART_ALIGNMENT
         return out
 
-    return TensorSource(name=name, type_name="I8", shape=(F, row_bytes), read=read)
+    return TensorSource(name=name, type_name="I8", shape=shape, read=read)
 
 
-def _reordered(tensor: TensorSource, part: str, order: NDArray[np.intp] | None) -> TensorSource:
+def _reordered(tensor: TensorSource, part: str, order: NDArray[np.intp]) -> TensorSource:
     """The tensor with its neurons in their new places."""
-    if order is None or part not in (*_PER_NEURON, "ffn_pred_hot"):
+    if part not in (*_PER_NEURON, "ffn_pred_hot"):
         return tensor
-    new_order = order
 
     def read() -> NDArray[Any]:
         data = np.ascontiguousarray(tensor.read()).view(np.uint8)
         if part != "ffn_pred_hot":
-            return data.reshape(tensor.shape[0], -1)[new_order]
-        places = np.empty(len(new_order), np.int32)
-        places[new_order] = np.arange(len(new_order), dtype=np.int32)
+            return data.reshape(tensor.shape[0], -1)[order]
+        places = np.empty(len(order), np.int32)
+        places[order] = np.arange(len(order), dtype=np.int32)
         return np.sort(places[data.reshape(-1).view(np.int32)])
 
     return TensorSource(name=tensor.name, type_name=tensor.type_name, shape=tensor.shape, read=read)

@@ -1,0 +1,198 @@
+"""Models larger than memory: bundles on disk give the numbers of the file they were made from, in every mode,
+token by token and together, however they are read.
+"""
+
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.tiny_model import TinyModel, make_tiny_model
+from turbosparse import _native
+from turbosparse.errors import ConfigError, EngineError, ModelFileError
+from turbosparse.runtime.bundles import bundled
+from turbosparse.runtime.model_file import ModelFile
+from turbosparse.runtime.model_file_writer import TensorSource, write_model_file
+from turbosparse.runtime.neuron_hotness import neuron_hotness
+
+IDS = np.array([5, 17, 99, 3, 3, 250, 41, 8, 120, 66], np.int32)
+CONTEXT = 16
+# Wide enough that one layer's neurons are fewer than all, and more than prefill reads at a time.
+WIDE = TinyModel(
+    activation="drelu",
+    down_t=True,
+    intermediate_size=1632,
+    num_hidden_layers=6,
+    weight_type="Q8_0",
+    predictor="low_rank",
+    hot=(3, 7),
+)
+
+
+def make_bundled(source: Path, path: Path, **options: object) -> Path:
+    file = ModelFile(source)
+    tensors = [TensorSource.of_file(file, name) for name in file.tensors]
+    keys, made = bundled(file.stored_metadata(), tensors, **options)  # type: ignore[arg-type]
+    write_model_file(path, keys, made)
+    return path
+
+
+def least_budget(path: Path) -> int:
+    with pytest.raises(ConfigError, match="expected at least") as error:
+        _native.Model(str(path), memory_budget=1, context=CONTEXT)
+    found = re.search(r"at least (\d+) MiB", str(error.value))
+    assert found is not None
+    return int(found[1]) << 20
+
+
+def logits(model: _native.Model, mode: _native.Mode, *, stepwise: bool) -> np.ndarray:
+    session = model.session(CONTEXT)
+    pieces = np.split(IDS, len(IDS)) if stepwise else [IDS]
+    return np.concatenate([session.forward(piece, mode=mode, logits="all") for piece in pieces])
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("plain") / "plain.gguf"
+    make_tiny_model(path, WIDE)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bundles(plain: Path) -> Path:
+    return make_bundled(plain, plain.with_name("bundles.gguf"))
+
+
+@pytest.mark.parametrize("gate_apart", [False, True])
+@pytest.mark.parametrize("weight_type", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
+def test_in_memory_equals_the_plain_file(tmp_path: Path, weight_type: str, gate_apart: bool) -> None:
+    source = tmp_path / "plain.gguf"
+    model = TinyModel(
+        activation="silu", down_t=True, weight_type=weight_type, threshold=0.02, gate_threshold=0.01
+    )
+    make_tiny_model(source, model)
+    plain = _native.Model(str(source))
+    ours = _native.Model(str(make_bundled(source, tmp_path / "b.gguf", gate_apart=gate_apart)))
+    assert ours.info.memory is None and ours.info.modes == plain.info.modes
+    for mode in plain.info.modes:
+        for stepwise in (True, False):
+            expected = logits(plain, mode, stepwise=stepwise)
+            np.testing.assert_array_equal(logits(ours, mode, stepwise=stepwise), expected)
+
+
+@pytest.mark.parametrize("io", ["io_uring", "pread", "mmap"])
+def test_on_disk_equals_in_memory(plain: Path, bundles: Path, io: str) -> None:
+    try:
+        disk = _native.Model(str(bundles), memory_budget=least_budget(bundles), context=CONTEXT, io=io)
+    except ConfigError as error:
+        pytest.skip(str(error))
+    assert disk.info.memory is not None and disk.info.memory["io"] == io
+    memory = _native.Model(str(plain))
+    for mode in memory.info.modes:
+        for stepwise in (True, False):
+            expected = logits(memory, mode, stepwise=stepwise)
+            np.testing.assert_array_equal(logits(disk, mode, stepwise=stepwise), expected)
+
+
+def test_gate_in_memory_and_hot_neurons_first(plain: Path, tmp_path: Path) -> None:
+    hotness = [np.random.default_rng(layer).random(1632) for layer in range(6)]
+    path = make_bundled(plain, tmp_path / "b.gguf", gate_apart=True, hotness=hotness)
+    disk = _native.Model(str(path), memory_budget=least_budget(path), context=CONTEXT)
+    assert disk.info.memory is not None
+    memory = _native.Model(str(plain))
+    for mode in memory.info.modes:
+        # The neurons are others' neighbours now, so sums are rounded elsewhere.
+        expected = logits(memory, mode, stepwise=True)
+        np.testing.assert_allclose(logits(disk, mode, stepwise=True), expected, atol=1e-4)
+
+
+def test_counters_add_up(bundles: Path) -> None:
+    disk = _native.Model(str(bundles), memory_budget=least_budget(bundles), context=CONTEXT)
+    session = disk.session(CONTEXT)
+    for token in np.split(IDS, len(IDS)):
+        session.forward(token, mode="predicted")
+    counters = session.counters
+    asked = sum(counters["cached"]) + sum(counters["missed"])
+    assert asked == sum(counters["candidates"])
+    assert sum(counters["missed"]) > 0
+    assert sum(counters["disk_bytes"]) >= 4096
+    assert sum(counters["disk_wait_ns"]) > 0
+
+
+def test_a_budget_that_holds_everything_reads_nothing(bundles: Path) -> None:
+    model = _native.Model(str(bundles), memory_budget=1 << 30, context=CONTEXT)
+    assert model.info.memory is None
+    assert sum(model.session(CONTEXT).counters["disk_bytes"]) == 0
+
+
+def test_a_plain_file_needs_its_whole_size(plain: Path) -> None:
+    with pytest.raises(ConfigError, match="layout bundled"):
+        _native.Model(str(plain), memory_budget=1 << 20, context=CONTEXT)
+
+
+def test_a_file_that_changes_ends_the_answer_and_one_that_is_removed_does_not(
+    bundles: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "copy.gguf"
+    path.write_bytes(bundles.read_bytes())
+    model = _native.Model(str(path), memory_budget=least_budget(bundles), context=CONTEXT)
+    session = model.session(CONTEXT)
+    expected = session.forward(IDS[:1], mode="exact")
+    path.rename(path.with_name("moved.gguf"))
+    session.truncate(0)
+    np.testing.assert_array_equal(session.forward(IDS[:1], mode="exact"), expected)
+    os.truncate(path.with_name("moved.gguf"), 8192)
+    with pytest.raises(EngineError, match="changed"):
+        session.forward(IDS[1:2], mode="exact")
+    assert session.position == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("cluster", 3),
+        ("cluster", 64),
+        ("bytes", 100),
+        ("types", ["Q8_0", "Q8_0", "Q4_0"]),  # another size of rows than the tensor has
+        ("types", ["Q8_0", "Q8_0"]),
+        ("types", ["Q8_0", "Q8_0", "Q5_0"]),
+        ("parts", ["up", "gate", "down_t"]),
+        ("parts", ["gate", "down_t"]),
+    ],
+)
+def test_bundles_that_do_not_match_are_refused(
+    bundles: Path, tmp_path: Path, key: str, value: object
+) -> None:
+    file = ModelFile(bundles)
+    metadata = dict(file.stored_metadata()) | {f"turbosparse.bundle.{key}": value}
+    if key == "types" and value == ["Q8_0", "Q8_0", "Q4_0"]:
+        metadata["turbosparse.bundle.bytes"] = 4096
+    path = tmp_path / "broken.gguf"
+    write_model_file(path, metadata, [TensorSource.of_file(file, name) for name in file.tensors])
+    with pytest.raises(ModelFileError, match=r"bundle"):
+        _native.Model(str(path))
+
+
+def test_what_cannot_be_bundled(plain: Path, bundles: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match="without bundles"):
+        make_bundled(bundles, tmp_path / "twice.gguf")
+    make_tiny_model(tmp_path / "dense.gguf", TinyModel())
+    with pytest.raises(ModelFileError, match="can skip neurons"):
+        make_bundled(tmp_path / "dense.gguf", tmp_path / "b.gguf")
+    signs = TinyModel(activation="drelu", down_t=True, predictor="sign")
+    make_tiny_model(tmp_path / "sign.gguf", signs)
+    with pytest.raises(ModelFileError, match="signs"):
+        make_bundled(tmp_path / "sign.gguf", tmp_path / "b.gguf")
+
+
+def test_hotness_counts_what_is_active(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    make_tiny_model(path, TinyModel(activation="drelu", down_t=True))
+    hotness = neuron_hotness(ModelFile(path), "the end and the beginning", tokens=8)
+    session = _native.Model(str(path)).session(CONTEXT)
+    tokens = session.counters["tokens"]
+    assert tokens == 0
+    assert [values.shape for values in hotness] == [(160,), (160,)]
+    assert all(((values >= 0) & (values <= 1)).all() and 0 < values.mean() < 0.6 for values in hotness)
