@@ -14,15 +14,13 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turbosparse.cli.console import add_json_option, bytes_text, console, plain_text, print_json, progress
+from turbosparse.cli.console import bytes_text, console, plain_text, print_json, progress
+from turbosparse.cli.export_options import add_options, export_config
 
 if TYPE_CHECKING:
-    from turbosparse.export.run import ExportConfig, ExportPlan, ExportReport
+    from turbosparse.export.run import ExportPlan, ExportReport
 
 __all__ = ["add_arguments", "run"]
-
-LAYOUTS = ("plain", "bundled")
-TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,50 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser : argparse.ArgumentParser
         The verb's parser.
     """
-    add = parser.add_argument
-    add("model", type=Path, metavar="MODEL", help="Hugging Face directory, or a model file (GGUF)")
-    add("-o", "--output", type=Path, metavar="OUT.gguf", help="file to write (default: MODEL-TYPE.gguf)")
-    add("--type", choices=TYPES, help="weight type (default: q8_0; a model file keeps its own)")
-    add(
-        "--down-type",
-        choices=TYPES,
-        help="of down projections (default: --type, sparse ones at least q8_0)",
-    )
-    add(
-        "--embedding-type",
-        choices=TYPES,
-        help="of embedding and output (default: --type, at least q8_0)",
-    )
-    add("--predictor", type=Path, metavar="DIR", help="add predictors that `fit-predictor` left there")
-    add("--predictor-type", choices=TYPES, default="q8_0", help="of predictors (default: q8_0)")
-    add(
-        "--thresholds",
-        type=Path,
-        metavar="FILE.gguf",
-        help="add thresholds of this model's calibrated file",
-    )
-    add("--name", help="name of the model in the file")
-    add("--layout", choices=LAYOUTS, default="plain", help="bundled: for models larger than memory")
-    add(
-        "--gate-apart",
-        action="store_true",
-        help="bundled: keep gate in memory, for the modes exact and threshold",
-    )
-    add(
-        "--hotness-tokens",
-        type=int,
-        default=2048,
-        metavar="N",
-        help="bundled: tokens to find out by which neurons are hot (default: 2048; 0 keeps their order)",
-    )
-    add("--allow-untrained", action="store_true", help="export a swapped model without a record of training")
-    add("--check", action=argparse.BooleanOptionalAction, default=True, help="compare with the original")
-    add("--text", type=Path, metavar="FILE", help="UTF-8 text to compare on (default: technical English)")
-    add("--tokens", type=int, default=1024, help="tokens to compare on (default: 1024)")
-    add("-t", "--threads", type=int, default=0, help="threads (default: physical cores, at most 8)")
-    add("--dry-run", action="store_true", help="say what would be written, and write nothing")
-    add("--force", action="store_true", help="replace OUT.gguf if it exists")
-    add_json_option(parser)
+    add_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from turbosparse.export.run import export_model, plan_export
     from turbosparse.runtime.texts import HELD_OUT, read_text
 
-    config = _config(args)
+    config = export_config(args)
     plan = plan_export(args.model, config)
     output = args.output or Path(f"{args.model.resolve().stem}-{plan.type_name.lower()}.gguf")
     record: dict[str, Any] = {"output": str(output), "tensors": len(plan.tensors), "bytes": plan.file_bytes()}
@@ -114,27 +69,6 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(record)
     return 0 if check is None or check.passed else 1
-
-
-def _config(args: argparse.Namespace) -> "ExportConfig":
-    from turbosparse.export.draft import TypeChoice
-    from turbosparse.export.run import Bundles, ExportConfig
-
-    types = (args.type, args.down_type, args.embedding_type, args.predictor_type)
-    weights, down, embedding, predictor = (name and name.upper() for name in types)
-    return ExportConfig(
-        types=TypeChoice(weights=weights, down=down, embedding=embedding, predictor=predictor),
-        predictors=args.predictor,
-        thresholds=args.thresholds,
-        name=args.name,
-        allow_untrained=args.allow_untrained,
-        check=args.check,
-        check_tokens=args.tokens,
-        bundles=Bundles(gate_apart=args.gate_apart, hotness_tokens=args.hotness_tokens)
-        if args.layout == "bundled"
-        else None,
-        threads=args.threads,
-    )
 
 
 def _show_plan(plan: "ExportPlan", output: Path, file_bytes: int) -> None:

@@ -48,7 +48,7 @@ def neuron_hotness(
     model = _native.Model(file.path, threads=threads)
     window = min(_WINDOW, model.info.context_length)
     windows = np.split(ids, range(window, len(ids), window))
-    hotness = []
+    hotness: list[NDArray[np.float32]] = []
     captures = Captures(model, windows, memory_bytes=default_memory_bytes())
     for layer, gate, up in captures.layers(progress):
         size = np.abs(gate * up)
@@ -57,5 +57,5 @@ def neuron_hotness(
             needed &= size >= threshold
         if (gate_threshold := file.gate_thresholds(layer)) is not None:
             needed &= np.abs(gate) >= gate_threshold
-        hotness.append(np.mean(needed, axis=0, dtype=np.float32))
+        hotness.append(np.asarray(np.mean(needed, axis=0), np.float32))
     return hotness
