@@ -20,6 +20,7 @@ PARTS = [
     "gate",
     "up",
     "down",
+    "disk",
     "lm_head",
     "barrier",
 ]
@@ -51,7 +52,7 @@ def test_parts_add_up(model: Model, phase: str, other: str) -> None:
     wall = run(session, one_by_one=phase == "decode_ns")
     times = session.counters[phase]
     assert list(times) == PARTS
-    assert all(times[part] > 0 for part in PARTS)
+    assert all(times[part] > 0 for part in PARTS if part != "disk")
     assert sum(times.values()) <= wall
     assert session.counters[other] == dict.fromkeys(PARTS, 0)
     session.reset_counters()

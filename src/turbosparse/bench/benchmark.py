@@ -26,7 +26,7 @@ from turbosparse.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from turbosparse._native import Mode
 
-__all__ = ["BenchConfig", "Row", "bench_model", "cases_of", "runs_per_model"]
+__all__ = ["BenchConfig", "Row", "bench_model", "cases_of", "default_modes", "load_for", "runs_per_model"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ def runs_per_model(config: BenchConfig, path: Path) -> int:
     int
         How often :func:`bench_model` calls ``progress``.
     """
-    modes = len(config.modes or _default_modes(path, config))
+    modes = len(config.modes or default_modes(path, config))
     tests = (config.prompt_tokens > 0) + (config.generated_tokens > 0)
     return (modes + config.against_llama_cpp) * tests * (config.rounds + 1) * len(config.threads)
 
@@ -166,17 +166,8 @@ def bench_model(path: Path, config: BenchConfig, *, progress: Callable[[], None]
         asked for and missing, or cannot read the file.
     """
     for threads in config.threads:
-        file = ModelFile(path)
-        cases = cases_of(path, config, file.integer(f"{file.architecture}.context_length"))
-        context = max(len(case.warm) + len(case.timed) for case in cases)
-        model = _native.Model(
-            str(path),
-            threads=threads,
-            isa=config.isa,
-            memory_budget=config.memory_budget,
-            context=context,
-            io=config.io,
-        )
+        model, cases = load_for(path, config, threads)
+        context = _longest(cases)
         unknown = [mode for mode in config.modes if mode not in model.info.modes]
         if unknown:
             have = ", ".join(model.info.modes)
@@ -184,7 +175,7 @@ def bench_model(path: Path, config: BenchConfig, *, progress: Callable[[], None]
                 f"[bench mode] expected one that {path.name} can run ({have}), got {unknown[0]}"
             )
         runners: list[Runner] = [
-            EngineRunner(model, mode, context) for mode in config.modes or _default_modes(path, config)
+            EngineRunner(model, mode, context) for mode in config.modes or default_modes(path, config)
         ]
         bandwidth = stream_bandwidth(model.threads)
         with contextlib.ExitStack() as stack:
@@ -244,8 +235,58 @@ def _rows(
         )
 
 
-def _default_modes(path: Path, config: BenchConfig) -> "Sequence[Mode]":
-    """All modes; within a budget the one that would run, since sessions share it."""
+def load_for(path: Path, config: BenchConfig, threads: int) -> tuple[_native.Model, list[Case]]:
+    """Load a model so that the tests fit.
+
+    Parameters
+    ----------
+    path : Path
+        Model file.
+    config : BenchConfig
+        What to time.
+    threads : int
+        Of the engine.
+
+    Returns
+    -------
+    _native.Model
+        Within the budget, if there is one.
+    list of Case
+        The tests.
+    """
+    file = ModelFile(path)
+    cases = cases_of(path, config, file.integer(f"{file.architecture}.context_length"))
+    model = _native.Model(
+        str(path),
+        threads=threads,
+        isa=config.isa,
+        memory_budget=config.memory_budget,
+        context=_longest(cases),
+        io=config.io,
+    )
+    return model, cases
+
+
+def _longest(cases: Sequence[Case]) -> int:
+    """Tokens of the longest test."""
+    return max(len(case.warm) + len(case.timed) for case in cases)
+
+
+def default_modes(path: Path, config: BenchConfig) -> "Sequence[Mode]":
+    """Choose what to time where no mode is asked for.
+
+    Parameters
+    ----------
+    path : Path
+        Model file.
+    config : BenchConfig
+        With a memory budget or without.
+
+    Returns
+    -------
+    sequence of {"dense", "exact", "threshold", "predicted"}
+        All modes; within a budget the one that would run, since sessions share it.
+    """
     modes = ModelFile(path).modes
     return [preferred_mode(modes)] if config.memory_budget else modes
 

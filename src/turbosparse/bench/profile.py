@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from turbosparse import _native
-from turbosparse.bench.benchmark import BenchConfig, cases_of
+from turbosparse.bench.benchmark import BenchConfig, default_modes, load_for
 
 if TYPE_CHECKING:
     from turbosparse._native import Mode
     from turbosparse.bench.rounds import Case
 
 __all__ = ["Profile", "profile_model"]
+
+# Parts that are left out where they took no time: most models have no router, and neurons in memory.
+_WHERE_THERE_IS_ONE = ("router", "disk")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,9 +53,9 @@ def profile_model(path: Path, config: BenchConfig) -> Iterator[Profile]:
         Per thread count, test and mode.
     """
     for threads in config.threads:
-        model = _native.Model(str(path), threads=threads, isa=config.isa)
-        for case in cases_of(path, config, model.info.context_length):
-            for mode in config.modes or model.info.modes:
+        model, cases = load_for(path, config, threads)
+        for case in cases:
+            for mode in config.modes or default_modes(path, config):
                 rounds = [_parts(model, case, mode) for _ in range(config.rounds)]
                 yield Profile(
                     model=path.stem,
@@ -60,7 +63,9 @@ def profile_model(path: Path, config: BenchConfig) -> Iterator[Profile]:
                     test=case.name,
                     mode=mode,
                     us_per_token={
-                        part: statistics.median(times[part] for times in rounds) for part in rounds[0]
+                        part: statistics.median(times[part] for times in rounds)
+                        for part in rounds[0]
+                        if part not in _WHERE_THERE_IS_ONE or any(times[part] for times in rounds)
                     },
                 )
 

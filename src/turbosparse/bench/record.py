@@ -137,8 +137,8 @@ def profile_table(profiles: Sequence[Profile]) -> str:
     if len({profile.model for profile in profiles}) > 1:
         names = [f"{profile.model} {name}" for profile, name in zip(profiles, names, strict=True)]
     lines: list[tuple[str, ...]] = [("us per token", *names)]
-    for part in profiles[0].us_per_token:
-        times = [profile.us_per_token[part] for profile in profiles]
+    for part in max((profile.us_per_token for profile in profiles), key=len):
+        times = [profile.us_per_token.get(part, 0.0) for profile in profiles]
         cells = [f"{time:.1f} ({time / total:.0%})" for time, total in zip(times, sums, strict=True)]
         lines.append((part, *cells))
     return _markdown([*lines, ("sum", *(f"{total:.1f}" for total in sums))])
