@@ -48,6 +48,7 @@ Model::Model(const std::string& path, int threads, const std::string& isa, Weigh
         std::make_unique<NeuronStore>(mutable_weights.bundles->layout, mutable_weights.bundles->ffns, pool);
   }
   if (store && store->resident()) mutable_weights.take_neurons(*store);
+  if (memory.budget > 0) file->release_all();  // what was copied from the mapping is held already
 }
 
 /// Finds out whether all neurons fit into the budget, and what of them else.

@@ -18,7 +18,7 @@ from turbosparse.bench.runners import EngineRunner, LlamaCppRunner, Runner
 from turbosparse.bench.shapes import SYNTHETIC
 from turbosparse.errors import ConfigError
 from turbosparse.runtime.engine import preferred_mode
-from turbosparse.runtime.memory import peak_resident_bytes
+from turbosparse.runtime.memory import forget_peak, peak_resident_bytes
 from turbosparse.runtime.model_file import ModelFile
 from turbosparse.runtime.texts import HELD_OUT, read_text
 from turbosparse.tokenizer import Tokenizer
@@ -115,7 +115,7 @@ class Row:
     disk_wait_ratio: float | None
     """Share of the time that threads waited for the disk."""
     peak_resident_bytes: int | None
-    """Of the process, Python and all it did before included; None without a budget."""
+    """Of the process while it was timed, Python included; None without a budget."""
     synthetic: bool
     """Random weights: the speed is measured, and nothing else means anything."""
     isa: str
@@ -178,13 +178,15 @@ def bench_model(path: Path, config: BenchConfig, *, progress: Callable[[], None]
             EngineRunner(model, mode, context) for mode in config.modes or default_modes(path, config)
         ]
         bandwidth = stream_bandwidth(model.threads)
+        forget_peak()  # that of measuring the bandwidth
         with contextlib.ExitStack() as stack:
             if config.against_llama_cpp:
                 baseline = _baseline_path(path, config, model.info)
                 runners.append(stack.enter_context(LlamaCppRunner(baseline, model.threads, context)))
             timings = alternate(runners, cases, config.rounds, progress=progress)
+            peak = peak_resident_bytes() if config.memory_budget else None
             bandwidth = max(bandwidth, stream_bandwidth(model.threads))
-        yield from _rows(path, config, model, timings, bandwidth)
+        yield from _rows(path, config, model, timings, bandwidth, peak)
 
 
 def _rows(
@@ -193,6 +195,7 @@ def _rows(
     model: _native.Model,
     timings: Sequence[Timing],
     bandwidth: float,
+    peak: int | None,
 ) -> Iterator[Row]:
     for timing in timings:
         peers = [other for other in timings if other.case is timing.case]
@@ -228,7 +231,7 @@ def _rows(
             hit_ratio=usage.hit_ratio if usage else None,
             disk_bytes_per_token=usage.disk_bytes_per_token if usage else None,
             disk_wait_ratio=usage.disk_wait_ratio if usage else None,
-            peak_resident_bytes=peak_resident_bytes() if ours and config.memory_budget else None,
+            peak_resident_bytes=peak if ours else None,
             synthetic=file.name.startswith(SYNTHETIC),
             isa=model.isa if ours else "",
             rounds_tok_per_s=timing.tok_per_s,

@@ -1,11 +1,12 @@
 """How much memory the engine may take: sizes as people write them, and what the machine has free."""
 
+import contextlib
 import re
 from pathlib import Path
 
 from turbosparse.errors import ConfigError
 
-__all__ = ["AUTO", "automatic_budget", "free_memory", "parse_size", "peak_resident_bytes"]
+__all__ = ["AUTO", "automatic_budget", "forget_peak", "free_memory", "parse_size", "peak_resident_bytes"]
 
 AUTO = "auto"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -83,8 +84,14 @@ def automatic_budget() -> int:
     return max(1, min(free * 9 // 10, free - _RESERVE))
 
 
+def forget_peak() -> None:
+    """Let `peak_resident_bytes` begin anew; without effect where the system has no way to do so."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
 def peak_resident_bytes() -> int:
-    """Say how much memory this process has had at most.
+    """Say how much memory this process has had at most, since it began or `forget_peak`.
 
     Returns
     -------
