@@ -14,8 +14,7 @@
 namespace turbosparse {
 namespace {
 
-constexpr std::size_t kThreads =
-    16;  // asleep nearly always; the disk has no use for more (docs/experiments.md)
+constexpr std::size_t kThreads = 16;  // asleep nearly always
 constexpr std::size_t kDepth = 64;
 
 class PreadReader final : public DiskReader {
