@@ -121,10 +121,13 @@ def _weights(config: HFConfig, files: WeightFiles) -> list[Weight]:
     used = {"lm_head.weight"} if config.tied_embeddings else set()
     for source in sources.values():
         for name in source.names:
-            if shapes.get(name) != source.shape:
+            if name not in shapes:
                 raise ModelFileError(
-                    f"[{files.path}: {name}] expected a tensor of shape {source.shape}, "
-                    f"got {shapes.get(name, 'none')}"
+                    f"[{files.path}: {name}] expected a tensor of shape {source.shape}, got none"
+                )
+            if shapes[name] != source.shape:
+                raise ModelFileError(
+                    f"[{files.path}: {name}] expected shape {source.shape}, got {shapes[name]}"
                 )
             used.add(name)
     unused = sorted(name for name in shapes if name not in used and not name.endswith(_BUFFERS))

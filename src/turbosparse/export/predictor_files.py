@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,9 +60,11 @@ def with_predictors(draft: Draft, directory: Path) -> Draft:
     found = _by_ffn(files, len(groups[0][0].ffns))
     expected = {ffn for layer in groups for group in layer for ffn in group.ffns}
     if set(found) != expected:
+        experts = any(group.fused for layer in groups for group in layer)
+        got: list[Any] = sorted(found) if experts else [layer for layer, _ in sorted(found)]
         raise ConfigError(
-            f"[{files.path}] expected a predictor for each of {len(expected)} layers or experts, got "
-            f"{len(found)}{': ' + str(sorted(found))[:60] if found else ''}"
+            f"[{files.path}] expected a predictor for each of {len(expected)} "
+            f"{'experts' if experts else 'layers'}, got {len(got)}{': ' + str(got)[:60] if got else ''}"
         )
     weights, thresholds = [], []
     for group in (group for layer in groups for group in layer):
