@@ -215,7 +215,7 @@ def test_hot_neurons_as_floats_are_refused(source: ModelFile, tmp_path: Path) ->
     ("key", "value", "text"),
     [
         ("threshold", StoredValue("float32[]", [0.0]), "array of 2 finite float32, one per layer, got 1"),
-        ("threshold", StoredValue("float32[]", [0.0, math.inf]), "got NaN or Inf for layer 1"),
+        ("threshold", StoredValue("float32[]", [0.0, math.inf]), "got NaN or Inf at 1"),
         ("threshold", StoredValue("float32", 0.0), "got another kind of value"),
         ("threshold", None, "got no such key"),
         ("kind", StoredValue("string", "magic"), "expected low_rank or sign, got magic"),
