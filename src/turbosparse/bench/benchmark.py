@@ -357,7 +357,11 @@ def _baseline_path(path: Path, config: BenchConfig, info: _native.ModelInfo) -> 
 
 def _file_ffn_types(tensors: Sequence[_native.GgufTensor]) -> list[str]:
     return sorted(
-        {tensor.type_name for tensor in tensors if ".ffn_" in tensor.name and len(tensor.shape) == 2}
+        {
+            tensor.type_name
+            for tensor in tensors
+            if ".ffn_" in tensor.name and len(tensor.shape) > 1 and "_gate_inp" not in tensor.name
+        }
     )
 
 
