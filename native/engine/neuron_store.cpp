@@ -11,8 +11,10 @@ namespace {
 
 /// Of the neurons that have room, the share that stays for good. The others follow the text.
 constexpr double kPinnedShare = 0.5;
-/// What a stripe is read in.
+/// A stripe is read in pieces of at least so many bytes, and at most so many pieces: two stripes are on their
+/// way at once, and every reader takes twice as many.
 constexpr std::size_t kStripeRead = std::size_t{256} << 10;
+constexpr std::size_t kStripeReads = 24;
 /// Reads on their way, at most: buffers for them.
 constexpr std::size_t kMostReads = 128;
 
@@ -77,7 +79,7 @@ NeuronStore::NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, Thre
   cache_ = SlotCache(all, slots);
   io_memory_ = io_.take(io_bytes(layout_));
   misses_.reserve(count(token_neurons));
-  reads_.reserve(std::max(kMostReads, count(kStripe) * layout_.file_bytes / kStripeRead + 1));
+  reads_.reserve(kMostReads);
   for (std::size_t buffer = 0; buffer < std::min(kMostReads, reader_->depth()); ++buffer) {
     free_buffers_.push_back(buffer);
   }
@@ -294,9 +296,11 @@ void NeuronStore::start_stripe(std::int64_t index) {
   const auto buffer = count(index % kStripes);
   std::byte* to = io_memory_ + buffer * count(kStripe) * layout_.file_bytes;
   reads_.clear();
-  for (std::size_t at = 0; at < bytes; at += kStripeRead) {
+  const std::size_t blocks = (bytes / kStripeReads + kDiskBlock) / kDiskBlock;
+  const std::size_t piece = std::max(kStripeRead, blocks * kDiskBlock);
+  for (std::size_t at = 0; at < bytes; at += piece) {
     reads_.push_back({.offset = f.bundles.offset + count(first) * layout_.file_bytes + at,
-                      .bytes = std::min(kStripeRead, bytes - at),
+                      .bytes = std::min(piece, bytes - at),
                       .to = to + at,
                       .tag = buffer});
   }

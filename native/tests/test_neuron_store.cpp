@@ -1,6 +1,8 @@
 // Neurons on disk: the numbers of an engine with everything in memory, whatever comes first; and a disk that
 // fails while a token is computed, after which everybody can go on.
+#include <algorithm>
 #include <cerrno>
+#include <deque>
 #include <filesystem>
 #include <fstream>
 #include <string>
@@ -135,6 +137,56 @@ void test_faults() {
   }
 }
 
+/// Reads nothing; says how many reads were on their way at once.
+class CountingReader final : public DiskReader {
+ public:
+  explicit CountingReader(std::shared_ptr<std::size_t> most) : most_(std::move(most)) {}
+  const char* name() const override { return "counting"; }
+  std::size_t depth() const override { return 64; }
+  void start(std::span<const DiskRead> reads) override {
+    for (const DiskRead& read : reads) {
+      waiting_.push_back(read);
+      CHECK(read.offset % 4096 == 0 && read.bytes % 4096 == 0, "offset %zu", std::size_t{read.offset});
+    }
+    *most_ = std::max(*most_, waiting_.size());
+  }
+  std::size_t wait(std::span<DiskDone> done) override {
+    std::size_t count = 0;
+    for (; count < done.size() && !waiting_.empty(); ++count, waiting_.pop_front()) {
+      done[count] = {waiting_.front().tag, 0};
+    }
+    return count;
+  }
+
+ private:
+  std::shared_ptr<std::size_t> most_;
+  std::deque<DiskRead> waiting_;
+};
+
+/// However large its neurons are, an FFN that is streamed does not ask for more than a reader takes.
+void test_reads_on_their_way() {
+  ThreadPool pool(1);
+  for (const std::int64_t cols : {512, 1000, 4096}) {  // F32: 6 to 48 KiB per neuron
+    BundleLayout layout{.parts = {}, .cols = cols, .cluster = 1};
+    for (BundleLayout::Part& part : layout.parts) {
+      part = {.there = true, .type = WeightType::kF32, .offset = layout.bytes};
+      layout.bytes += static_cast<std::size_t>(cols) * sizeof(float);
+    }
+    layout.file_bytes = (layout.bytes + 4095) / 4096 * 4096;
+    const std::int64_t neurons = 3 * NeuronStore::kStripe + 32;
+    const std::vector<FfnBundles> ffns{{.offset = 8192, .data = {}, .neurons = neurons, .hotness = {}}};
+    const auto most = std::make_shared<std::size_t>(0);
+    const StoreRoom room{NeuronStore::minimum_bytes(layout, ffns, 32), 0};
+    NeuronStore store(layout, ffns, pool, 32, room, nullptr, std::make_unique<CountingReader>(most));
+    store.stream(0);
+    std::int64_t bytes = 0;
+    for (std::int64_t index = 0; index < 4; ++index) bytes += store.stripe(index);
+    CHECK(bytes == neurons * static_cast<std::int64_t>(layout.file_bytes), "%ld bytes",
+          static_cast<long>(bytes));
+    CHECK(*most > 0 && *most <= 64, "%ld columns: %zu reads at once", static_cast<long>(cols), *most);
+  }
+}
+
 void test_budget() {
   const TempModel file;
   const auto load = [&](std::size_t budget) {
@@ -168,6 +220,7 @@ void test_budget() {
 int main() {
   turbosparse::test_same_numbers();
   turbosparse::test_faults();
+  turbosparse::test_reads_on_their_way();
   turbosparse::test_budget();
   return turbosparse::test::report();
 }

@@ -88,6 +88,8 @@ def test_on_disk_equals_in_memory(plain: Path, bundles: Path, io: str) -> None:
     try:
         disk = _native.Model(str(bundles), memory_budget=least_budget(bundles), context=CONTEXT, io=io)
     except ConfigError as error:
+        if io != "io_uring":  # the one that a kernel may forbid
+            raise
         pytest.skip(str(error))
     assert disk.info.memory is not None and disk.info.memory["io"] == io
     memory = _native.Model(str(plain))

@@ -337,7 +337,7 @@ def quick_recipe(texts: Sequence[str], tokens: int, settings: Sequence[str] = ()
                 "name": "distillation",
                 "tokens": tokens,
                 "loss": {"logits": 1.0},
-                "learning_rate": 2.5e-4,
+                "learning_rate": 5e-4,
                 "beta2": 0.99,
                 "batch_sequences": 8,
                 "trainable": "all_but_embeddings",
