@@ -128,8 +128,13 @@ class StageTrainer(Trainer):
                 expected = self.teacher(**model_inputs, output_hidden_states=loss.hidden_states > 0)
             parts |= self._teacher_losses(outputs, expected, learnt, per_item)
         if loss.next_token:
-            logits = outputs.logits[:, :-1][learnt].float()
-            cross_entropy = functional.cross_entropy(logits, labels[learnt], reduction="sum")
+            # All positions: picking those with a label would copy logits and scatter gradients.
+            cross_entropy = functional.cross_entropy(
+                outputs.logits.flatten(0, 1).float(),
+                functional.pad(labels, (0, 1), value=IGNORED_LABEL).flatten(),
+                ignore_index=IGNORED_LABEL,
+                reduction="sum",
+            )
             parts["next_token"] = (loss.next_token, cross_entropy * per_item)
         l1, ffn_error, layer_errors = self.probes.take_losses()
         if l1 is not None:
