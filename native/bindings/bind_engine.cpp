@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <chrono>
 #include <filesystem>
 #include <memory>
@@ -97,12 +98,35 @@ const bool* checked_mask(const std::optional<Mask>& mask, const ModelConfig& con
   return mask->data();
 }
 
+/// Asks Python which neurons to compute.
+Choose python_choice(const nb::object& choose, const ModelConfig& config) {
+  if (choose.is_none()) return {};
+  const auto neurons = static_cast<std::size_t>(config.layer_neurons());
+  return [&choose, neurons](std::int64_t layer, std::int64_t tokens, const float* gate, const float* up,
+                            bool* kept) {
+    using View = nb::ndarray<nb::numpy, const float, nb::ndim<2>>;
+    using Chosen = nb::ndarray<const bool, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+    const nb::gil_scoped_acquire gil;
+    const auto T = static_cast<std::size_t>(tokens);
+    const nb::object found = choose(layer, View(gate, {T, neurons}), View(up, {T, neurons}));  // copies
+    Chosen mask;
+    if (!nb::try_cast(found, mask) || mask.shape(0) != T || mask.shape(1) != neurons) {
+      throw ConfigError("[choose] expected a bool array of shape (" + std::to_string(T) + ", " +
+                        std::to_string(neurons) + "), got something else");
+    }
+    std::copy_n(mask.data(), T * neurons, kept);
+  };
+}
+
 Floats forward(Session& self, const Ids& ids, const std::string& mode, const std::string& logits,
-               const nb::object& should_stop, const std::optional<Mask>& candidates) {
+               const nb::object& should_stop, const std::optional<Mask>& candidates,
+               const nb::object& choose) {
   const WantedLogits wanted = parse_wanted_logits(logits);
+  if (candidates && !choose.is_none()) throw ConfigError("[forward] expected candidates or choose, got both");
   const ForwardOptions options{.mode = parse_mode(mode),
                                .logits = wanted,
                                .candidates = checked_mask(candidates, self.model().config, ids.shape(0)),
+                               .choose = python_choice(choose, self.model().config),
                                .between_layers = signal_check(),
                                .between_chunks = stop_check(should_stop)};
   const std::int64_t rows = Session::logit_rows(wanted, static_cast<std::int64_t>(ids.shape(0)));
@@ -223,7 +247,7 @@ void bind_engine(nb::module_& m) {
       .def("truncate", &Session::truncate, nb::arg("position"))
       .def("forward", &forward, nb::arg("ids"), nb::kw_only(), nb::arg("mode") = "dense",
            nb::arg("logits") = "last", nb::arg("should_stop") = nb::none(),
-           nb::arg("candidates") = nb::none())
+           nb::arg("candidates") = nb::none(), nb::arg("choose") = nb::none())
       .def("capture", &capture, nb::arg("ids"), nb::arg("layers"))
       .def_prop_rw("profiling", &Session::profiling, &Session::set_profiling)
       .def_prop_ro("counters", &counters)

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <numeric>
+#include <optional>
 #include <utility>
 
 #include "util/error.h"
@@ -73,6 +74,21 @@ class Session::Guard {
   std::int64_t position_;
   Counters counters_;
   bool done_ = false;
+};
+
+/// One layer whose neurons are chosen from outside.
+struct Session::ChosenNeurons {
+  ChosenNeurons(const ModelConfig& config, std::int64_t T)
+      : gate(static_cast<std::size_t>(T * config.layer_neurons())),
+        up(gate.size()),
+        input(static_cast<std::size_t>(T * config.hidden_size)),
+        residual(input.size()),
+        kept(std::make_unique<bool[]>(gate.size())),
+        captures(static_cast<std::size_t>(config.num_hidden_layers)) {}
+  std::vector<float> gate, up;         // [T, F]
+  std::vector<float> input, residual;  // [T, D]
+  std::unique_ptr<bool[]> kept;        // [T, F]
+  std::vector<Capture> captures;       // per layer
 };
 
 Session::Reservation::Reservation(const Model& model, std::int64_t context)
@@ -156,7 +172,7 @@ Scratch& Session::scratch(std::int64_t tokens) {
 
 void Session::forward(std::span<const std::int32_t> ids, const ForwardOptions& options, float* logits) {
   Guard guard(*this);
-  check(ids, options.mode, options.candidates != nullptr);
+  check(ids, options.mode, options.candidates != nullptr || options.choose);
   const auto tokens = static_cast<std::int64_t>(ids.size());
   for (std::int64_t begin = 0; begin < tokens; begin += kChunk) {
     if (options.between_chunks) options.between_chunks();
@@ -175,10 +191,10 @@ void Session::forward(std::span<const std::int32_t> ids, const ForwardOptions& o
     std::int64_t first_logit = T;
     if (options.logits == WantedLogits::kAll) first_logit = 0;
     if (options.logits == WantedLogits::kLast && last) first_logit = T - 1;
-    if (tokens == 1) {
+    if (tokens == 1 && !options.choose) {
       run_decode(step, first_logit == 0 ? logits : nullptr);
     } else {
-      run_batch(step, first_logit, logits, options.between_layers);
+      run_batch(step, first_logit, logits, options.between_layers, options.choose);
     }
     finish(step, logits, T - first_logit);
     if (options.logits == WantedLogits::kAll) logits += T * model_->config.vocab_size;
@@ -211,7 +227,7 @@ void Session::capture(std::span<const std::int32_t> ids, std::span<const Capture
               .captures = captures,
               .profiled = profiling_};
     begin_step(step, ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(T)));
-    run_batch(step, T, nullptr, between_layers);
+    run_batch(step, T, nullptr, between_layers, {});
     finish(step, nullptr, 0);
   }
   guard.done();
@@ -234,16 +250,44 @@ void Session::run_decode(Step& step, float* logits) {
   }
 }
 
+void Session::run_layer(Step& step, std::int64_t layer) {
+  model_->pool.run([&](int index) noexcept {
+    step.thread(index).watch.start(step.profiled);
+    batch_layer(step, layer, index);
+    if (index == 0) take_disk_error(step);
+  });
+  if (!step.disk_error.empty()) throw EngineError(step.disk_error);
+}
+
+/// Computes a layer with all neurons, asks which of them count, and leaves the step as it was but for these
+/// as candidates.
+void Session::choose_neurons(Step& step, std::int64_t layer, const Choose& choose, ChosenNeurons& chosen) {
+  Scratch& s = step.scratch;
+  const LayerCounts counted = step.counts[static_cast<std::size_t>(layer)];
+  const Mode mode = step.mode;
+  std::copy_n(s.x.data(), chosen.input.size(), chosen.input.data());
+  chosen.captures[static_cast<std::size_t>(layer)] = {
+      .gate = chosen.gate.data(), .up = chosen.up.data(), .residual = chosen.residual.data()};
+  step.captures = chosen.captures;
+  step.mode = Mode::kDense;
+  run_layer(step, layer);
+  choose(layer, step.T, chosen.gate.data(), chosen.up.data(), chosen.kept.get());
+  step.mode = mode;
+  step.captures = {};
+  step.given = {.mask = chosen.kept.get()};  // 0 tokens: of this layer alone
+  std::copy_n(chosen.input.data(), chosen.input.size(), s.x.data());
+  step.counts[static_cast<std::size_t>(layer)] = counted;
+  chosen.captures[static_cast<std::size_t>(layer)] = {};
+}
+
 void Session::run_batch(Step& step, std::int64_t first_logit, float* logits,
-                        const std::function<void()>& between_layers) {
+                        const std::function<void()>& between_layers, const Choose& choose) {
+  std::optional<ChosenNeurons> chosen;
+  if (choose) chosen.emplace(model_->config, step.T);
   for (std::int64_t layer = 0; layer < model_->config.num_hidden_layers; ++layer) {
     if (between_layers) between_layers();
-    model_->pool.run([&](int index) noexcept {
-      step.thread(index).watch.start(step.profiled);
-      batch_layer(step, layer, index);
-      if (index == 0) take_disk_error(step);
-    });
-    if (!step.disk_error.empty()) throw EngineError(step.disk_error);
+    if (choose) choose_neurons(step, layer, choose, *chosen);
+    run_layer(step, layer);
   }
   if (first_logit != step.T) {
     model_->pool.run([&](int index) noexcept {

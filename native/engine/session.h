@@ -19,11 +19,19 @@ enum class WantedLogits : std::uint8_t { kNone = 0, kLast, kAll };
 /// Throws ConfigError for an unknown name.
 WantedLogits parse_wanted_logits(const std::string& name);
 
+/// Given a layer and f(gate) and g(up) of T tokens, each [T, neurons of a layer], writes which neurons are
+/// computed.
+using Choose = std::function<void(std::int64_t layer, std::int64_t tokens, const float* gate, const float* up,
+                                  bool* kept)>;
+
 struct ForwardOptions {
   Mode mode = Mode::kDense;
   WantedLogits logits = WantedLogits::kLast;
   /// Candidates of predicted mode that replace the predictor's: [layers, tokens, F], or null.
   const bool* candidates = nullptr;
+  /// Chooses the candidates while layers are computed, each of which costs twice then. Called on the caller's
+  /// thread; what it throws leaves forward, with the cache rolled back.
+  Choose choose = {};
   /// Called on the caller's thread, between layers of many tokens and between chunks of tokens. What they
   /// throw leaves forward, with the cache rolled back.
   std::function<void()> between_layers = {};
@@ -82,6 +90,7 @@ class Session {
 
  private:
   class Guard;
+  struct ChosenNeurons;
   /// A session's part of the memory budget, as long as it lives.
   class Reservation {
    public:
@@ -96,8 +105,10 @@ class Session {
   };
   void check(std::span<const std::int32_t> ids, Mode mode, bool given_candidates) const;
   void run_decode(Step& step, float* logits);
+  void run_layer(Step& step, std::int64_t layer);
+  void choose_neurons(Step& step, std::int64_t layer, const Choose& choose, ChosenNeurons& chosen);
   void run_batch(Step& step, std::int64_t first_logit, float* logits,
-                 const std::function<void()>& between_layers);
+                 const std::function<void()>& between_layers, const Choose& choose);
   void finish(const Step& step, const float* logits, std::int64_t rows);
   Scratch& scratch(std::int64_t tokens);
   void add_times(PartTimes& times);

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Mode = Literal["dense", "exact", "threshold", "predicted"]
+Choose = Callable[[int, NDArray[np.float32], NDArray[np.float32]], NDArray[np.bool_]]
 
 class GgufTensor:
     """One tensor of a model file: where it lies and what it is."""
@@ -151,6 +152,7 @@ class Session:
         logits: Literal["none", "last", "all"] = "last",
         should_stop: Callable[[], bool] | None = None,
         candidates: NDArray[np.bool_] | None = None,
+        choose: Choose | None = None,
     ) -> NDArray[np.float32]:
         """Appends tokens and returns logits, shape (0 | 1 | len(ids), vocab_size).
 
@@ -158,7 +160,9 @@ class Session:
         the cache rolled back), and `should_stop` between chunks. A mode defines the function that is
         computed, one token or many at a time: thresholds and predictors apply in prefill too. In mode
         predicted, `candidates`, shape (layers, len(ids), F), takes the predictor's place, which the file
-        need not have then.
+        need not have then; or `choose` does, which is given a layer, f(gate) and g(up), each [T, F], as they
+        are with what was left out of the layers before, and returns which neurons are computed, bool [T, F].
+        Every layer is computed twice for it.
         Raises ContextLengthError, ConfigError (unknown mode, id out of range), ModelFileError (mode that the
         file cannot run), EngineError (NaN or Inf in the logits, named by layer where it began).
         """

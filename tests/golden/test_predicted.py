@@ -150,6 +150,45 @@ def test_given_candidates_replace_the_predictor(tmp_path: Path) -> None:
         session.forward(IDS, mode="exact", candidates=mask)
 
 
+@pytest.mark.parametrize("pieces", [1, len(IDS)])
+@pytest.mark.parametrize("gated", [True, False])
+def test_neurons_chosen_layer_by_layer(tmp_path: Path, gated: bool, pieces: int) -> None:
+    """The choice sees what was left out before, so choosing as the thresholds do is the threshold mode."""
+    settings = {"activation": "silu", "predictor": None, "gated": gated, "threshold": 0.1}
+    path = model_with(tmp_path / "m.gguf", **settings)
+    plain = model_with(tmp_path / "plain.gguf", **{**settings, "threshold": None})
+    seen: list[int] = []
+
+    def choose(layer: int, gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.bool_]:
+        seen.append(layer)
+        kept: NDArray[np.bool_] = np.abs(gate * up) >= np.float32(0.1)
+        return kept
+
+    model = Model(str(plain), threads=2)
+    session, expected = model.session(64), Model(str(path), threads=2).session(64)
+    for ids in np.split(IDS, pieces):
+        logits = session.forward(ids, mode="predicted", logits="all", choose=choose)
+        assert distance(logits, expected.forward(ids, mode="threshold", logits="all")) < 1e-6
+    assert seen == list(range(model.info.num_hidden_layers)) * pieces
+    assert session.counters["active"] == expected.counters["active"]
+    assert 0 < sum(session.counters["active"]) < 0.9 * len(IDS) * 160 * len(expected.counters["active"])
+
+
+def test_a_choice_that_cannot_be(tmp_path: Path) -> None:
+    session = Model(str(model_with(tmp_path / "m.gguf"))).session(64)
+
+    def fails(layer: int, gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.bool_]:
+        raise KeyError(layer)
+
+    with pytest.raises(KeyError):
+        session.forward(IDS, mode="predicted", choose=fails)
+    with pytest.raises(ConfigError, match=r"\[choose\] expected a bool array of shape \(24, 160\), got some"):
+        session.forward(IDS, mode="predicted", choose=lambda layer, gate, up: gate[1:] > 0)
+    with pytest.raises(ConfigError, match=r"\[candidates\] expected mode predicted, got dense"):
+        session.forward(IDS, mode="dense", choose=fails)
+    assert session.position == 0
+
+
 def test_recall_and_precision_are_counted(tmp_path: Path) -> None:
     path = model_with(tmp_path / "m.gguf", threshold=0.1, gate_threshold=0.05)
     _, trace = reference(path)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +20,6 @@ from turbosparse.runtime.perplexity import second_half
 from turbosparse.runtime.sparse_file import SparseDraft, down_t
 from turbosparse.sparsity.selection import NormThresholds, Selection
 from turbosparse.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from turbosparse._native import Mode
 
 __all__ = ["MeasuredFile"]
 
@@ -242,22 +239,19 @@ class MeasuredFile:
 
         Notes
         -----
-        Thresholds on norms are the engine's own. Any other selection chooses by the activations of the model
-        computed whole, since the engine takes its choice for all layers beforehand; what is left out of one
-        layer does not change the choice of the next.
+        Thresholds on norms are the engine's own. Any other selection is asked layer by layer, and sees what
+        was left out of the layers before.
         """
-        native = selection is None or isinstance(selection, NormThresholds)
-        candidates = None if native else self._chosen(window, selection)
-        session = self._session_of(self._drafted_model(selection if native else _NO_THRESHOLDS), len(window))
-        mode: Mode = "predicted" if candidates is not None else "dense" if selection is None else "threshold"
-        yield from second_half(session, window, mode, candidates=candidates)
+        if selection is None or isinstance(selection, NormThresholds):
+            session = self._session_of(self._drafted_model(selection), len(window))
+            yield from second_half(session, window, "dense" if selection is None else "threshold")
+            return
 
-    def _chosen(self, window: NDArray[np.int32], selection: Selection | None) -> NDArray[np.bool_]:
-        """What a selection keeps of the window's dense activations, [layers, T, F]."""
-        assert selection is not None
-        keeper = _Keeper(selection, (len(self.units), len(window), self._info.intermediate_size))
-        self.capture(window, keeper)
-        return keeper.kept
+        def _choose(layer: int, gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.bool_]:
+            return selection.kept(layer, gate, gate * up)
+
+        session = self._session_of(self._drafted_model(_NO_THRESHOLDS), len(window))
+        yield from second_half(session, window, "predicted", choose=_choose)
 
     def close(self) -> None:
         """Remove the draft."""
@@ -289,20 +283,6 @@ class MeasuredFile:
                 )
             self._drafted = selection, self._draft.load(self._threads)
         return self._drafted[1]
-
-
-class _Keeper:
-    """Writes down what a selection keeps."""
-
-    def __init__(self, selection: Selection, shape: tuple[int, int, int]) -> None:
-        self.kept = np.zeros(shape, np.bool_)
-        self._selection = selection
-        self._done = [0] * shape[0]
-
-    def on_ffn(self, unit: int, gate: NDArray[np.float32], up: NDArray[np.float32]) -> None:
-        begin = self._done[unit]
-        self._done[unit] = begin + len(gate)
-        self.kept[unit, begin : self._done[unit]] = self._selection.kept(unit, gate, gate * up)
 
 
 def _layer_thresholds(selection: NormThresholds, layers: int, neurons: int) -> list[_Thresholds]:

@@ -21,7 +21,7 @@ from turbosparse.runtime.prefix_cache import active_per_layer, active_ratio
 from turbosparse.sparsity.quality import cut_windows, log_softmax
 
 if TYPE_CHECKING:
-    from turbosparse._native import Mode, Model, Session
+    from turbosparse._native import Choose, Mode, Model, Session
 
 __all__ = ["ModeComparison", "PerplexityResult", "compare_modes", "perplexity", "second_half"]
 
@@ -234,7 +234,7 @@ def second_half(
     window: NDArray[np.int32],
     mode: "Mode",
     *,
-    candidates: NDArray[np.bool_] | None = None,
+    choose: "Choose | None" = None,
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32]]]:
     """Predict the second half of a window, which is what counts.
 
@@ -246,8 +246,9 @@ def second_half(
         Token ids.
     mode : {"dense", "exact", "threshold", "predicted"}
         How the feed-forward layers are computed.
-    candidates : bool, shape (layers, T, F), optional
-        In mode predicted, what takes the place of predictors.
+    choose : callable, optional
+        In mode predicted, what takes the place of predictors: given a layer, f(gate) and g(up), each float32
+        of shape (n, F), returns which neurons are computed, bool of the same shape.
 
     Yields
     ------
@@ -256,12 +257,8 @@ def second_half(
     """
     first = len(window) // 2
     session.truncate(0)
-
-    def _given(begin: int, end: int) -> NDArray[np.bool_] | None:
-        return None if candidates is None else np.ascontiguousarray(candidates[:, begin:end])
-
-    session.forward(window[:first], mode=mode, logits="none", candidates=_given(0, first))
+    session.forward(window[:first], mode=mode, logits="none", choose=choose)
     for start in range(first, len(window) - 1, _CHUNK):
         end = min(start + _CHUNK, len(window) - 1)
-        logits = session.forward(window[start:end], mode=mode, logits="all", candidates=_given(start, end))
+        logits = session.forward(window[start:end], mode=mode, logits="all", choose=choose)
         yield logits, window[start + 1 : end + 1]
