@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from lm_eval.api.instance import Instance
 
+from tests.measure.twins import make_twins
+from tests.tiny_hf import make_tokenizer
 from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse.bench.harness_model import EngineHarnessModel
+from turbosparse.bench.harness_torch import harness_around
 from turbosparse.bench.tasks import OPEN_LLM_TASKS, TaskSettings, evaluate
 from turbosparse.cli.main import main
 from turbosparse.errors import ConfigError
@@ -47,11 +50,16 @@ def model(path: Path) -> Model:
 
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    data = tmp_path / "questions.jsonl"
+    return write_task(tmp_path, monkeypatch)
+
+
+def write_task(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the task "tiny", on data beside it."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
+    data = folder / "questions.jsonl"
     data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS), encoding="utf-8")
-    (tmp_path / "tiny.yaml").write_text(TASK.format(data=data), encoding="utf-8")
-    return tmp_path
+    (folder / "tiny.yaml").write_text(TASK.format(data=data), encoding="utf-8")
+    return folder
 
 
 def request(kind: Any, *arguments: Any) -> Instance:
@@ -78,6 +86,23 @@ def test_likelihoods_are_the_engines(model: Model, mode: Any) -> None:
         expected = direct(model, ids, whole[len(ids) :], mode)
         assert likelihood == pytest.approx(expected[0], abs=1e-4)
         assert is_greedy == expected[1]
+
+
+def test_likelihoods_are_those_of_the_harness_in_torch(tmp_path: Path) -> None:
+    """The same F32 weights in its own Hugging Face backend."""
+    twin = make_twins(tmp_path / "twin.gguf")
+    theirs = harness_around(twin.model, make_tokenizer(), batch_size=3)
+    ours = EngineHarnessModel(load(tmp_path / "twin.gguf", threads=2), mode="dense")
+    random = np.random.default_rng(1)
+    requests = []
+    for length in (1, 5, 40, 17, 3):
+        ids = random.integers(twin.model.config.vocab_size, size=length + 4).tolist()
+        requests.append((("", ""), ids[:length], ids[length:]))
+    expected = theirs._loglikelihood_tokens(requests, disable_tqdm=True)
+    got = ours._loglikelihood_tokens(requests)
+    for (likelihood, greedy), (value, is_greedy) in zip(got, expected, strict=True):
+        assert likelihood == pytest.approx(value, abs=1e-3)
+        assert greedy == is_greedy
 
 
 def test_the_likeliest_continuation_is_greedy(model: Model) -> None:
