@@ -19,13 +19,15 @@ CONFIG = MeasureConfig(
 
 
 def test_thresholds_and_sparsity(tmp_path: Path) -> None:
-    transformers = pytest.importorskip("transformers")
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     path = real_model(SMOLLM2)
     text = read_text(HELD_OUT)
     file = MeasuredFile(path, scratch=tmp_path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    source = HuggingFaceModel(model.float(), tokenizer, name="SmolLM2")
+    source = HuggingFaceModel(model, tokenizer, name="SmolLM2")
     assert source.text_ids(text)[:2048] == file.text_ids(text)[:2048]
     ours, theirs = (measure(each, text, CONFIG) for each in (file, source))
     for record in (ours, theirs):

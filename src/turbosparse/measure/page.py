@@ -40,7 +40,8 @@ pre { background: #f3f6f9; padding: .6rem; overflow-x: auto; white-space: pre-wr
 details > summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 40rem) {
   th, td { padding: .2rem .35rem; }
-  section:first-of-type td { white-space: normal; }
+  td { white-space: normal; }
+  th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
 }
 @media print {
   body { font-size: 10pt; max-width: none; padding: 0; }
@@ -154,7 +155,10 @@ def _cell(cell: Cell) -> str:
     """A cell that sorts by its key, or by its text; empty ones come last."""
     key = cell.text if cell.key is None else cell.key
     key = "" if key == "–" else escape(str(key), quote=True)
-    return f"<td data-key='{key}'>{escape(cell.text)}</td>"
+    text = cell.text.replace(" ± ", "\u00a0±\u00a0").replace(
+        " %", "\u00a0%"
+    )  # narrow screens break elsewhere
+    return f"<td data-key='{key}'>{escape(text)}</td>"
 
 
 def _provenance(item: Provenance) -> str:

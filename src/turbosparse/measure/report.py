@@ -180,8 +180,9 @@ def _leaves(value: Any, place: str) -> Iterator[tuple[str, float]]:
 def _opening(record: dict[str, Any]) -> str:
     model, text = record["model"], record["text"]
     experts = f", {model['num_experts']} experts" if model["num_experts"] else ""
+    title = f" ({model['title']})" if model["title"] != model["name"] else ""
     return (
-        f"{model['name']} ({model['title']}): {model['kind']}, {model['architecture']}, activation "
+        f"{model['name']}{title}: {model['kind']}, {model['architecture']}, activation "
         f"{model['activation']}, {model['num_hidden_layers']} layers of {model['intermediate_size']} "
         f"neurons{experts}, weights {model['weights']}. Measured on {text['tokens']:,} tokens of "
         f"{text['name']} in {text['windows']} windows of {text['context']}."

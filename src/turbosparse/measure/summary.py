@@ -110,7 +110,7 @@ def overall_table(records: Sequence[Record]) -> Table:
         One row per number, one column per model.
     """
     columns = [_metrics(record) for record in records]
-    names = list(dict.fromkeys(name for column in columns for name in column))
+    names = sorted(dict.fromkeys(name for column in columns for name in column), key=_rank)
     return Table(
         title="The whole model",
         note="Means over layers with standard errors (jackknife over groups of windows). Active means: "
@@ -119,6 +119,11 @@ def overall_table(records: Sequence[Record]) -> Table:
         header=["", *(record["model"]["name"] for record in records)],
         rows=[[Cell(name), *(column.get(name, Cell("–")) for column in columns)] for name in names],
     )
+
+
+def _rank(name: str) -> int:
+    """Rows that not every model has stay beside their like."""
+    return 0 if name == "exact zeros" else 1 if name.startswith("sparsity") else 2
 
 
 def _active_text(record: Record) -> str:
