@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse import _native
 from turbosparse.bench import benchmark, runners
 from turbosparse.bench.benchmark import BenchConfig, Row, bench_model, runs_per_model
+from turbosparse.bench.filled_sessions import FilledSessions
 from turbosparse.bench.record import as_table, describe_machine, result_record, unused_path
 from turbosparse.errors import ConfigError, EngineError
 from turbosparse.tokenizer import Tokenizer
@@ -74,7 +76,7 @@ def test_every_mode_and_test_has_a_row(sparse: Path) -> None:
 
 def test_depth_and_modes_are_as_asked(sparse: Path) -> None:
     config = BenchConfig(
-        modes=("threshold",), threads=(1, 2), prompt_tokens=0, generated_tokens=2, depth=5, rounds=1
+        modes=("threshold",), threads=(1, 2), prompt_tokens=0, generated_tokens=2, depths=(5,), rounds=1
     )
     rows = list(bench_model(sparse, config, progress=lambda: None))
     assert [(row.threads, row.test, row.mode) for row in rows] == [
@@ -82,6 +84,36 @@ def test_depth_and_modes_are_as_asked(sparse: Path) -> None:
         (2, "tg2 @ d5", "threshold"),
     ]
     assert rows[0].ratio_to_dense is None
+
+
+def test_depths_are_compared_with_the_first(sparse: Path) -> None:
+    config = BenchConfig(threads=(1,), prompt_tokens=0, generated_tokens=4, depths=(8, 200), rounds=2)
+    rows = rows_of(sparse, config)
+    for mode in ("dense", "threshold"):
+        near, far = (rows["turbosparse", mode, f"tg4 @ d{depth}"] for depth in (8, 200))
+        assert near.ratio_to_first_depth is None
+        assert near.byte_ratio_to_first_depth is None
+        pairs = zip(far.rounds_tok_per_s, near.rounds_tok_per_s, strict=True)
+        assert far.ratio_to_first_depth == pytest.approx(sum(a / b for a, b in pairs) / 2)
+        assert near.bytes_per_token is not None
+        assert far.bytes_per_token is not None
+        assert far.byte_ratio_to_first_depth == near.bytes_per_token / far.bytes_per_token < 1
+    assert "bytes allow" in as_table(list(rows.values())).splitlines()[0]
+
+
+def test_tokens_before_a_test_are_computed_once(sparse: Path) -> None:
+    model = _native.Model(str(sparse), threads=1)
+    cases = benchmark.cases_of(sparse, BenchConfig(prompt_tokens=6, generated_tokens=4, depths=(0, 9)), 256)
+    sessions = FilledSessions(model, "dense", cases)
+    session = sessions.after(cases[2].warm)
+    assert (session.position, session.context) == (9, 15)
+    first = session.forward(np.array(cases[2].timed, np.int32), mode="dense")
+    session.reset_counters()
+    again = sessions.after(cases[3].warm)
+    assert again is session
+    assert session.counters["tokens"] == 0
+    np.testing.assert_array_equal(again.forward(np.array(cases[2].timed, np.int32), mode="dense"), first)
+    assert sessions.after([]).position == 0
 
 
 @pytest.mark.usefixtures("fake_llama_cpp")
@@ -123,7 +155,7 @@ def test_without_llama_cpp_one_line_says_how_to_get_it(monkeypatch: pytest.Monke
 
 
 def test_prompts_are_the_book_that_ships_with_the_package(sparse: Path) -> None:
-    cases = benchmark.cases_of(sparse, BenchConfig(prompt_tokens=64, generated_tokens=32, depth=8), 256)
+    cases = benchmark.cases_of(sparse, BenchConfig(prompt_tokens=64, generated_tokens=32, depths=(8,)), 256)
     metadata = _native.GgufFile(str(sparse)).metadata
     text = Tokenizer.from_metadata(metadata).decode([*cases[0].warm, *cases[0].timed])
     assert text.startswith("Inner Workings of a Computer")
@@ -139,7 +171,10 @@ def test_prompts_are_the_book_that_ships_with_the_package(sparse: Path) -> None:
         ({"threads": (-1,)}, r"\[bench threads\] expected 0 to \d+, got -1"),
         ({"threads": (1, 5000)}, r"\[bench threads\] expected 0 to \d+, got 5000"),
         ({"prompt_tokens": 0, "generated_tokens": 0}, "prompt or generated tokens above 0"),
-        ({"depth": -1}, r"\[bench depth\]"),
+        ({"depths": (-1,)}, r"\[bench depth\]"),
+        ({"depths": ()}, r"\[bench depth\] expected different numbers, got \(\)"),
+        ({"depths": (8, 8)}, r"\[bench depth\] expected different numbers, got \(8, 8\)"),
+        ({"depths": (0, 8), "memory_budget": 1 << 30}, "expected one within a memory budget, got 2"),
         ({"baseline_model": Path("x")}, "--against llama.cpp together with"),
     ],
 )

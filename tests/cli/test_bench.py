@@ -54,6 +54,7 @@ def test_profile_shows_every_part(model: Path, capsys: pytest.CaptureFixture[str
     ("options", "message"),
     [
         (("-t", "two"), "[bench --threads] expected numbers as in 1,2, got 'two'"),
+        (("-d", "deep"), "[bench --depth] expected numbers as in 1,2, got 'deep'"),
         (("-r", "0"), "[bench rounds] expected 1 to 1000, got 0"),
         (("--output", "/nowhere"), "[bench --output] expected a folder, got /nowhere"),
         (("--mode", "exact"), "can run (dense, threshold), got exact"),

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbosparse import _native
+from turbosparse.bench.filled_sessions import FilledSessions
 from turbosparse.bench.roofline import available_cpus, stream_bandwidth
 from turbosparse.bench.rounds import Case, Timing, alternate, median_ratio
-from turbosparse.bench.runners import EngineRunner, LlamaCppRunner, Runner
+from turbosparse.bench.runners import EngineRunner, LlamaCppRunner, Runner, Usage
 from turbosparse.bench.shapes import SYNTHETIC
 from turbosparse.errors import ConfigError
 from turbosparse.runtime.engine import preferred_mode
@@ -41,8 +42,8 @@ class BenchConfig:
     """Tokens of the prompt test, 0 to leave it out."""
     generated_tokens: int = 64
     """Tokens of the decode test, 0 to leave it out."""
-    depth: int = 0
-    """Tokens in the cache before each test, at least 0."""
+    depths: tuple[int, ...] = (0,)
+    """Tokens in the cache before the tests, each at least 0."""
     rounds: int = 5
     """Timed runs of everything, at least 1."""
     against_llama_cpp: bool = False
@@ -58,7 +59,12 @@ class BenchConfig:
 
     def __post_init__(self) -> None:
         _check("rounds", self.rounds, 1, 1000)
-        _check("depth", self.depth, 0, 1 << 20)
+        for depth in self.depths:
+            _check("depth", depth, 0, 1 << 20)
+        if len(set(self.depths)) != len(self.depths) or not self.depths:
+            raise ConfigError(f"[bench depth] expected different numbers, got {self.depths}")
+        if self.memory_budget and len(self.depths) > 1:
+            raise ConfigError(f"[bench depth] expected one within a memory budget, got {len(self.depths)}")
         _check("prompt tokens", self.prompt_tokens, 0, 1 << 20)
         _check("generated tokens", self.generated_tokens, 0, 1 << 20)
         for count in self.threads:
@@ -92,6 +98,10 @@ class Row:
     """Median ratio of pairs to the dense mode of the same build and file."""
     ratio_to_baseline: float | None
     """Median ratio of pairs to llama.cpp."""
+    ratio_to_first_depth: float | None
+    """Median ratio of pairs to the same test at the first of several depths."""
+    byte_ratio_to_first_depth: float | None
+    """What the bytes per token at both depths would make of that ratio at equal bandwidth: its ceiling."""
     active_ratio: float | None
     """Share of FFN neurons computed, 0 to 1."""
     recall: float | None
@@ -138,7 +148,7 @@ def runs_per_model(config: BenchConfig, path: Path) -> int:
         How often :func:`bench_model` calls ``progress``.
     """
     modes = len(config.modes or default_modes(path, config))
-    tests = (config.prompt_tokens > 0) + (config.generated_tokens > 0)
+    tests = ((config.prompt_tokens > 0) + (config.generated_tokens > 0)) * len(config.depths)
     return (modes + config.against_llama_cpp) * tests * (config.rounds + 1) * len(config.threads)
 
 
@@ -174,9 +184,9 @@ def bench_model(path: Path, config: BenchConfig, *, progress: Callable[[], None]
             raise ConfigError(
                 f"[bench mode] expected one that {path.name} can run ({have}), got {unknown[0]}"
             )
-        runners: list[Runner] = [
-            EngineRunner(model, mode, context) for mode in config.modes or default_modes(path, config)
-        ]
+        modes = config.modes or default_modes(path, config)
+        sessions = FilledSessions(model, modes[0], cases)
+        runners: list[Runner] = [EngineRunner(model, mode, sessions) for mode in modes]
         bandwidth = stream_bandwidth(model.threads)
         forget_peak()  # that of measuring the bandwidth
         with contextlib.ExitStack() as stack:
@@ -202,10 +212,11 @@ def _rows(
         ours = isinstance(timing.runner, EngineRunner)
         file = path if ours else config.baseline_model or path
         tensors = _native.GgufFile(str(file)).tensors
-        usages = timing.runner.usage if isinstance(timing.runner, EngineRunner) else {}
-        usage, prompts = usages.get(timing.case.stepwise), usages.get(False)
+        usage, prompts = _usage(timing), _usage(timing, stepwise=False)
+        first = next(t for t in timings if _same_test(t, timing))
+        first_bytes = _bytes_per_token(first)
         predictor = sum(tensor.nbytes for tensor in tensors if ".ffn_pred_" in tensor.name)
-        bytes_per_token = usage.bytes_per_token if usage else None
+        bytes_per_token = _bytes_per_token(timing)
         rate = bytes_per_token * timing.median if bytes_per_token else None
         yield Row(
             model=file.stem,
@@ -220,6 +231,12 @@ def _rows(
             tok_per_s_sd=timing.deviation,
             ratio_to_dense=median_ratio(timing, _find(peers, "turbosparse", "dense")) if ours else None,
             ratio_to_baseline=median_ratio(timing, _find(peers, "llama.cpp", "dense")) if ours else None,
+            ratio_to_first_depth=None if first is timing else median_ratio(timing, first),
+            byte_ratio_to_first_depth=(
+                None
+                if first is timing or first_bytes is None or bytes_per_token is None
+                else first_bytes / bytes_per_token
+            ),
             active_ratio=usage.active_ratio if usage else None,
             recall=prompts.recall if prompts else None,
             precision=prompts.precision if prompts else None,
@@ -236,6 +253,24 @@ def _rows(
             isa=model.isa if ours else "",
             rounds_tok_per_s=timing.tok_per_s,
         )
+
+
+def _same_test(one: Timing, other: Timing) -> bool:
+    """Whether two timings differ in the depth at most."""
+    return (one.runner, one.case.stepwise) == (other.runner, other.case.stepwise)
+
+
+def _usage(timing: Timing, *, stepwise: bool | None = None) -> Usage | None:
+    """What our engine read in a test, or in the other test at the same depth."""
+    if not isinstance(timing.runner, EngineRunner):
+        return None
+    wanted = timing.case.stepwise if stepwise is None else stepwise
+    return timing.runner.usage.get((len(timing.case.warm), wanted))
+
+
+def _bytes_per_token(timing: Timing) -> float | None:
+    usage = _usage(timing)
+    return usage.bytes_per_token if usage else None
 
 
 def load_for(path: Path, config: BenchConfig, threads: int) -> tuple[_native.Model, list[Case]]:
@@ -325,23 +360,23 @@ def cases_of(path: Path, config: BenchConfig, context_length: int) -> list[Case]
     """
     tokenizer = Tokenizer.from_metadata(_native.GgufFile(str(path)).metadata)
     ids = tokenizer.encode(read_text(HELD_OUT))
-    longest = config.depth + max(config.prompt_tokens, config.generated_tokens)
+    longest = max(config.depths) + max(config.prompt_tokens, config.generated_tokens)
     limit = min(len(ids), context_length)
     if longest > limit:
         what = "the model's context" if limit == context_length else "the text that ships with turbosparse"
         raise ConfigError(f"[bench] expected at most {limit} tokens at once ({what}), got {longest}")
-    at = f" @ d{config.depth}" if config.depth else ""
-    cases = []
-    for name, count, stepwise in (
-        ("pp", config.prompt_tokens, False),
-        ("tg", config.generated_tokens, True),
-    ):
-        if count:
-            timed = ids[config.depth : config.depth + count]
-            cases.append(
-                Case(name=f"{name}{count}{at}", warm=ids[: config.depth], timed=timed, stepwise=stepwise)
-            )
-    return cases
+    tests = [("pp", config.prompt_tokens, False), ("tg", config.generated_tokens, True)]
+    return [
+        Case(
+            name=f"{name}{count}" + (f" @ d{depth}" if depth else ""),
+            warm=ids[:depth],
+            timed=ids[depth : depth + count],
+            stepwise=stepwise,
+        )
+        for depth in config.depths
+        for name, count, stepwise in tests
+        if count
+    ]
 
 
 def _baseline_path(path: Path, config: BenchConfig, info: _native.ModelInfo) -> Path:

@@ -10,6 +10,7 @@ import numpy as np
 
 from turbosparse import _native
 from turbosparse.bench.benchmark import BenchConfig, default_modes, load_for
+from turbosparse.bench.filled_sessions import FilledSessions
 
 if TYPE_CHECKING:
     from turbosparse._native import Mode
@@ -54,9 +55,11 @@ def profile_model(path: Path, config: BenchConfig) -> Iterator[Profile]:
     """
     for threads in config.threads:
         model, cases = load_for(path, config, threads)
+        modes = config.modes or default_modes(path, config)
+        sessions = FilledSessions(model, modes[0], cases)
         for case in cases:
-            for mode in config.modes or default_modes(path, config):
-                rounds = [_parts(model, case, mode) for _ in range(config.rounds)]
+            for mode in modes:
+                rounds = [_parts(sessions.after(case.warm), case, mode) for _ in range(config.rounds)]
                 yield Profile(
                     model=path.stem,
                     threads=model.threads,
@@ -70,11 +73,8 @@ def profile_model(path: Path, config: BenchConfig) -> Iterator[Profile]:
                 )
 
 
-def _parts(model: _native.Model, case: "Case", mode: "Mode") -> dict[str, float]:
+def _parts(session: _native.Session, case: "Case", mode: "Mode") -> dict[str, float]:
     """Microseconds per token by part of one run."""
-    session = model.session(len(case.warm) + len(case.timed))
-    if case.warm:
-        session.forward(np.array(case.warm, np.int32), mode=mode, logits="none")
     session.reset_counters()
     session.profiling = True
     ids = np.array(case.timed, np.int32)

@@ -40,7 +40,7 @@ _HEADER = (
         "precision",
     ),
     *("predictor MB", "MB/token", "GB/s", "bandwidth", "hits", "disk MB/token", "disk wait", "peak RAM"),
-    *("vs dense", "vs llama.cpp"),
+    *("vs dense", "vs llama.cpp", "vs first depth", "bytes allow"),
 )
 
 
@@ -82,6 +82,8 @@ def as_table(rows: Sequence[Row]) -> str:
                 "-" if row.peak_resident_bytes is None else _size(row.peak_resident_bytes),
                 _number(row.ratio_to_dense, "{:.2f}x"),
                 _number(row.ratio_to_baseline, "{:.2f}x"),
+                _number(row.ratio_to_first_depth, "{:.2f}x"),
+                _number(row.byte_ratio_to_first_depth, "{:.2f}x"),
             )
             for row in rows
         ),
@@ -187,6 +189,7 @@ def result_record(
         },
         "machine": describe_machine(),
         "environment": {name: value for name, value in sorted(os.environ.items()) if name.startswith("OMP_")},
+        "kv_cache": "filled once per depth, in the first mode, for all modes and rounds",
         "files": [
             {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
         ],

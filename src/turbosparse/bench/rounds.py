@@ -16,7 +16,7 @@ class Case:
     name: str
     """As llama-bench names it: pp256, tg64, tg64 @ d256."""
     warm: list[int]
-    """Token ids already in the cache."""
+    """Token ids already in the cache, computed once."""
     timed: list[int]
     """Token ids that are timed."""
     stepwise: bool

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from turbosparse import _native
+from turbosparse.bench.filled_sessions import FilledSessions
 from turbosparse.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ class Runner(Protocol):
         Parameters
         ----------
         warm : list of int
-            Tokens that fill the cache first, untimed.
+            Tokens that are in the cache before, untimed; a runner computes them once.
         timed : list of int
             Tokens that are timed.
         stepwise : bool
@@ -180,23 +181,21 @@ class EngineRunner:
         Weights and threads, shared by the modes that are compared.
     mode : {"dense", "exact", "threshold"}
         How neurons are skipped.
-    context : int
-        Positions of the KV cache.
+    sessions : FilledSessions
+        With the tokens before the tests, shared too.
     """
 
     backend = "turbosparse"
 
-    def __init__(self, model: _native.Model, mode: "Mode", context: int) -> None:
+    def __init__(self, model: _native.Model, mode: "Mode", sessions: FilledSessions) -> None:
         self.mode: Mode = mode
-        self._session = model.session(context)
+        self._sessions = sessions
         self._neurons = model.info.num_hidden_layers * model.info.token_neurons
-        self.usage: dict[bool, Usage] = {}
+        self.usage: dict[tuple[int, bool], Usage] = {}
+        """By tokens in the cache before the test, and whether tokens came one by one."""
 
     def evaluate(self, warm: list[int], timed: list[int], *, stepwise: bool) -> float:
-        session = self._session
-        session.truncate(0)
-        if warm:
-            session.forward(np.array(warm, np.int32), mode=self.mode, logits="none")
+        session = self._sessions.after(warm)
         ids = np.array(timed, np.int32)
         pieces = np.split(ids, len(ids)) if stepwise else [ids]
         session.reset_counters()
@@ -204,7 +203,8 @@ class EngineRunner:
         for piece in pieces:
             session.forward(piece, mode=self.mode, logits="last")
         seconds = time.perf_counter() - begin
-        self.usage.setdefault(stepwise, Usage(self._neurons)).add(session.counters, seconds)
+        usage = self.usage.setdefault((len(warm), stepwise), Usage(self._neurons))
+        usage.add(session.counters, seconds)
         return seconds
 
 

@@ -40,7 +40,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-t", "--threads", default="0", help="thread counts, as in 1,2 (default: physical cores, at most 8)")
     add("-p", "--prompt-tokens", type=int, default=256, help="tokens of the prompt test; 0 leaves it out")
     add("-n", "--generated-tokens", type=int, default=64, help="tokens of the decode test; 0 leaves it out")
-    add("-d", "--depth", type=int, default=0, help="tokens in the cache before each test")
+    add("-d", "--depth", default="0", help="tokens in the cache before each test, as in 100,4000")
     add("-r", "--rounds", type=int, default=5, help="timed rounds")
     add("--against", choices=["llama.cpp"], help="time it in turn; needs turbosparse[baseline]")
     add("--baseline-model", type=Path, metavar="FILE", help="what llama.cpp reads, if not MODEL itself")
@@ -90,16 +90,13 @@ def bench_config(args: argparse.Namespace) -> "BenchConfig":
         raise ConfigError("[bench] expected a MODEL, a --shape or --roofline, got none of them")
     if args.against:
         require_llama_cpp()
-    try:
-        threads = tuple(int(text) for text in args.threads.split(","))
-    except ValueError:
-        raise ConfigError(f"[bench --threads] expected numbers as in 1,2, got {args.threads!r}") from None
+    threads = _numbers("threads", args.threads)
     return BenchConfig(
         modes=tuple(args.mode or ()),
         threads=threads,
         prompt_tokens=args.prompt_tokens,
         generated_tokens=args.generated_tokens,
-        depth=args.depth,
+        depths=_numbers("depth", args.depth),
         rounds=args.rounds,
         against_llama_cpp=args.against is not None,
         baseline_model=args.baseline_model,
@@ -107,6 +104,13 @@ def bench_config(args: argparse.Namespace) -> "BenchConfig":
         memory_budget=memory_budget(args) or 0,
         io=args.io or "",
     )
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(number) for number in text.split(","))
+    except ValueError:
+        raise ConfigError(f"[bench --{option}] expected numbers as in 1,2, got {text!r}") from None
 
 
 def synthetic_model(args: argparse.Namespace) -> "SyntheticModel | None":
@@ -164,7 +168,7 @@ def command_line(args: argparse.Namespace) -> str:
     for mode in args.mode or ():
         words += ["--mode", mode]
     words += ["-t", args.threads, "-p", str(args.prompt_tokens), "-n", str(args.generated_tokens)]
-    words += ["-d", str(args.depth), "-r", str(args.rounds)]
+    words += ["-d", args.depth, "-r", str(args.rounds)]
     if args.against:
         words += ["--against", args.against]
     if args.baseline_model:
