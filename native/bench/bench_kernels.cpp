@@ -57,27 +57,40 @@ struct Weights {
   std::vector<Matrix> copies;
 };
 
-/// Ten lists of rows in order, each with one row of every ten neighbours; no row is in two of them.
-std::vector<std::vector<std::int32_t>> tenths_of_rows(std::int64_t rows) {
+/// Ten lists of rows in order, each with `some` random rows of every ten neighbours, and each row in as many.
+std::vector<std::vector<std::int32_t>> tenths_of_rows(std::int64_t rows, std::size_t some) {
   std::mt19937 generator(3);
   std::vector<std::vector<std::int32_t>> lists(10);
   for (std::int32_t first = 0; first + 10 <= rows; first += 10) {
     std::vector<std::int32_t> group(10);
     std::iota(group.begin(), group.end(), first);
     std::shuffle(group.begin(), group.end(), generator);
-    for (std::size_t i = 0; i < lists.size(); ++i) lists[i].push_back(group[i]);
+    for (std::size_t i = 0; i < lists.size(); ++i) {
+      for (std::size_t j = 0; j < some; ++j) lists[i].push_back(group[(i + j) % group.size()]);
+      std::sort(lists[i].end() - static_cast<std::ptrdiff_t>(some), lists[i].end());
+    }
   }
   return lists;
+}
+
+/// Of a run: products that it computed and bytes that it read.
+struct Work {
+  double products, bytes;
+};
+
+void report(const char* kernel, const KernelTable& k, const char* type, const char* shape, int threads,
+            Work work, bench::Times times) {
+  std::printf("%-10s %-7s %-5s %-18s %d thread%s %8.1f G weights/s %7.1f GB/s, best %8.1f %7.1f\n", kernel,
+              k.isa, type, shape, threads, threads == 1 ? " " : "s", work.products / times.median * 1e-9,
+              work.bytes / times.median * 1e-9, work.products / times.best * 1e-9,
+              work.bytes / times.best * 1e-9);
+  std::fflush(stdout);
 }
 
 void report(const char* kernel, const KernelTable& k, const Matrix& w, const Shape& shape, int threads,
             double weights, bench::Times times) {
   const double bytes = weights / static_cast<double>(w.cols) * static_cast<double>(w.row_bytes);
-  std::printf("%-10s %-7s %-5s %-18s %d thread%s %8.1f G weights/s %7.1f GB/s, best %8.1f %7.1f\n", kernel,
-              k.isa, weight_type_name(w.type), shape.name, threads, threads == 1 ? " " : "s",
-              weights / times.median * 1e-9, bytes / times.median * 1e-9, weights / times.best * 1e-9,
-              bytes / times.best * 1e-9);
-  std::fflush(stdout);
+  report(kernel, k, weight_type_name(w.type), shape.name, threads, {weights, bytes}, times);
 }
 
 struct Filter {
@@ -93,7 +106,7 @@ void bench_decode(const KernelTable& k, const Weights& weights, const Shape& sha
   const std::vector<float> coef = normal_floats(shape.rows, 5);
   std::vector<float> y(static_cast<std::size_t>(std::max(shape.rows, shape.cols)));
   const std::vector<std::vector<std::int32_t>> every{all_rows(shape.rows)},
-      tenths = tenths_of_rows(shape.rows);
+      tenths = tenths_of_rows(shape.rows, 1), most = tenths_of_rows(shape.rows, 8);
   const auto rows_of = [&](const std::vector<std::int32_t>& list, int t) {
     const std::size_t begin = list.size() * static_cast<std::size_t>(t) / static_cast<std::size_t>(threads);
     const std::size_t end = list.size() * static_cast<std::size_t>(t + 1) / static_cast<std::size_t>(threads);
@@ -119,6 +132,7 @@ void bench_decode(const KernelTable& k, const Weights& weights, const Shape& sha
     k.gemv_rows(w, x.view, rows, n, y.data());
   };
   run("gemv_rows", tenths, gemv_rows);
+  run("gemv_most", most, gemv_rows);
   const auto axpy = [&](const Matrix& w, const auto& list, int t) {
     k.axpy_rows(w, list.data(), static_cast<std::int64_t>(list.size()), coef.data(), columns(t),
                 columns(t + 1), y.data());
@@ -168,9 +182,32 @@ void bench_signs(const KernelTable& k, const Shape& shape, int threads) {
   });
   const double weights = static_cast<double>(shape.rows) * static_cast<double>(shape.cols);
   const double bytes = static_cast<double>(size * sizeof(std::uint64_t));
-  std::printf("%-10s %-7s %-5s %-18s %d thread%s %8.1f G weights/s %7.1f GB/s, best %8.1f %7.1f\n", "signs",
-              k.isa, "bits", shape.name, threads, threads == 1 ? " " : "s", weights / times.median * 1e-9,
-              bytes / times.median * 1e-9, weights / times.best * 1e-9, bytes / times.best * 1e-9);
+  report("signs", k, "bits", shape.name, threads, {weights, bytes}, times);
+}
+
+/// One token's attention over 4,000 positions with the heads of a 7B model: 32 on 8, of width 128.
+void bench_attention(const KernelTable& k, int threads) {
+  constexpr std::int64_t kPositions = 4000, kWidth = 128, kGroup = 4, kKvHeads = 8;
+  constexpr std::int64_t kHead = kPositions * kWidth;  // values of keys, and as many of values
+  const std::size_t copies = kCopiesBytes / (kKvHeads * kHead * 4);
+  std::vector<std::uint16_t> cache(copies * kKvHeads * 2 * kHead);
+  const std::vector<float> some = normal_floats(kHead, 6), q = normal_floats(kGroup * kWidth, 7);
+  for (std::size_t i = 0; i < copies * kKvHeads * 2; ++i) k.to_half(some.data(), kHead, &cache[i * kHead]);
+  std::vector<float> scores[2], out[2];
+  for (int t = 0; t < threads; ++t) {
+    scores[t].resize(kGroup * kPositions);
+    out[t].resize(q.size());
+  }
+  const bench::Times times = bench::measure(threads, kSeconds, [&](int t, std::size_t i) {
+    for (std::int64_t head = kKvHeads * t / threads; head < kKvHeads * (t + 1) / threads; ++head) {
+      const std::uint16_t* keys =
+          &cache[(i % copies * kKvHeads + static_cast<std::size_t>(head)) * 2 * kHead];
+      k.attend(q.data(), kGroup, keys, keys + kHead, kPositions, kWidth, kWidth, 0.1F, scores[t].data(),
+               out[t].data());
+    }
+  });
+  constexpr double kValues = 2.0 * kKvHeads * kHead;
+  report("attend", k, "F16", "7B, 4000 positions", threads, {kValues * kGroup, kValues * 2}, times);
 }
 
 }  // namespace
@@ -182,6 +219,11 @@ int main(int argc, char** argv) {
   if (argc > 1) filter.kernel = argv[1];
   if (argc > 2) filter.isa = argv[2];
   if (argc > 3) filter.type = argv[3];
+  for (const KernelTable* k : test::tables()) {
+    const bool wanted = Filter::matches(filter.kernel, "attend") && Filter::matches(filter.type, "F16");
+    if (!wanted || !Filter::matches(filter.isa, k->isa)) continue;
+    for (const int threads : {1, 2}) bench_attention(*k, threads);
+  }
   for (const Shape& shape : kShapes) {
     for (const KernelTable* k : test::tables()) {
       const bool wanted = Filter::matches(filter.kernel, "signs") && Filter::matches(filter.type, "bits");

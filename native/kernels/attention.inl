@@ -1,5 +1,6 @@
 // Query heads over the cache that they share: scores, softmax, weighted sum of values. Keys and values are
-// half or float; halves are converted once for all heads, which took most of the time (docs/experiments.md).
+// half or float. Eight sums are kept in registers, of up to four heads at once, so that what is read is
+// converted once for all of them (docs/experiments.md). A sum's order does not depend on who shares its pass.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +8,7 @@
 #include <type_traits>
 
 #include "kernels/vector_ops.inl"
+#include "kernels/weights.inl"
 
 namespace turbosparse {
 namespace {
@@ -29,56 +31,56 @@ inline typename Float::V load_last_cached(const Cached* p, std::int64_t n) {
   return load_cached<Float>(padded);
 }
 
-/// Positions whose keys or values are converted to floats at a time, once for all heads; wider heads, and
-/// caches of floats, are read where they are.
-inline constexpr std::int64_t kTilePositions = 32, kTileWidth = 256;
+/// Sums side by side: enough to hide the latency of fma, few enough for sixteen registers.
+inline constexpr int kSums = 8;
+/// Positions that all heads go through before the next ones: their halves stay in the L1 cache, also where
+/// two threads share it. A multiple of kSums.
+inline constexpr std::int64_t kTilePositions = 32;
 
-/// Keys or values of `count` positions as floats: in `tile`, or where they are.
-template <class Float, class Cached>
-inline const float* tile_of(const Cached* cached, std::int64_t count, std::int64_t C, std::int64_t kv_stride,
-                            float* tile) {
-  for (std::int64_t p = 0; p < count; ++p) {
-    std::int64_t c = 0;
-    for (; c + Float::kLanes <= C; c += Float::kLanes)
-      Float::store(tile + p * C + c, load_cached<Float>(cached + p * kv_stride + c));
-    if (c < C)
-      Float::store_n(tile + p * C + c, C - c, load_last_cached<Float>(cached + p * kv_stride + c, C - c));
-  }
-  return tile;
-}
-
-/// scores[p] = q . k[p] * scale for n positions; returns the largest.
-template <class Float, class Cached>
-inline typename Float8::V attention_scores(const float* q, const Cached* k, std::int64_t n, std::int64_t C,
-                                           std::int64_t kv_stride, float scale, typename Float8::V largest,
-                                           float* scores) {
+/// scores[h * scores_stride + p] = q[h] . k[p] * scale for kHeads heads and `count` positions.
+template <class Float, int kHeads, class Cached>
+inline void attention_scores(const float* q, const Cached* k, std::int64_t count, std::int64_t C,
+                             std::int64_t kv_stride, float scale, float* scores, std::int64_t scores_stride) {
+  constexpr int kPositions = kSums / kHeads;
   constexpr std::int64_t kLanes = Float::kLanes;
-  for (std::int64_t p = 0; p < n; p += 8) {
-    const std::int64_t count = std::min<std::int64_t>(8, n - p);
-    const Cached* at[8];  // past the end the last position is computed again
-    for (std::int64_t i = 0; i < 8; ++i) at[i] = k + (p + std::min(i, count - 1)) * kv_stride;
-    typename Float::V sums[8];
+  for (std::int64_t p = 0; p < count; p += kPositions) {
+    const std::int64_t left = std::min<std::int64_t>(kPositions, count - p);
+    const Cached* at[kPositions];  // past the end the last position is computed again
+    for (std::int64_t i = 0; i < kPositions; ++i) at[i] = k + (p + std::min(i, left - 1)) * kv_stride;
+    typename Float::V sums[kSums];
     for (auto& sum : sums) sum = Float::zero();
+    typename Float::V keys[kPositions];
     std::int64_t c = 0;
     for (; c + kLanes <= C; c += kLanes) {
-      const auto query = Float::load(q + c);
-      for (int i = 0; i < 8; ++i) sums[i] = Float::fma(query, load_cached<Float>(at[i] + c), sums[i]);
-    }
-    if (c < C) {
-      const auto query = Float::load_n(q + c, C - c);
-      for (int i = 0; i < 8; ++i) {
-        sums[i] = Float::fma(query, load_last_cached<Float>(at[i] + c, C - c), sums[i]);
+      for (int i = 0; i < kPositions; ++i) keys[i] = load_cached<Float>(at[i] + c);
+      for (int h = 0; h < kHeads; ++h) {
+        const auto query = Float::load(q + h * C + c);
+        for (int i = 0; i < kPositions; ++i)
+          sums[h * kPositions + i] = Float::fma(query, keys[i], sums[h * kPositions + i]);
       }
     }
-    const auto scaled = Float8::mul(Float::sum_each(sums), Float8::set(scale));
-    largest = Float8::max(largest, scaled);
-    if (count == 8) {
-      Float8::store(scores + p, scaled);
-    } else {
-      Float8::store_n(scores + p, count, scaled);
+    if (c < C) {
+      for (int i = 0; i < kPositions; ++i) keys[i] = load_last_cached<Float>(at[i] + c, C - c);
+      for (int h = 0; h < kHeads; ++h) {
+        const auto query = Float::load_n(q + h * C + c, C - c);
+        for (int i = 0; i < kPositions; ++i)
+          sums[h * kPositions + i] = Float::fma(query, keys[i], sums[h * kPositions + i]);
+      }
     }
+    float scaled[kSums];
+    Float::store(scaled, Float::mul(Float::sum_each(sums), Float::set(scale)));
+    for (int h = 0; h < kHeads; ++h)
+      std::copy_n(scaled + h * kPositions, left, scores + h * scores_stride + p);
   }
-  return largest;
+}
+
+template <class Float>
+inline float largest_score(const float* scores, std::int64_t n) {
+  auto largest = Float::set(-std::numeric_limits<float>::infinity());
+  std::int64_t p = 0;
+  for (; p + Float::kLanes <= n; p += Float::kLanes) largest = Float::max(largest, Float::load(scores + p));
+  for (; p < n; ++p) largest = Float::max(largest, Float::set(scores[p]));
+  return Float::largest(largest);
 }
 
 /// scores = e^(scores - largest); returns their sum.
@@ -100,49 +102,76 @@ inline float exponentials(std::int64_t n, float largest, float* scores) {
   return sum;
 }
 
-/// out[0 .. kVectors * kLanes) += sum of scores[p] * v[p].
-template <class Float, int kVectors, class Cached>
-inline void weighted_values(const float* scores, const Cached* v, std::int64_t n, std::int64_t kv_stride,
-                            float* out) {
-  typename Float::V sums[kVectors];
-  for (int i = 0; i < kVectors; ++i) sums[i] = Float::load(out + i * Float::kLanes);
-  for (std::int64_t p = 0; p < n; ++p, v += kv_stride) {
-    const auto share = Float::set(scores[p]);
-    for (int i = 0; i < kVectors; ++i) {
-      sums[i] = Float::fma(share, load_cached<Float>(v + i * Float::kLanes), sums[i]);
+/// scores = softmax(scores)
+template <class Float>
+inline void softmax(std::int64_t n, float* scores) {
+  const float inverse = 1.0f / exponentials<Float>(n, largest_score<Float>(scores, n), scores);
+  const auto factor = Float::set(inverse);
+  std::int64_t p = 0;
+  for (; p + Float::kLanes <= n; p += Float::kLanes)
+    Float::store(scores + p, Float::mul(Float::load(scores + p), factor));
+  for (; p < n; ++p) scores[p] *= inverse;
+}
+
+/// Columns [c, c + kVectors * kLanes) of add_values.
+template <class Float, int kHeads, int kVectors, class Cached>
+inline void add_columns(const float* scores, std::int64_t scores_stride, const Cached* v, std::int64_t count,
+                        std::int64_t C, std::int64_t kv_stride, float* out) {
+  constexpr std::int64_t kLanes = Float::kLanes;
+  typename Float::V sums[kHeads][kVectors];
+  for (int h = 0; h < kHeads; ++h) {
+    for (int i = 0; i < kVectors; ++i) sums[h][i] = Float::load(out + h * C + i * kLanes);
+  }
+  for (std::int64_t p = 0; p < count; ++p, v += kv_stride) {
+    typename Float::V values[kVectors];
+    for (int i = 0; i < kVectors; ++i) values[i] = load_cached<Float>(v + i * kLanes);
+    for (int h = 0; h < kHeads; ++h) {
+      const auto share = Float::set(scores[h * scores_stride + p]);
+      for (int i = 0; i < kVectors; ++i) sums[h][i] = Float::fma(share, values[i], sums[h][i]);
     }
   }
-  for (int i = 0; i < kVectors; ++i) Float::store(out + i * Float::kLanes, sums[i]);
+  for (int h = 0; h < kHeads; ++h) {
+    for (int i = 0; i < kVectors; ++i) Float::store(out + h * C + i * kLanes, sums[h][i]);
+  }
 }
 
-/// out[0 .. C) += sum of scores[p] * v[p].
-template <class Float, class Cached>
-inline void add_values(const float* scores, const Cached* v, std::int64_t n, std::int64_t C,
-                       std::int64_t kv_stride, float* out) {
+/// out[h * C + c] += sum over `count` positions of scores[h * scores_stride + p] * v[p][c] for kHeads heads.
+template <class Float, int kHeads, class Cached>
+inline void add_values(const float* scores, std::int64_t scores_stride, const Cached* v, std::int64_t count,
+                       std::int64_t C, std::int64_t kv_stride, float* out) {
   constexpr std::int64_t kLanes = Float::kLanes;
+  constexpr int kVectors = kSums / kHeads;
   std::int64_t c = 0;
-  for (; c + 8 * kLanes <= C; c += 8 * kLanes) {
-    weighted_values<Float, 8>(scores, v + c, n, kv_stride, out + c);
+  for (; c + kVectors * kLanes <= C; c += kVectors * kLanes)
+    add_columns<Float, kHeads, kVectors>(scores, scores_stride, v + c, count, C, kv_stride, out + c);
+  for (; c + kLanes <= C; c += kLanes)
+    add_columns<Float, kHeads, 1>(scores, scores_stride, v + c, count, C, kv_stride, out + c);
+  for (int h = 0; c < C && h < kHeads; ++h) {
+    auto sum = Float::load_n(out + h * C + c, C - c);
+    for (std::int64_t p = 0; p < count; ++p) {
+      const auto values = load_last_cached<Float>(v + p * kv_stride + c, C - c);
+      sum = Float::fma(Float::set(scores[h * scores_stride + p]), values, sum);
+    }
+    Float::store_n(out + h * C + c, C - c, sum);
   }
-  for (; c + kLanes <= C; c += kLanes) weighted_values<Float, 1>(scores, v + c, n, kv_stride, out + c);
-  if (c == C) return;
-  auto sum = Float::load_n(out + c, C - c);
-  for (std::int64_t p = 0; p < n; ++p) {
-    sum = Float::fma(Float::set(scores[p]), load_last_cached<Float>(v + p * kv_stride + c, C - c), sum);
-  }
-  Float::store_n(out + c, C - c, sum);
 }
 
-/// Calls f(first position, count, rows, stride) for tiles of the cache, converted where that pays: for more
-/// than one head.
-template <class Float, class Cached, class F>
+/// Calls f(first position, count, first head, std::integral_constant of how many) for tiles of positions and,
+/// within each, for groups of heads; positions of the next tile are fetched meanwhile.
+template <class Cached, class F>
 inline void for_tiles(const Cached* cached, std::int64_t heads, std::int64_t n, std::int64_t C,
                       std::int64_t kv_stride, F f) {
-  if (std::is_same_v<Cached, float> || heads == 1 || C > kTileWidth) return f(0, n, cached, kv_stride);
-  alignas(64) float tile[kTilePositions * kTileWidth];
   for (std::int64_t p = 0; p < n; p += kTilePositions) {
     const std::int64_t count = std::min(kTilePositions, n - p);
-    f(p, count, tile_of<Float>(cached + p * kv_stride, count, C, kv_stride, tile), C);
+    for (std::int64_t i = 0; i < count; ++i) {
+      prefetch<Fetch::kFar>(reinterpret_cast<const std::byte*>(cached + (p + i + kTilePositions) * kv_stride),
+                            C * static_cast<std::int64_t>(sizeof(Cached)));
+    }
+    std::int64_t h = 0;
+    for (; h + 4 <= heads; h += 4) f(p, count, h, std::integral_constant<int, 4>{});
+    if (heads - h == 3) f(p, count, h, std::integral_constant<int, 3>{});
+    if (heads - h == 2) f(p, count, h, std::integral_constant<int, 2>{});
+    if (heads - h == 1) f(p, count, h, std::integral_constant<int, 1>{});
   }
 }
 
@@ -150,32 +179,15 @@ template <class Isa, class Cached>
 void attend(const float* q, std::int64_t heads, const Cached* k, const Cached* v, std::int64_t n,
             std::int64_t C, std::int64_t kv_stride, float scale, float* scores, float* out) noexcept {
   using Float = typename Isa::Float;
-  constexpr std::int64_t kMostHeads = 16;  // whose largest scores are kept at a time
-  for (; heads > kMostHeads; heads -= kMostHeads, q += kMostHeads * C, out += kMostHeads * C) {
-    attend<Isa>(q, kMostHeads, k, v, n, C, kv_stride, scale, scores, out);
-  }
-  Float8::V largest[kMostHeads];
-  for (std::int64_t h = 0; h < heads; ++h) largest[h] = Float8::set(-std::numeric_limits<float>::infinity());
-  for_tiles<Float>(k, heads, n, C, kv_stride,
-                   [&](std::int64_t p, std::int64_t count, auto rows, auto stride) {
-                     for (std::int64_t h = 0; h < heads; ++h) {
-                       largest[h] = attention_scores<Float>(q + h * C, rows, count, C, stride, scale,
-                                                            largest[h], scores + h * n + p);
-                     }
-                   });
-  float inverse[kMostHeads];
-  for (std::int64_t h = 0; h < heads; ++h) {
-    inverse[h] = 1.0f / exponentials<Float>(n, Float8::largest(largest[h]), scores + h * n);
-    std::fill_n(out + h * C, C, 0.0f);
-  }
-  for_tiles<Float>(v, heads, n, C, kv_stride,
-                   [&](std::int64_t p, std::int64_t count, auto rows, auto stride) {
-                     for (std::int64_t h = 0; h < heads; ++h)
-                       add_values<Float>(scores + h * n + p, rows, count, C, stride, out + h * C);
-                   });
-  for (std::int64_t h = 0; h < heads; ++h) {
-    for (std::int64_t c = 0; c < C; ++c) out[h * C + c] *= inverse[h];
-  }
+  for_tiles(k, heads, n, C, kv_stride, [=](std::int64_t p, std::int64_t count, std::int64_t h, auto some) {
+    attention_scores<Float, some()>(q + h * C, k + p * kv_stride, count, C, kv_stride, scale,
+                                    scores + h * n + p, n);
+  });
+  for (std::int64_t h = 0; h < heads; ++h) softmax<Float>(n, scores + h * n);
+  std::fill_n(out, heads * C, 0.0f);
+  for_tiles(v, heads, n, C, kv_stride, [=](std::int64_t p, std::int64_t count, std::int64_t h, auto some) {
+    add_values<Float, some()>(scores + h * n + p, n, v + p * kv_stride, count, C, kv_stride, out + h * C);
+  });
 }
 
 }  // namespace
