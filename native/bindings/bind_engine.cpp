@@ -178,6 +178,7 @@ nb::dict counters(const Session& self) {
   out["cached"] = per_layer(&LayerCounts::cached);
   out["missed"] = per_layer(&LayerCounts::missed);
   out["disk_bytes"] = per_layer(&LayerCounts::disk_bytes);
+  out["foreseen"] = per_layer(&LayerCounts::foreseen);
   out["disk_wait_ns"] = per_layer(&LayerCounts::disk_wait_ns);
   const auto times = [](const PartTimes& parts) {
     nb::dict named;

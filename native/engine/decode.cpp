@@ -67,6 +67,7 @@ void decode_layer(Step& step, std::int64_t layer, int index) noexcept {
   Scratch& s = step.scratch;
   InputBuffer& input = step.thread(index).input;
 
+  if (step.on_disk()) foresee_ffns(step, layer, index);
   const bool quantized = is_quantized(w.q.type) || is_quantized(w.k.type) || is_quantized(w.v.type);
   normalize(step, w.attn_norm, quantized, attention_stage(layer), 0, input, 0, index);
   step.thread(index).watch.lap(Part::kNorm);

@@ -130,6 +130,29 @@ void pass_gate(const Step& step, const Piece& piece, const std::int32_t* list, s
   }
 }
 
+void predict_hidden(const Step& step, std::span<const ActiveFfn> ffns, std::int64_t layer, int index) {
+  Scratch& s = step.scratch;
+  ThreadScratch& thread = step.thread(index);
+  const FfnWeights* prepared = nullptr;
+  bool hidden = false;
+  for (std::size_t i = 0; i < ffns.size(); ++i) {
+    const FfnWeights& w = *ffns[i].weights;
+    if (!runs_predictor(step, w)) continue;
+    const Matrix& a = w.predictor.a;
+    if (prepared == nullptr || prepared->predictor.a.type != a.type)
+      prepare_prediction(step, w, layer, 0, thread.input.row(0, 0), thread.predictor, 0, index);
+    prepared = &w;
+    if (!has_hidden_layer(w)) continue;
+    hidden = true;
+    const Range rows = share(step, a.rows, index);
+    const std::int64_t at = static_cast<std::int64_t>(i) * s.rank;
+    step.kernels().gemv(a, predictor_input(step, thread.input, thread.predictor), rows.begin, rows.end,
+                        s.hidden.row(0, 0) + at);
+    finish_hidden(step, w, at, rows);
+  }
+  if (hidden) step.finish(index, Part::kPredictor);
+}
+
 namespace {
 
 void dense_neurons(const Step& step, const ActiveFfn& ffn, std::int64_t at, int index) {
@@ -176,30 +199,6 @@ void dense_ffns(const Step& step, std::span<const ActiveFfn> ffns, int index) {
     }
   }
   if (neuron_major) kernels.add(out + outputs.begin, outputs.size(), s.x.data() + outputs.begin);
-}
-
-/// What the predictors compute before they score neurons.
-void predict_hidden(const Step& step, std::span<const ActiveFfn> ffns, std::int64_t layer, int index) {
-  Scratch& s = step.scratch;
-  ThreadScratch& thread = step.thread(index);
-  const FfnWeights* prepared = nullptr;
-  bool hidden = false;
-  for (std::size_t i = 0; i < ffns.size(); ++i) {
-    const FfnWeights& w = *ffns[i].weights;
-    if (!runs_predictor(step, w)) continue;
-    const Matrix& a = w.predictor.a;
-    if (prepared == nullptr || prepared->predictor.a.type != a.type)
-      prepare_prediction(step, w, layer, 0, thread.input.row(0, 0), thread.predictor, 0, index);
-    prepared = &w;
-    if (!has_hidden_layer(w)) continue;
-    hidden = true;
-    const Range rows = share(step, a.rows, index);
-    const std::int64_t at = static_cast<std::int64_t>(i) * s.rank;
-    step.kernels().gemv(a, predictor_input(step, thread.input, thread.predictor), rows.begin, rows.end,
-                        s.hidden.row(0, 0) + at);
-    finish_hidden(step, w, at, rows);
-  }
-  if (hidden) step.finish(index, Part::kPredictor);
 }
 
 /// Adds the rests of gate and up to the neurons of `list` whose coefficients are largest, computes these

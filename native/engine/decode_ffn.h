@@ -38,12 +38,18 @@ void take_pieces(const Step& step, std::span<const ActiveFfn> ffns, F&& work) {
 float coefficient(const ModelConfig& config, float gate, float up);
 /// Bytes of the rows, and their thresholds, that these counts of neurons read.
 std::int64_t ffn_bytes(const Step& step, const FfnWeights& w, const LayerCounts& counts);
+/// What the predictors compute before they score neurons: their hidden layers, with a barrier where there are
+/// any.
+void predict_hidden(const Step& step, std::span<const ActiveFfn> ffns, std::int64_t layer, int index);
 /// Lists the candidates of a piece.
 const KeptNeurons& list_candidates(const Step& step, const Piece& piece, std::int64_t layer, int index);
 /// Lists in `passed` which of n neurons have a large enough f(gate), and leaves that in `gate`, and what f
 /// was applied to in `raw`.
 void pass_gate(const Step& step, const Piece& piece, const std::int32_t* list, std::int64_t n, int index);
 
+/// Puts the neurons that the pieces kept into one list per FFN, one after the other in scratch.stored;
+/// returns how many they are.
+std::int64_t gather_lists(const Step& step, std::span<const ActiveFfn> ffns);
 /// The FFNs of one token whose neurons are in a store that does not hold all of them. Predictors' hidden
 /// layers are there.
 void decode_stored_ffns(Step& step, std::span<const ActiveFfn> ffns, std::int64_t layer, int index);

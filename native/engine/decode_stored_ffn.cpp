@@ -41,33 +41,21 @@ std::int64_t want_piece(const Step& step, const Piece& piece, std::int64_t layer
   return n;
 }
 
-/// Puts the wanted neurons of all FFNs into one list, and asks for them.
+/// Asks for the wanted neurons of all FFNs.
 void ask(Step& step, std::span<const ActiveFfn> ffns, std::int64_t layer) {
   Scratch& s = step.scratch;
   StoredNeurons& stored = s.stored;
-  std::int64_t n = 0;
-  for (std::size_t slot = 0; slot < ffns.size(); ++slot) {
-    const FfnWeights& w = *ffns[slot].weights;
-    const std::int64_t begin = n;
-    for (std::int64_t part = 0; part < s.pieces; ++part) {
-      const std::int64_t count =
-          s.kept_counts[static_cast<std::size_t>(static_cast<std::int64_t>(slot) * s.pieces + part)];
-      const std::int32_t* from =
-          s.kept.data() + slot_begin(step, slot) + piece_range(step, w.neurons, part).begin;
-      std::copy_n(from, count, stored.neurons.data() + n);
-      n += count;
-    }
-    stored.begin[slot + 1] = n;
-    stored.lists[slot] = {w.stored, stored.neurons.data() + begin, n - begin};
-  }
+  const std::int64_t n = gather_lists(step, ffns);
   std::fill_n(stored.active.data(), n, std::uint8_t{0});
   const FetchCounts fetched = step.model.store->fetch(std::span(stored.lists).first(ffns.size()),
                                                       stored.rows.data(), stored.ready.data());
   stored.ready_count = fetched.cached;
   stored.next_ready.store(0, std::memory_order_relaxed);
   s.next_piece.store(0, std::memory_order_relaxed);
-  step.counts[static_cast<std::size_t>(layer)] +=
-      {.cached = fetched.cached, .missed = fetched.missed, .disk_bytes = fetched.bytes};
+  step.counts[static_cast<std::size_t>(layer)] += {.cached = fetched.cached,
+                                                   .missed = fetched.missed,
+                                                   .foreseen = fetched.foreseen,
+                                                   .disk_bytes = fetched.bytes};
 }
 
 /// gate and up of n neurons of an FFN, given by their places in the list, become coefficients.
@@ -189,6 +177,27 @@ void count_all(Step& step, const FfnWeights& w, std::int64_t layer) {
 }
 
 }  // namespace
+
+std::int64_t gather_lists(const Step& step, std::span<const ActiveFfn> ffns) {
+  Scratch& s = step.scratch;
+  StoredNeurons& stored = s.stored;
+  std::int64_t n = 0;
+  for (std::size_t slot = 0; slot < ffns.size(); ++slot) {
+    const FfnWeights& w = *ffns[slot].weights;
+    const std::int64_t begin = n;
+    for (std::int64_t part = 0; part < s.pieces; ++part) {
+      const std::int64_t count =
+          s.kept_counts[static_cast<std::size_t>(static_cast<std::int64_t>(slot) * s.pieces + part)];
+      const std::int32_t* from =
+          s.kept.data() + slot_begin(step, slot) + piece_range(step, w.neurons, part).begin;
+      std::copy_n(from, count, stored.neurons.data() + n);
+      n += count;
+    }
+    stored.begin[slot + 1] = n;
+    stored.lists[slot] = {w.stored, stored.neurons.data() + begin, n - begin};
+  }
+  return n;
+}
 
 void decode_stored_ffns(Step& step, std::span<const ActiveFfn> ffns, std::int64_t layer, int index) {
   ThreadScratch& thread = step.thread(index);

@@ -15,8 +15,11 @@ constexpr double kPinnedShare = 0.5;
 /// way at once, and every reader takes twice as many.
 constexpr std::size_t kStripeRead = std::size_t{256} << 10;
 constexpr std::size_t kStripeReads = 24;
-/// Reads on their way, at most: buffers for them.
-constexpr std::size_t kMostReads = 128;
+/// Clusters on their way: at least so many, and more where stripes take the memory anyway.
+constexpr std::size_t kFewestBuffers = 128;
+constexpr std::size_t kMostBuffers = 512;
+/// Clusters that lie side by side are read together, up to so many bytes.
+constexpr std::size_t kLargestRead = std::size_t{64} << 10;
 
 std::int64_t clusters_of(const BundleLayout& layout, const FfnBundles& ffn) {
   return ffn.neurons / layout.cluster;
@@ -51,8 +54,8 @@ NeuronStore::NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, Thre
       bytes_(room.bytes),
       fewest_slots_(token_neurons / layout.cluster),
       file_(std::move(file)),
-      reader_(std::move(reader)),
-      io_(io_bytes(layout)) {
+      io_(io_bytes(layout)),
+      reader_(std::move(reader)) {
   const std::int64_t all = all_clusters(layout_, ffns);
   const std::size_t fixed = io_bytes(layout_) + SlotCache::bytes(all, 0);
   const auto fitting = [&](std::size_t bytes) {
@@ -79,15 +82,16 @@ NeuronStore::NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, Thre
   cache_ = SlotCache(all, slots);
   io_memory_ = io_.take(io_bytes(layout_));
   misses_.reserve(count(token_neurons));
-  reads_.reserve(kMostReads);
-  for (std::size_t buffer = 0; buffer < std::min(kMostReads, reader_->depth()); ++buffer) {
-    free_buffers_.push_back(buffer);
-  }
+  buffers_.resize(
+      std::min(io_bytes(layout_) / layout_.read_bytes(), std::min(kMostBuffers, reader_->depth())));
+  reads_.reserve(std::max(buffers_.size(), kStripeReads + 1));
+  guesses_.reserve(buffers_.size());
+  there_.reserve(count(token_neurons));
   load_pinned(pool);
 }
 
 std::size_t NeuronStore::io_bytes(const BundleLayout& layout) {
-  return std::max(kMostReads * layout.read_bytes(), count(kStripes * kStripe) * layout.file_bytes);
+  return std::max(kFewestBuffers * layout.read_bytes(), count(kStripes * kStripe) * layout.file_bytes);
 }
 
 /// What room for a cluster costs: its rows, what gate and up come to, and its entries in the cache.
@@ -177,12 +181,65 @@ std::string NeuronStore::shrink(std::int64_t bytes) noexcept {
 // ---- neurons one by one
 // ------------------------------------------------------------------------------------------
 
+/// A guess is no better than its place in a queue: real misses have buffers left, and are not behind too
+/// many.
+std::int64_t NeuronStore::foresee(std::span<const NeuronList> lists) noexcept {
+  forget_guesses();
+  const std::size_t most = buffers_.size() * 3 / 4;
+  for (const NeuronList& list : lists) {
+    for (std::int64_t i = 0; i < list.n && guesses_.size() < most; ++i) {
+      const Cluster cluster{list.ffn, list.neurons[i] / layout_.cluster};
+      const bool same = !guesses_.empty() && guesses_.back().cluster == cluster;
+      if (!same && !in_memory(list.ffn, list.neurons[i])) guesses_.push_back({.cluster = cluster});
+    }
+  }
+  std::ranges::sort(guesses_, {}, &Guess::cluster);
+  for (std::size_t at = 0; at < guesses_.size();) {
+    std::size_t end = at + 1;
+    while (end < guesses_.size() && guesses_[end].cluster.follows(guesses_[end - 1].cluster)) ++end;
+    const BufferRange buffers = take_buffers(static_cast<std::int64_t>(end - at));
+    if (buffers.size == 0) {
+      guesses_.resize(at);
+      break;
+    }
+    read_later(guesses_[at].cluster, buffers);
+    for (std::int32_t i = 0; i < buffers.size; ++i) guesses_[at++].buffer = buffers.begin + i;
+  }
+  start_reads();
+  return static_cast<std::int64_t>(guesses_.size() * layout_.read_bytes());
+}
+
+/// Whether the miss was guessed; then it has a buffer from here on.
+bool NeuronStore::foreseen(Miss& miss, std::int32_t number) {
+  const auto guess = std::ranges::lower_bound(guesses_, miss.cluster, {}, &Guess::cluster);
+  if (guess == guesses_.end() || guess->cluster != miss.cluster || guess->buffer == kNone) return false;
+  Buffer& buffer = buffers_[count(guess->buffer)];
+  const bool good = buffer.state != Buffer::State::kFree;  // else its read has failed
+  if (good) {
+    miss.buffer = std::exchange(guess->buffer, kNone);
+    buffer.miss = number;
+    if (buffer.state == Buffer::State::kThere) there_.push_back(number);
+  }
+  return good;
+}
+
+void NeuronStore::forget_guesses() {
+  for (const Guess& guess : guesses_) {
+    if (guess.buffer == kNone) continue;
+    Buffer& buffer = buffers_[count(guess.buffer)];
+    buffer.wanted = false;
+    if (buffer.state == Buffer::State::kThere) release(guess.buffer);
+  }
+  guesses_.clear();
+}
+
 FetchCounts NeuronStore::fetch(std::span<const NeuronList> lists, std::int32_t* rows,
                                std::int32_t* ready) noexcept {
   const auto k = static_cast<std::int32_t>(layout_.cluster);
   const auto slots_begin = static_cast<std::int32_t>(pinned_rows_);
   FetchCounts counts;
   misses_.clear();
+  there_.clear();
   started_ = 0;
   cache_.begin();
   std::int32_t place = 0;
@@ -190,8 +247,8 @@ FetchCounts NeuronStore::fetch(std::span<const NeuronList> lists, std::int32_t* 
     const Ffn& f = ffns_[count(list.ffn)];
     for (std::int64_t i = 0; i < list.n; ++i, ++place) {
       const std::int32_t neuron = list.neurons[i];
-      const std::int64_t cluster = neuron / k;
-      const std::int32_t slot = neuron < f.pinned ? SlotCache::kNone : cache_.find(f.first_cluster + cluster);
+      const Cluster cluster{list.ffn, neuron / k};
+      const std::int32_t slot = neuron < f.pinned ? SlotCache::kNone : cache_.find(cache_number(cluster));
       if (neuron < f.pinned) {
         rows[place] = static_cast<std::int32_t>(f.first_row) + neuron;
       } else if (slot != SlotCache::kNone) {
@@ -199,9 +256,8 @@ FetchCounts NeuronStore::fetch(std::span<const NeuronList> lists, std::int32_t* 
         rows[place] = slots_begin + slot * k + neuron % k;
       } else {
         rows[place] = neuron % k;  // the slot is chosen when all that is there has been touched
-        const bool same =
-            !misses_.empty() && misses_.back().ffn == list.ffn && misses_.back().cluster == cluster;
-        if (!same) misses_.push_back({.ffn = list.ffn, .cluster = cluster, .list = {place, place}});
+        const bool same = !misses_.empty() && misses_.back().cluster == cluster;
+        if (!same) misses_.push_back({.cluster = cluster, .list = {place, place}});
         misses_.back().list.end = place + 1;
         ++counts.missed;
         continue;
@@ -209,65 +265,144 @@ FetchCounts NeuronStore::fetch(std::span<const NeuronList> lists, std::int32_t* 
       ready[counts.cached++] = place;
     }
   }
-  for (Miss& miss : misses_) {
-    miss.slot = cache_.take(ffns_[count(miss.ffn)].first_cluster + miss.cluster);
-    for (std::int32_t i = miss.list.begin; i < miss.list.end; ++i) rows[i] += slots_begin + miss.slot * k;
+  for (std::size_t i = 0; i < misses_.size(); ++i) {
+    Miss& miss = misses_[i];
+    miss.slot = cache_.take(cache_number(miss.cluster));
+    for (std::int32_t at = miss.list.begin; at < miss.list.end; ++at) rows[at] += slots_begin + miss.slot * k;
+    if (foreseen(miss, static_cast<std::int32_t>(i))) {
+      counts.foreseen += miss.list.end - miss.list.begin;
+    } else {
+      counts.bytes += static_cast<std::int64_t>(layout_.read_bytes());
+    }
   }
-  counts.bytes = static_cast<std::int64_t>(misses_.size() * layout_.read_bytes());
+  expected_ = static_cast<std::int64_t>(misses_.size());
+  forget_guesses();
   start_misses();
   return counts;
 }
 
-std::uint64_t NeuronStore::offset(const Miss& miss) const {
-  return ffns_[count(miss.ffn)].bundles.offset + count(miss.cluster) * layout_.read_bytes();
+std::int64_t NeuronStore::cache_number(const Cluster& cluster) const {
+  return ffns_[count(cluster.ffn)].first_cluster + cluster.number;
+}
+
+std::uint64_t NeuronStore::offset(const Cluster& cluster) const {
+  return ffns_[count(cluster.ffn)].bundles.offset + count(cluster.number) * layout_.read_bytes();
+}
+
+/// Up to `most` free buffers side by side, fewer where there are no more or one read would be too large.
+NeuronStore::BufferRange NeuronStore::take_buffers(std::int64_t most) {
+  const auto all = static_cast<std::int32_t>(buffers_.size());
+  const auto longest =
+      static_cast<std::int64_t>(std::max<std::size_t>(kLargestRead / layout_.read_bytes(), 1));
+  const auto is_free = [&](std::int32_t i) { return buffers_[count(i)].state == Buffer::State::kFree; };
+  std::int32_t begin = next_buffer_;
+  for (std::int32_t tried = 0; tried < all && !is_free(begin); ++tried) begin = (begin + 1) % all;
+  if (!is_free(begin)) return {};
+  BufferRange range{begin, 0};
+  for (; range.size < std::min(most, longest) && begin + range.size < all && is_free(begin + range.size);
+       ++range.size) {
+    buffers_[count(begin + range.size)] = {.state = Buffer::State::kReading, .wanted = true};
+  }
+  next_buffer_ = (begin + range.size) % all;
+  return range;
+}
+
+void NeuronStore::release(std::int32_t buffer) { buffers_[count(buffer)] = {}; }
+
+/// One read for clusters that lie side by side, as many as there are buffers.
+void NeuronStore::read_later(const Cluster& first, BufferRange buffers) {
+  buffers_[count(buffers.begin)].read = buffers.size;
+  reads_.push_back({.offset = offset(first),
+                    .bytes = count(buffers.size) * layout_.read_bytes(),
+                    .to = io_memory_ + count(buffers.begin) * layout_.read_bytes(),
+                    .tag = count(buffers.begin)});
+}
+
+void NeuronStore::start_reads() {
+  if (!reads_.empty()) reader_->start(reads_);
+  reading_ += static_cast<std::int64_t>(reads_.size());
+  reads_.clear();
 }
 
 /// Asks for as many misses as there are buffers; after an error for none.
 void NeuronStore::start_misses() {
-  reads_.clear();
-  for (; started_ < misses_.size() && !free_buffers_.empty(); ++started_) {
-    Miss& miss = misses_[started_];
-    if (!error_.empty()) {
-      cache_.drop(miss.slot);
+  while (started_ < misses_.size()) {
+    if (misses_[started_].buffer != kNone) {
+      ++started_;
       continue;
     }
-    miss.buffer = free_buffers_.back();
-    free_buffers_.pop_back();
-    reads_.push_back({.offset = offset(miss),
-                      .bytes = layout_.read_bytes(),
-                      .to = io_memory_ + miss.buffer * layout_.read_bytes(),
-                      .tag = started_});
+    if (!error_.empty()) {
+      fail_miss(misses_[started_++]);
+      continue;
+    }
+    std::size_t end = started_ + 1;
+    while (end < misses_.size() && misses_[end].buffer == kNone &&
+           misses_[end].cluster.follows(misses_[end - 1].cluster)) {
+      ++end;
+    }
+    const BufferRange buffers = take_buffers(static_cast<std::int64_t>(end - started_));
+    if (buffers.size == 0) break;
+    read_later(misses_[started_].cluster, buffers);
+    for (std::int32_t i = 0; i < buffers.size; ++i, ++started_) {
+      misses_[started_].buffer = buffers.begin + i;
+      buffers_[count(buffers.begin + i)].miss = static_cast<std::int32_t>(started_);
+    }
   }
-  if (!reads_.empty()) reader_->start(reads_);
+  start_reads();
+}
+
+/// Waits for at least one read.
+void NeuronStore::end_reads() {
+  std::array<DiskDone, 32> done;
+  const std::size_t ended = reader_->wait(done);
+  reading_ = ended == 0 ? 0 : reading_ - static_cast<std::int64_t>(ended);
+  for (const DiskDone& read : std::span(done).first(ended)) {
+    const auto begin = static_cast<std::int32_t>(read.tag);
+    const std::int32_t end = begin + buffers_[count(begin)].read;
+    for (std::int32_t i = begin; i < end; ++i) {
+      Buffer& buffer = buffers_[count(i)];
+      const std::int32_t miss = buffer.miss;
+      if (buffer.wanted && read.error == 0) {
+        buffer.state = Buffer::State::kThere;
+        if (miss != kNone) there_.push_back(miss);
+        continue;
+      }
+      release(i);
+      if (miss == kNone) continue;  // a guess: nobody has to know
+      fail(offset(misses_[count(miss)].cluster), layout_.read_bytes(), read.error);
+      fail_miss(misses_[count(miss)]);
+    }
+  }
+}
+
+void NeuronStore::fail_miss(const Miss& miss) {
+  cache_.drop(miss.slot);
+  --expected_;
 }
 
 std::int64_t NeuronStore::arrived(std::span<ListRange> parts) noexcept {
-  constexpr std::size_t kAtOnce = 32;
-  std::array<DiskDone, kAtOnce> done;
   const std::lock_guard lock(mutex_);
-  std::int64_t came = 0;
-  while (came == 0) {
-    const std::size_t ended = reader_->wait(std::span(done).first(std::min(kAtOnce, parts.size())));
-    if (ended == 0) return 0;
-    for (std::size_t i = 0; i < ended; ++i) {
-      const Miss& miss = misses_[done[i].tag];
-      free_buffers_.push_back(miss.buffer);
-      if (done[i].error != 0) {
-        fail(offset(miss), layout_.read_bytes(), done[i].error);
-        cache_.drop(miss.slot);
-        continue;
-      }
-      keep(miss);
-      parts[count(came++)] = miss.list;
-    }
+  while (there_.empty()) {
+    if (expected_ == 0) return 0;
+    end_reads();
     start_misses();
   }
-  return came;
+  std::size_t came = 0;
+  for (; came < parts.size() && !there_.empty(); ++came) {
+    const Miss& miss = misses_[count(there_.back())];
+    there_.pop_back();
+    keep(miss);
+    release(miss.buffer);
+    parts[came] = miss.list;
+    --expected_;
+  }
+  start_misses();
+  return static_cast<std::int64_t>(came);
 }
 
 /// From the buffer, where bundles are padded, to the rows of the slot.
 void NeuronStore::keep(const Miss& miss) {
-  const std::byte* from = io_memory_ + miss.buffer * layout_.read_bytes();
+  const std::byte* from = io_memory_ + count(miss.buffer) * layout_.read_bytes();
   const std::int64_t first = pinned_rows_ + miss.slot * layout_.cluster;
   for (std::int64_t i = 0; i < layout_.cluster; ++i) {
     std::memcpy(row(first + i), from + count(i) * layout_.file_bytes, layout_.bytes);
@@ -285,6 +420,8 @@ bool NeuronStore::streamed(std::int64_t ffn, std::int64_t index) const {
 
 void NeuronStore::stream(std::int64_t ffn) noexcept {
   ffn_ = ffn;
+  forget_guesses();
+  while (reading_ > 0) end_reads();  // stripes lie where the buffers do
   start_stripe(0);
 }
 
@@ -295,7 +432,6 @@ void NeuronStore::start_stripe(std::int64_t index) {
   const std::size_t bytes = count(std::min(kStripe, f.bundles.neurons - first)) * layout_.file_bytes;
   const auto buffer = count(index % kStripes);
   std::byte* to = io_memory_ + buffer * count(kStripe) * layout_.file_bytes;
-  reads_.clear();
   const std::size_t blocks = (bytes / kStripeReads + kDiskBlock) / kDiskBlock;
   const std::size_t piece = std::max(kStripeRead, blocks * kDiskBlock);
   for (std::size_t at = 0; at < bytes; at += piece) {
@@ -306,6 +442,7 @@ void NeuronStore::start_stripe(std::int64_t index) {
   }
   stripe_reads_[buffer] = static_cast<std::int64_t>(reads_.size());
   reader_->start(reads_);
+  reads_.clear();
 }
 
 std::int64_t NeuronStore::stripe(std::int64_t index) noexcept {

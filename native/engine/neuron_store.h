@@ -2,8 +2,8 @@
 // were needed lately, and the rest is read when a token asks for it. What lies together in the file is a
 // bundle, the rows of gate, up and down_t of one neuron; docs/format.md has the layout.
 //
-// Belongs to the job that runs on the thread pool: one FFN at a time, `fetch` and `stream` by one thread,
-// `arrived` by all.
+// Belongs to the job that runs on the thread pool: one FFN at a time, `foresee`, `fetch` and `stream` by one
+// thread, `arrived` by all.
 #pragma once
 
 #include <array>
@@ -46,7 +46,8 @@ struct ListRange {
 struct FetchCounts {
   std::int64_t cached = 0;  // neurons that were in memory
   std::int64_t missed = 0;
-  std::int64_t bytes = 0;  // read from disk
+  std::int64_t foreseen = 0;  // of the missed: whose read had begun before
+  std::int64_t bytes = 0;     // read from disk for the others
 };
 
 class NeuronStore {
@@ -90,6 +91,14 @@ class NeuronStore {
   float* gate() { return gate_.data(); }
   float* up() { return up_.data(); }
 
+  /// Whether a neuron's rows are in memory.
+  bool in_memory(std::int64_t ffn, std::int64_t neuron) const {
+    const Ffn& f = ffns_[static_cast<std::size_t>(ffn)];
+    return neuron < f.pinned || cache_.find(f.first_cluster + neuron / layout_.cluster) != SlotCache::kNone;
+  }
+  /// Begins to read what is not in memory of neurons that `fetch` will perhaps ask for next. Returns the
+  /// bytes.
+  std::int64_t foresee(std::span<const NeuronList> lists) noexcept;
   /// Asks for neurons of some FFNs, whose lists follow each other: rows[i] is where the i-th of all lies or
   /// will lie, until the next call. ready[0 ... cached) are the i whose row is there already; others arrive.
   FetchCounts fetch(std::span<const NeuronList> lists, std::int32_t* rows, std::int32_t* ready) noexcept;
@@ -116,13 +125,38 @@ class NeuronStore {
     std::int64_t first_row = 0;      // of the pinned ones
     std::int64_t first_cluster = 0;  // in the cache's numbers
   };
+  static constexpr std::int32_t kNone = -1;
+  /// A cluster of an FFN.
+  struct Cluster {
+    std::int64_t ffn = 0;
+    std::int64_t number = 0;
+    bool follows(const Cluster& other) const { return ffn == other.ffn && number == other.number + 1; }
+    auto operator<=>(const Cluster&) const = default;
+  };
   /// A cluster to be read for part of the list.
   struct Miss {
-    std::int64_t ffn = 0;
-    std::int64_t cluster = 0;  // in the FFN
+    Cluster cluster;
     std::int32_t slot = 0;
     ListRange list;
-    std::size_t buffer = 0;
+    std::int32_t buffer = kNone;
+  };
+  /// A cluster that is read before anybody asks for it.
+  struct Guess {
+    Cluster cluster;
+    std::int32_t buffer = kNone;
+  };
+  /// Room for one cluster on its way.
+  struct Buffer {
+    enum class State : std::uint8_t { kFree, kReading, kThere };
+    State state = State::kFree;
+    bool wanted = false;        // by a guess or a miss; else free when its read has ended
+    std::int32_t miss = kNone;  // that it was read for
+    std::int32_t read = 1;      // clusters of the read that begins here
+  };
+  /// Consecutive buffers.
+  struct BufferRange {
+    std::int32_t begin = 0;
+    std::int32_t size = 0;
   };
 
   static std::size_t io_bytes(const BundleLayout& layout);
@@ -133,10 +167,19 @@ class NeuronStore {
   std::byte* row(std::int64_t index) const {
     return memory_ + static_cast<std::size_t>(index) * layout_.bytes;
   }
+  bool foreseen(Miss& miss, std::int32_t number);
+  void forget_guesses();
+  BufferRange take_buffers(std::int64_t most);
+  void release(std::int32_t buffer);
+  void read_later(const Cluster& first, BufferRange buffers);
+  void start_reads();
   void start_misses();
+  void end_reads();
+  void fail_miss(const Miss& miss);
   void keep(const Miss& miss);
   void start_stripe(std::int64_t index);
-  std::uint64_t offset(const Miss& miss) const;
+  std::int64_t cache_number(const Cluster& cluster) const;
+  std::uint64_t offset(const Cluster& cluster) const;
   void fail(std::uint64_t offset, std::size_t bytes, int error);
   bool streamed(std::int64_t ffn, std::int64_t index) const;
 
@@ -152,13 +195,18 @@ class NeuronStore {
   SlotCache cache_;
 
   std::shared_ptr<const DiskFile> file_;
+  Arena io_;  // outlives the reader, which waits for the reads on their way
   std::unique_ptr<DiskReader> reader_;
-  Arena io_;
   std::byte* io_memory_ = nullptr;
   std::mutex mutex_;
-  std::vector<Miss> misses_;  // of the lists at hand
-  std::size_t started_ = 0;   // of the misses
-  std::vector<std::size_t> free_buffers_;
+  std::vector<Buffer> buffers_;
+  std::int32_t next_buffer_ = 0;     // where the search for free ones begins
+  std::int64_t reading_ = 0;         // reads on their way
+  std::vector<Guess> guesses_;       // ascending
+  std::vector<Miss> misses_;         // of the lists at hand
+  std::size_t started_ = 0;          // of the misses
+  std::int64_t expected_ = 0;        // misses that `arrived` has not given yet
+  std::vector<std::int32_t> there_;  // misses whose bytes are in their buffers
   std::vector<DiskRead> reads_;
   std::int64_t ffn_ = 0;                               // that is streamed
   std::array<std::int64_t, kStripes> stripe_reads_{};  // on their way

@@ -92,6 +92,7 @@ LayerCounts& LayerCounts::operator+=(const LayerCounts& other) {
   bytes += other.bytes;
   cached += other.cached;
   missed += other.missed;
+  foreseen += other.foreseen;
   disk_bytes += other.disk_bytes;
   disk_wait_ns += other.disk_wait_ns;
   return *this;

@@ -99,6 +99,7 @@ struct LayerCounts {
   // Where neurons are on disk.
   std::int64_t cached = 0;        // neurons asked for that were in memory
   std::int64_t missed = 0;        // neurons asked for that were not
+  std::int64_t foreseen = 0;      // of the missed: whose read had begun before they were asked for
   std::int64_t disk_bytes = 0;    // read
   std::int64_t disk_wait_ns = 0;  // mean of the threads
   LayerCounts& operator+=(const LayerCounts& other);
@@ -287,6 +288,10 @@ struct Thresholds {
 Thresholds thresholds(const Step& step, const FfnWeights& ffn);
 /// Bytes of a threshold, and whether the mode of the step reads them.
 std::int64_t threshold_bytes(const Step& step);
+
+/// Begins to read what the FFNs of the layer will perhaps need, by its input: the reads run under the
+/// attention. Ends with a barrier, where it does anything.
+void foresee_ffns(Step& step, std::int64_t layer, int index);
 
 // FFNs of one token, of which every thread has normalised the input into its own scratch.
 void decode_ffn(Step& step, std::int64_t layer, int index) noexcept;

@@ -14,7 +14,7 @@
 namespace turbosparse {
 namespace {
 
-constexpr std::size_t kDepth = 64;
+constexpr std::size_t kDepth = 512;
 #if defined(MADV_POPULATE_READ)
 constexpr int kPopulate = MADV_POPULATE_READ;
 #else

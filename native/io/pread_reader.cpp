@@ -15,7 +15,7 @@ namespace turbosparse {
 namespace {
 
 constexpr std::size_t kThreads = 16;  // asleep nearly always
-constexpr std::size_t kDepth = 64;
+constexpr std::size_t kDepth = 512;
 
 class PreadReader final : public DiskReader {
  public:

@@ -19,7 +19,7 @@
 namespace turbosparse {
 namespace {
 
-constexpr unsigned kDepth = 128;
+constexpr unsigned kDepth = 512;
 
 /// A part of the rings that kernel and process share.
 class SharedPages {
@@ -70,7 +70,7 @@ class UringReader final : public DiskReader {
     DiskDone done[16];
     while (wait(done) > 0) {
     }
-    ::close(ring_);
+    ::close(ring_);  // cancels what a ring that broke has left
   }
 
   bool mapped() const { return queues_.mapped() && entries_.mapped(); }
@@ -90,6 +90,7 @@ class UringReader final : public DiskReader {
   std::size_t wait(std::span<DiskDone> done) override {
     std::size_t count = 0;
     while (count == 0 && free_.size() < kDepth) {
+      if (error_ != 0) return give_up(done);
       count = reap(done);
       if (count == 0) enter(0, 1);
     }
@@ -116,14 +117,28 @@ class UringReader final : public DiskReader {
   }
 
   void submit() {
-    while (unsubmitted_ > 0) unsubmitted_ -= enter(unsubmitted_, 0);
+    while (unsubmitted_ > 0 && error_ == 0) unsubmitted_ -= enter(unsubmitted_, 0);
   }
 
-  /// How many entries the kernel took.
-  std::uint32_t enter(std::uint32_t to_submit, std::uint32_t to_wait_for) const {
+  /// How many entries the kernel took. Remembers an error that will not pass.
+  std::uint32_t enter(std::uint32_t to_submit, std::uint32_t to_wait_for) {
     const std::uint32_t flags = to_wait_for > 0 ? IORING_ENTER_GETEVENTS : 0;
     const long taken = ::syscall(__NR_io_uring_enter, ring_, to_submit, to_wait_for, flags, nullptr, 0);
-    return taken > 0 ? static_cast<std::uint32_t>(taken) : 0;  // EINTR, EAGAIN, EBUSY: the caller tries again
+    if (taken >= 0) return static_cast<std::uint32_t>(taken);
+    if (errno != EINTR && errno != EAGAIN && errno != EBUSY) error_ = errno;
+    return 0;
+  }
+
+  /// Of a ring that broke: every read that is on its way has failed, and all that come will. One that the
+  /// kernel took may still be written to its memory, which is not read again.
+  std::size_t give_up(std::span<DiskDone> done) {
+    std::size_t count = 0;
+    for (std::uint32_t place = 0; place < kDepth && count < done.size(); ++place) {
+      if (std::ranges::find(free_, place) != free_.end()) continue;
+      done[count++] = {reads_[place].tag, error_};
+      free_.push_back(place);
+    }
+    return count;
   }
 
   /// Takes what has ended. A read that ended short goes on from where it stopped.
@@ -163,6 +178,7 @@ class UringReader final : public DiskReader {
   std::vector<DiskRead> reads_;
   std::vector<std::uint32_t> free_;  // places in reads_
   std::uint32_t unsubmitted_ = 0;
+  int error_ = 0;  // of the ring: an errno that will not pass
 };
 
 }  // namespace

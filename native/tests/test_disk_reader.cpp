@@ -109,36 +109,64 @@ void test_names() {
   CHECK(missing, "a missing file");
 }
 
-/// In a child process, which can't take the ban back.
-void test_forbidden_uring() {
-  const TempFile temp;
+/// Forbids this process a system call, for good. False on a system that can't.
+bool forbid(std::uint32_t call) {
+  sock_filter program[] = {
+      BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
+      BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, call, 0, 1),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+      BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+  };
+  const sock_fprog filter{std::size(program), program};
+  return ::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) == 0 &&
+         ::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) == 0;
+}
+
+/// In a child process, which can't take a ban back.
+template <class F>
+void check_in_child(const char* what, F&& works) {
   const pid_t child = ::fork();
-  if (child == 0) {
-    sock_filter program[] = {
-        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(seccomp_data, nr)),
-        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, __NR_io_uring_setup, 0, 1),
-        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
-        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
-    };
-    const sock_fprog filter{std::size(program), program};
-    if (::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) != 0 ||
-        ::prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter) != 0) {
-      ::_exit(0);  // a system that can't ban it
-    }
-    const auto file = std::make_shared<const DiskFile>(temp.path(), true);
-    const OpenedReader opened = open_disk_reader(file, "");
-    bool ok =
-        std::string(opened.reader->name()) == "pread" && opened.note.find("permitted") != std::string::npos;
-    try {
-      (void)open_disk_reader(file, "io_uring");
-      ok = false;
-    } catch (const ConfigError&) {
-    }
-    ::_exit(ok ? 0 : 1);
-  }
+  if (child == 0) ::_exit(works() ? 0 : 1);
   int status = 0;
-  CHECK(::waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0, "status %d",
-        status);
+  CHECK(::waitpid(child, &status, 0) == child && WIFEXITED(status) && WEXITSTATUS(status) == 0,
+        "%s: status %d", what, status);
+}
+
+bool falls_back_to_pread() {
+  const TempFile temp;
+  if (!forbid(__NR_io_uring_setup)) return true;
+  const auto file = std::make_shared<const DiskFile>(temp.path(), true);
+  const OpenedReader opened = open_disk_reader(file, "");
+  try {
+    (void)open_disk_reader(file, "io_uring");
+    return false;
+  } catch (const ConfigError&) {
+  }
+  return std::string(opened.reader->name()) == "pread" && opened.note.find("permitted") != std::string::npos;
+}
+
+/// A ring that stops working while it is in use: reads fail, and nobody waits for ever.
+bool fails_when_the_ring_breaks() {
+  const TempFile temp;
+  const auto file = std::make_shared<const DiskFile>(temp.path(), true);
+  std::string why_not;
+  const std::unique_ptr<DiskReader> reader = make_uring_reader(file, &why_not);
+  if (!reader || !forbid(__NR_io_uring_enter)) return true;
+  Arena memory(3 * kDiskBlock);
+  std::byte* const to = memory.take(3 * kDiskBlock);
+  bool all_failed = true;
+  for (int round = 0; round < 2; ++round) {
+    std::vector<DiskRead> reads;
+    for (std::size_t b = 0; b < 3; ++b) reads.push_back({b * kDiskBlock, kDiskBlock, to + b * kDiskBlock, b});
+    reader->start(reads);
+    std::vector<DiskDone> done(2);
+    for (const std::size_t expected : {2, 1, 0}) {
+      const std::size_t count = reader->wait(done);
+      all_failed = all_failed && count == expected;
+      for (std::size_t i = 0; i < count; ++i) all_failed = all_failed && done[i].error == EPERM;
+    }
+  }
+  return all_failed;
 }
 
 }  // namespace
@@ -151,6 +179,7 @@ int main() {
   if (turbosparse::make_uring_reader(self, &why_not)) turbosparse::test_reads("io_uring");
   turbosparse::test_changes();
   turbosparse::test_names();
-  turbosparse::test_forbidden_uring();
+  turbosparse::check_in_child("io_uring forbidden", turbosparse::falls_back_to_pread);
+  turbosparse::check_in_child("io_uring forbidden in use", turbosparse::fails_when_the_ring_breaks);
   return turbosparse::test::report();
 }

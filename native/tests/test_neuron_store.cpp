@@ -100,11 +100,13 @@ void test_same_numbers() {
               mode_name(mode), stepwise);
       }
     }
-    std::int64_t cached = 0, missed = 0;
+    std::int64_t cached = 0, missed = 0, foreseen = 0;
     for (const LayerCounts& layer : disk.counters().layers) {
       cached += layer.cached;
       missed += layer.missed;
+      foreseen += layer.foreseen;
     }
+    CHECK(foreseen > 0 && foreseen < missed, "%ld foreseen", static_cast<long>(foreseen));
     CHECK(cached > 0 && missed > 0, "%ld cached, %ld missed", static_cast<long>(cached),
           static_cast<long>(missed));
   }
@@ -163,6 +165,94 @@ class CountingReader final : public DiskReader {
   std::deque<DiskRead> waiting_;
 };
 
+/// Of a file whose neurons are numbered, one byte of a bundle says which neuron it is.
+constexpr std::int64_t kNumbered = 512;
+
+/// Fills what it reads with the number of the neuron, 4096 bytes each; the newest read ends first. Those of
+/// the neurons it was told of fail.
+class NumberingReader final : public DiskReader {
+ public:
+  NumberingReader(std::shared_ptr<std::vector<DiskRead>> asked, std::int64_t broken)
+      : asked_(std::move(asked)), broken_(broken) {}
+  const char* name() const override { return "numbering"; }
+  std::size_t depth() const override { return 64; }
+  void start(std::span<const DiskRead> reads) override {
+    for (const DiskRead& read : reads) {
+      waiting_.push_back(read);
+      asked_->push_back(read);
+    }
+  }
+  std::size_t wait(std::span<DiskDone> done) override {
+    if (waiting_.empty()) return 0;
+    const DiskRead read = waiting_.back();
+    waiting_.pop_back();
+    const auto first = static_cast<std::int64_t>(read.offset / kDiskBlock);
+    const auto end = first + static_cast<std::int64_t>(read.bytes / kDiskBlock);
+    for (std::int64_t n = first; n < end; ++n)
+      std::fill_n(read.to + static_cast<std::size_t>(n - first) * kDiskBlock, kDiskBlock,
+                  static_cast<std::byte>(n % 251));
+    done[0] = {read.tag, first <= broken_ && broken_ < end ? EIO : 0};
+    return 1;
+  }
+
+ private:
+  std::shared_ptr<std::vector<DiskRead>> asked_;
+  std::int64_t broken_;
+  std::deque<DiskRead> waiting_;
+};
+
+/// What is guessed is read before it is asked for, neighbours together; wrong and failed guesses cost
+/// nothing.
+void test_guesses() {
+  ThreadPool pool(1);
+  BundleLayout layout{.parts = {}, .cols = 16, .bytes = 64, .file_bytes = kDiskBlock, .cluster = 1};
+  layout.parts[1] = {.there = true, .type = WeightType::kF32, .offset = 0};
+  const std::vector<FfnBundles> ffns{{.offset = 0, .data = {}, .neurons = kNumbered, .hotness = {}}};
+  const auto asked = std::make_shared<std::vector<DiskRead>>();
+  const StoreRoom room{NeuronStore::minimum_bytes(layout, ffns, 64), 0};
+  NeuronStore store(layout, ffns, pool, 64, room, nullptr, std::make_unique<NumberingReader>(asked, 300));
+  const auto list = [](const std::vector<std::int32_t>& neurons) {
+    return NeuronList{0, neurons.data(), static_cast<std::int64_t>(neurons.size())};
+  };
+  const std::vector<std::int32_t> guessed{100, 101, 102, 103, 200, 300, 400};
+  const std::vector<std::int32_t> wanted{101, 102, 201, 400, 401};
+  const NeuronList guess = list(guessed), want = list(wanted);
+  CHECK(store.foresee({&guess, 1}) == 7 * 4096, "bytes of guesses");
+  CHECK(asked->size() == 4 && asked->front().bytes == 4 * kDiskBlock, "%zu reads", asked->size());
+  std::vector<std::int32_t> rows(64), ready(64);
+  const FetchCounts counts = store.fetch({&want, 1}, rows.data(), ready.data());
+  CHECK(counts.cached == 0 && counts.missed == 5 && counts.foreseen == 3 && counts.bytes == 2 * 4096,
+        "%ld foreseen", static_cast<long>(counts.foreseen));
+  std::array<ListRange, 2> parts;
+  std::int64_t came = 0;
+  for (std::int64_t n; (n = store.arrived(parts)) > 0; came += n) {
+    for (const ListRange& part : std::span(parts).first(static_cast<std::size_t>(n))) {
+      const Matrix all = store.rows(Projection::kUp);
+      const std::int32_t row = rows[static_cast<std::size_t>(part.begin)];
+      CHECK(all.data[static_cast<std::size_t>(row) * all.row_bytes] ==
+                static_cast<std::byte>(wanted[static_cast<std::size_t>(part.begin)] % 251),
+            "neuron %d", wanted[static_cast<std::size_t>(part.begin)]);
+    }
+  }
+  CHECK(came == 5 && store.take_error().empty(), "%ld came", static_cast<long>(came));
+  // Guesses that are on their way end before the same memory is used for stripes.
+  const std::vector<std::int32_t> failing{299, 300, 301};
+  const NeuronList fails = list(failing);
+  CHECK(store.foresee({&fails, 1}) == 3 * 4096, "neurons that are not there yet");
+  store.stream(0);
+  CHECK(store.stripe(0) == kNumbered * 4096 &&
+            store.stripe_matrix(0, 0, Projection::kUp).data[5 * 4096] == static_cast<std::byte>(5),
+        "a stripe after a guess");
+  CHECK(!store.take_error().empty(), "the stripe's own error");
+  const std::size_t before = asked->size();
+  const FetchCounts again = store.fetch({&fails, 1}, rows.data(), ready.data());
+  CHECK(asked->size() == before + 1, "%zu reads instead of one", asked->size() - before);
+  CHECK(again.foreseen == 0 && again.missed == 3, "guesses are forgotten");
+  while (store.arrived(parts) > 0) {
+  }
+  CHECK(!store.take_error().empty(), "a neuron that can't be read");
+}
+
 /// However large its neurons are, an FFN that is streamed does not ask for more than a reader takes.
 void test_reads_on_their_way() {
   ThreadPool pool(1);
@@ -220,6 +310,7 @@ void test_budget() {
 int main() {
   turbosparse::test_same_numbers();
   turbosparse::test_faults();
+  turbosparse::test_guesses();
   turbosparse::test_reads_on_their_way();
   turbosparse::test_budget();
   return turbosparse::test::report();

@@ -74,6 +74,19 @@ def test_other_sparsities_are_reached_too() -> None:
     assert counts(path, "exact")["active"] == pytest.approx([0.4], abs=0.02)
 
 
+def test_hot_neurons_have_their_share_and_come_first() -> None:
+    model = replace(MODEL, hot_share=0.8, bundled=True, layers=2)
+    (path,) = synthetic_files(model, with_plain=False)
+    shares = counts(path, "predicted")
+    assert shares["active"] == pytest.approx([0.1 * 0.95] * 2, abs=0.015)
+    assert shares["candidates"] == pytest.approx([0.1] * 2, abs=0.015)
+    gate, up, *_ = _native.Model(str(path)).session(256).capture(np.arange(256, dtype=np.int32), [1])[0]
+    active = ((gate > 0) & (up > 0)).sum(axis=0)
+    assert active[:256].sum() / active.sum() == pytest.approx(0.8, abs=0.02)
+    with pytest.raises(ConfigError, match="hot-share"):
+        replace(MODEL, sparsity=0.85, hot_share=0.8)
+
+
 def test_experts_are_as_sparse_and_all_in_use() -> None:
     shape = replace(SMALL, num_experts=4, num_experts_per_tok=2, num_hidden_layers=2)
     sparse, plain = synthetic_files(replace(MODEL, shape=shape, name="moe"), with_plain=True)

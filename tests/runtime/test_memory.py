@@ -1,7 +1,15 @@
+from pathlib import Path
+
 import pytest
 
 from turbosparse.errors import ConfigError
-from turbosparse.runtime.memory import automatic_budget, free_memory, parse_size, peak_resident_bytes
+from turbosparse.runtime.memory import (
+    _left_in_groups,
+    automatic_budget,
+    free_memory,
+    parse_size,
+    peak_resident_bytes,
+)
 
 
 @pytest.mark.parametrize(
@@ -16,6 +24,17 @@ def test_sizes(text: str, size: int) -> None:
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ConfigError, match="6GiB"):
         parse_size(text)
+
+
+def test_own_cgroup_and_those_around_it(tmp_path: Path) -> None:
+    groups = (("memory", str(tmp_path), "limit", "used"),)
+    inner = tmp_path / "outer" / "inner"
+    inner.mkdir(parents=True)
+    for folder, limit, used in ((inner, "max", 10), (inner.parent, "1000", 700)):
+        (folder / "limit").write_text(limit)
+        (folder / "used").write_text(str(used))
+    (inner.parent / "memory.stat").write_text("inactive_file 200\n")
+    assert list(_left_in_groups("4:cpu,memory:/outer/inner\n0::/else\n", groups)) == [500]
 
 
 def test_the_automatic_budget_leaves_something() -> None:

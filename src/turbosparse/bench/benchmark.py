@@ -7,12 +7,13 @@ forced through the text's own ids, so that every side evaluates the same tokens;
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbosparse import _native
 from turbosparse.bench.filled_sessions import FilledSessions
+from turbosparse.bench.memory_limit import MemoryLimit, drop_cached_pages
 from turbosparse.bench.roofline import available_cpus, stream_bandwidth
 from turbosparse.bench.rounds import Case, Timing, alternate, median_ratio
 from turbosparse.bench.runners import EngineRunner, LlamaCppRunner, Runner, Usage
@@ -27,7 +28,16 @@ from turbosparse.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from turbosparse._native import Mode
 
-__all__ = ["BenchConfig", "Row", "bench_model", "cases_of", "default_modes", "load_for", "runs_per_model"]
+__all__ = [
+    "BenchConfig",
+    "Row",
+    "bench_baseline",
+    "bench_model",
+    "cases_of",
+    "default_modes",
+    "load_for",
+    "runs_per_model",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +64,8 @@ class BenchConfig:
     """Instruction set of our kernels; empty means the best there is."""
     memory_budget: int = 0
     """Bytes that our engine may hold, 0 for no limit. With one, a file's default mode alone is timed."""
+    memory_limit: int = 0
+    """Bytes that the kernel allows each side, in cgroups; 0 for no limit."""
     io: str = ""
     """How neurons beyond the budget are read; empty means the best that works."""
 
@@ -120,6 +132,8 @@ class Row:
     """Of a stream; the larger of two measurements, before and after the rounds."""
     hit_ratio: float | None
     """Share of the neurons asked for that were in memory, 0 to 1; None where all are."""
+    foreseen_ratio: float | None
+    """Share of the others whose read had begun before they were asked for."""
     disk_bytes_per_token: float | None
     """Read from disk."""
     disk_wait_ratio: float | None
@@ -176,33 +190,82 @@ def bench_model(path: Path, config: BenchConfig, *, progress: Callable[[], None]
         asked for and missing, or cannot read the file.
     """
     for threads in config.threads:
-        model, cases = load_for(path, config, threads)
-        context = _longest(cases)
-        unknown = [mode for mode in config.modes if mode not in model.info.modes]
-        if unknown:
-            have = ", ".join(model.info.modes)
-            raise ConfigError(
-                f"[bench mode] expected one that {path.name} can run ({have}), got {unknown[0]}"
-            )
-        modes = config.modes or default_modes(path, config)
-        sessions = FilledSessions(model, modes[0], cases)
-        runners: list[Runner] = [EngineRunner(model, mode, sessions) for mode in modes]
-        bandwidth = stream_bandwidth(model.threads)
-        forget_peak()  # that of measuring the bandwidth
+        bandwidth = stream_bandwidth(_native.thread_count(threads))  # takes more than a limit might allow
         with contextlib.ExitStack() as stack:
-            if config.against_llama_cpp:
-                baseline = _baseline_path(path, config, model.info)
-                runners.append(stack.enter_context(LlamaCppRunner(baseline, model.threads, context)))
-            timings = alternate(runners, cases, config.rounds, progress=progress)
-            peak = peak_resident_bytes() if config.memory_budget else None
+            if config.memory_limit:
+                stack.enter_context(MemoryLimit("turbosparse", config.memory_limit)).join()
+            rows = list(_bench_threads(path, config, threads, bandwidth, progress))
+        yield from rows
+
+
+def bench_baseline(path: Path, config: BenchConfig, *, progress: Callable[[], None]) -> Iterator[Row]:
+    """Time llama.cpp alone.
+
+    Parameters
+    ----------
+    path : Path
+        A file that it can read.
+    config : BenchConfig
+        What to time.
+    progress : callable
+        Called after every run.
+
+    Yields
+    ------
+    Row
+        Per thread count and test.
+    """
+    file = ModelFile(path)
+    cases = cases_of(path, config, file.integer(f"{file.architecture}.context_length"))
+    config = replace(config, baseline_model=path, against_llama_cpp=True)
+    for requested in config.threads:
+        threads = _native.thread_count(requested)
+        with contextlib.ExitStack() as stack:
+            runner = _limited_baseline(stack, path, config, threads, _longest(cases))
+            timings = alternate([runner], cases, config.rounds, progress=progress)
+        yield from _rows(path, config, threads, None, timings, stream_bandwidth(threads), None)
+
+
+def _limited_baseline(
+    stack: contextlib.ExitStack, path: Path, config: BenchConfig, threads: int, context: int
+) -> LlamaCppRunner:
+    """llama.cpp, and the limit of its process; both end with the stack."""
+    limit = None
+    if config.memory_limit:
+        limit = stack.enter_context(MemoryLimit("llama.cpp", config.memory_limit))
+        drop_cached_pages(path)  # they would count for whoever read them first
+    return stack.enter_context(LlamaCppRunner(path, threads, context, limit))
+
+
+def _bench_threads(
+    path: Path, config: BenchConfig, threads: int, bandwidth: float, progress: Callable[[], None]
+) -> Iterator[Row]:
+    model, cases = load_for(path, config, threads)
+    context = _longest(cases)
+    unknown = [mode for mode in config.modes if mode not in model.info.modes]
+    if unknown:
+        have = ", ".join(model.info.modes)
+        raise ConfigError(f"[bench mode] expected one that {path.name} can run ({have}), got {unknown[0]}")
+    modes = config.modes or default_modes(path, config)
+    sessions = FilledSessions(model, modes[0], cases)
+    runners: list[Runner] = [EngineRunner(model, mode, sessions) for mode in modes]
+    forget_peak()  # that of measuring the bandwidth
+    with contextlib.ExitStack() as stack:
+        if config.against_llama_cpp:
+            baseline = _baseline_path(path, config, model.info)
+            runners.append(_limited_baseline(stack, baseline, config, model.threads, context))
+        timings = alternate(runners, cases, config.rounds, progress=progress)
+        peak = peak_resident_bytes() if config.memory_budget else None
+        if not config.memory_limit:
             bandwidth = max(bandwidth, stream_bandwidth(model.threads))
-        yield from _rows(path, config, model, timings, bandwidth, peak)
+    yield from _rows(path, config, model.threads, model, timings, bandwidth, peak)
 
 
 def _rows(
     path: Path,
     config: BenchConfig,
-    model: _native.Model,
+    threads: int,
+    model: _native.Model | None,
     timings: Sequence[Timing],
     bandwidth: float,
     peak: int | None,
@@ -223,10 +286,10 @@ def _rows(
             size_bytes=sum(tensor.nbytes for tensor in tensors),
             params=sum(math.prod(tensor.shape) for tensor in tensors if "threshold" not in tensor.name),
             backend=timing.runner.backend,
-            threads=model.threads,
+            threads=threads,
             test=timing.case.name,
             mode=timing.runner.mode,
-            quant="+".join(model.info.ffn_types if ours else _file_ffn_types(tensors)),
+            quant="+".join(model.info.ffn_types if ours and model else _file_ffn_types(tensors)),
             tok_per_s=timing.median,
             tok_per_s_sd=timing.deviation,
             ratio_to_dense=median_ratio(timing, _find(peers, "turbosparse", "dense")) if ours else None,
@@ -246,11 +309,12 @@ def _rows(
             bandwidth_share=rate and rate / bandwidth,
             read_bandwidth_gb_per_s=bandwidth / 1e9,
             hit_ratio=usage.hit_ratio if usage else None,
+            foreseen_ratio=usage.foreseen_ratio if usage else None,
             disk_bytes_per_token=usage.disk_bytes_per_token if usage else None,
             disk_wait_ratio=usage.disk_wait_ratio if usage else None,
             peak_resident_bytes=peak if ours else None,
             synthetic=file.name.startswith(SYNTHETIC),
-            isa=model.isa if ours else "",
+            isa=model.isa if ours and model else "",
             rounds_tok_per_s=timing.tok_per_s,
         )
 

@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import llama_cpp.llama_cpp as api
@@ -22,7 +23,7 @@ import llama_cpp.llama_cpp as api
 __all__ = ["main"]
 
 
-def main(path: str, threads: int, context: int) -> None:
+def main(path: str, threads: int, context: int, *, mapped: bool) -> None:
     """Load the model, then answer requests until the input ends.
 
     Parameters
@@ -33,12 +34,16 @@ def main(path: str, threads: int, context: int) -> None:
         Threads for prompts and for single tokens.
     context : int
         Positions of the KV cache.
+    mapped : bool
+        Leave the weights in the mapped file, where copies in another order would not fit into memory.
     """
     silence = api.llama_log_callback(lambda level, text, data: None)
     api.llama_log_set(silence, ctypes.c_void_p())
     api.llama_backend_init()
     model_params = api.llama_model_default_params()
     model_params.n_gpu_layers = 0
+    if mapped:
+        model_params.use_extra_bufts = False
     model = api.llama_model_load_from_file(path.encode(), model_params)
     if not model:
         _answer({"error": "llama.cpp cannot read this file"})
@@ -81,4 +86,6 @@ def _answer(message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    if len(sys.argv) > 4:  # a cgroup that limits memory; joined before the model is opened
+        Path(sys.argv[4]).write_text("0", encoding="ascii")
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), mapped=len(sys.argv) > 4)

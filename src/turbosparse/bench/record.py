@@ -39,7 +39,17 @@ _HEADER = (
         "recall",
         "precision",
     ),
-    *("predictor MB", "MB/token", "GB/s", "bandwidth", "hits", "disk MB/token", "disk wait", "peak RAM"),
+    *(
+        "predictor MB",
+        "MB/token",
+        "GB/s",
+        "bandwidth",
+        "hits",
+        "foreseen",
+        "disk MB/token",
+        "disk wait",
+        "peak RAM",
+    ),
     *("vs dense", "vs llama.cpp", "vs first depth", "bytes allow"),
 )
 
@@ -77,6 +87,7 @@ def as_table(rows: Sequence[Row]) -> str:
                 _number(row.bandwidth_gb_per_s, "{:.1f}"),
                 _number(row.bandwidth_share, "{:.0%}"),
                 _number(row.hit_ratio, "{:.1%}"),
+                _number(row.foreseen_ratio, "{:.1%}"),
                 _number(row.disk_bytes_per_token and row.disk_bytes_per_token / 1e6, "{:.1f}"),
                 _number(row.disk_wait_ratio, "{:.0%}"),
                 "-" if row.peak_resident_bytes is None else _size(row.peak_resident_bytes),

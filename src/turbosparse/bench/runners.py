@@ -14,6 +14,7 @@ import numpy as np
 
 from turbosparse import _native
 from turbosparse.bench.filled_sessions import FilledSessions
+from turbosparse.bench.memory_limit import MemoryLimit
 from turbosparse.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Usage:
         self._neurons = neurons_per_token
         self._tokens = self._decoded = self._bytes = self._active = 0
         self._candidates = self._wanted = self._found = 0
-        self._cached = self._missed = self._disk_bytes = 0
+        self._cached = self._missed = self._foreseen = self._disk_bytes = 0
         self._wait_seconds = self._seconds = 0.0
 
     def add(self, counters: dict[str, Any], seconds: float) -> None:
@@ -83,6 +84,7 @@ class Usage:
         self._seconds += seconds
         self._cached += sum(counters["cached"])
         self._missed += sum(counters["missed"])
+        self._foreseen += sum(counters["foreseen"])
         self._disk_bytes += sum(counters["disk_bytes"])
         self._wait_seconds += sum(counters["disk_wait_ns"]) / 1e9
         self._tokens += counters["tokens"]
@@ -126,6 +128,17 @@ class Usage:
         """
         asked = self._cached + self._missed
         return self._cached / asked if asked else None
+
+    @property
+    def foreseen_ratio(self) -> float | None:
+        """Average the share of the neurons missed that were on their way before they were asked for.
+
+        Returns
+        -------
+        float or None
+            0 to 1; None where none was missed.
+        """
+        return self._foreseen / self._missed if self._missed else None
 
     @property
     def disk_bytes_per_token(self) -> float | None:
@@ -219,15 +232,18 @@ class LlamaCppRunner:
         Threads for prompts and single tokens.
     context : int
         Positions of the KV cache.
+    limit : MemoryLimit, optional
+        What its process may hold, cached pages of the file among it.
     """
 
     backend = "llama.cpp"
     mode = "dense"
 
-    def __init__(self, path: Path, threads: int, context: int) -> None:
+    def __init__(self, path: Path, threads: int, context: int, limit: MemoryLimit | None = None) -> None:
         require_llama_cpp()
+        group = [] if limit is None else [str(limit.processes)]
         self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(path), str(threads), str(context)],
+            [sys.executable, str(WORKER), str(path), str(threads), str(context), *group],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -9,6 +9,10 @@ __all__ = ["SHAPES", "SYNTHETIC", "Shape", "SyntheticModel", "shape_named"]
 SYNTHETIC = "SYNTHETIC"
 """How the names of synthetic models and of their files begin."""
 WEIGHT_TYPES = ("Q4_0", "Q8_0", "F16")
+HOT_NEURONS = 0.25
+"""Share of an FFN's neurons that are called hot. PowerInfer (arXiv 2312.12456) measured that 26 % of the
+neurons of OPT-30B have 80 % of the activations."""
+_MOST_ACTIVE = 0.46  # share of tokens that need a hot neuron: the predictor's threshold stays positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,6 +167,10 @@ class SyntheticModel:
     """Share of the candidates that are active, 0.98 at most; at least 0.2 and 1.2 times the active share."""
     layers: int = 0
     """Fewer layers than the shape has; 0 for all of them."""
+    hot_share: float = HOT_NEURONS
+    """Share of all activations that the hot neurons of an FFN have, `HOT_NEURONS` (no skew) to 0.95."""
+    bundled: bool = False
+    """Made for a memory budget: the rows of a neuron side by side."""
 
     def __post_init__(self) -> None:
         if self.weight_type not in WEIGHT_TYPES:
@@ -173,6 +181,13 @@ class SyntheticModel:
         _check("recall", self.recall, 0.5, 0.98)
         _check("precision", self.precision, max(0.2, round(1.2 * (1 - self.sparsity), 4)), 0.98)
         _check("layers", self.layers, 0, self.shape.num_hidden_layers)
+        _check("hot-share", self.hot_share, HOT_NEURONS, 0.95)
+        hot_active = (1 - self.sparsity) * self.hot_share / HOT_NEURONS
+        if self.hot_share > HOT_NEURONS and hot_active > _MOST_ACTIVE:
+            raise ConfigError(
+                f"[bench --hot-share] expected hot neurons active for at most {_MOST_ACTIVE:.0%} of tokens, "
+                f"got {hot_active:.0%}: less of it, or more --sparsity"
+            )
         widest = 2 * (self.shape.hidden_size - 64)
         if self.rank % 64 or not 0 <= self.rank <= widest:
             raise ConfigError(
@@ -202,7 +217,27 @@ class SyntheticModel:
         if plain:
             return f"{size}-swiglu"
         quality = f"{self.recall * 100:g}-{self.precision * 100:g}"
-        return f"{size}-s{self.sparsity * 100:g}-r{self.rank}-{quality}"
+        hot = f"-hot{self.hot_share * 100:g}" if self.hot_share > HOT_NEURONS else ""
+        layout = "-bundled" if self.bundled else ""
+        return f"{size}-s{self.sparsity * 100:g}-r{self.rank}-{quality}{hot}{layout}"
+
+    def groups(self) -> list[tuple[int, float]]:
+        """Split an FFN by how often its neurons are active.
+
+        Returns
+        -------
+        list of (int, float)
+            Neurons, and their sparsity; the hot ones first, as in a file that `export` has sorted.
+        """
+        neurons = self.shape.intermediate_size
+        if self.hot_share == HOT_NEURONS:
+            return [(neurons, self.sparsity)]
+        hot = round(neurons * HOT_NEURONS / 32) * 32
+        active = (1 - self.sparsity) * neurons
+        return [
+            (hot, 1 - active * self.hot_share / hot),
+            (neurons - hot, 1 - active * (1 - self.hot_share) / (neurons - hot)),
+        ]
 
 
 def _check(name: str, value: float, low: float, high: float) -> None:

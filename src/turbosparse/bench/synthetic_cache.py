@@ -16,13 +16,14 @@ import tokenizers
 from turbosparse.bench.shapes import SyntheticModel
 from turbosparse.bench.synthetic_weights import plain_tensors, predictor_thresholds, sparse_tensors
 from turbosparse.errors import ConfigError
+from turbosparse.runtime.bundles import bundled
 from turbosparse.runtime.default_model import cache_folder
 from turbosparse.runtime.model_file import StoredValue
 from turbosparse.runtime.model_file_writer import TensorSource, write_model_file
 from turbosparse.runtime.texts import CALIBRATION, read_text
 from turbosparse.tokenizer import TokenType
 
-__all__ = ["available_memory", "synthetic_files"]
+__all__ = ["available_memory", "synthetic_file", "synthetic_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,20 +57,50 @@ def synthetic_files(
     ConfigError
         When the models would not fit into free memory together, or the files not on the disk.
     """
+    return _files(model, (False, True) if with_plain else (False,), progress)
+
+
+def synthetic_file(
+    model: SyntheticModel, *, plain: bool, progress: Callable[[float], None] = lambda count: None
+) -> Path:
+    """Make one file of a synthetic model, as :func:`synthetic_files` does.
+
+    Parameters
+    ----------
+    model : SyntheticModel
+        What it is to be like.
+    plain : bool
+        The SwiGLU model that other engines can read, instead of the dReLU model.
+    progress : callable, optional
+        Called with the bytes of each tensor written.
+
+    Returns
+    -------
+    Path
+        The file.
+    """
+    return _files(model, (plain,), progress)[0]
+
+
+def _files(model: SyntheticModel, kinds: Sequence[bool], progress: Callable[[float], None]) -> list[Path]:
     folder = cache_folder() / "synthetic"
-    wanted = [folder / f"{model.file_stem(plain=plain)}.gguf" for plain in (False, True)[: 1 + with_plain]]
-    tensors = [sparse_tensors(model), plain_tensors(model)][: 1 + with_plain]
-    sizes = [sum(tensor.nbytes for tensor in sources) for sources in tensors]
+    wanted = [folder / f"{model.file_stem(plain=plain)}.gguf" for plain in kinds]
+    contents = [_contents(model, plain=plain) for plain in kinds]
+    sizes = [sum(tensor.nbytes for tensor in tensors) for _, tensors in contents]
     hint = "; fewer --layers need less"
-    _require("free memory", sum(sizes), available_memory(), hint)
+    if not model.bundled:
+        _require("free memory", sum(sizes), available_memory(), hint)
     folder.mkdir(parents=True, exist_ok=True)
     missing = sum(size for path, size in zip(wanted, sizes, strict=True) if not path.exists())
     hint = f" in {folder}, which may be deleted at any time{hint}"
     if missing:
+        if len(kinds) > 1:
+            hint += ", --one-at-a-time less than both files"
         _require("free disk", missing, shutil.disk_usage(folder).free, hint)
-    for plain, (path, sources) in enumerate(zip(wanted, tensors, strict=True)):
+    for path, (metadata, tensors) in zip(wanted, contents, strict=True):
         if not path.exists():
-            _write(model, path, sources, plain=bool(plain), progress=progress)
+            logger.info("making %s", path)
+            write_model_file(path, metadata, tensors, progress=progress)
     return wanted
 
 
@@ -95,15 +126,8 @@ def _require(what: str, needed: int, available: int, hint: str) -> None:
         )
 
 
-def _write(
-    model: SyntheticModel,
-    path: Path,
-    tensors: Sequence[TensorSource],
-    *,
-    plain: bool,
-    progress: Callable[[float], None],
-) -> None:
-    logger.info("making %s", path)
+def _contents(model: SyntheticModel, *, plain: bool) -> tuple[dict[str, Any], list[TensorSource]]:
+    """Keys and tensors of a file."""
     metadata = {**_sizes(model, "llama" if plain else "turbosparse-llama"), **_vocabulary(model)}
     if not plain:
         metadata |= {
@@ -118,7 +142,10 @@ def _write(
                 "turbosparse.predictor.threshold": predictor_thresholds(model),
             }
     metadata["general.name"] = model.file_stem(plain=plain).replace("-", " ", 1)
-    write_model_file(path, metadata, tensors, progress=progress)
+    if plain:
+        return metadata, plain_tensors(model)
+    # The hot neurons come first as they are made: no order has to be given.
+    return bundled(metadata, sparse_tensors(model)) if model.bundled else (metadata, sparse_tensors(model))
 
 
 def _sizes(model: SyntheticModel, architecture: str) -> dict[str, Any]:

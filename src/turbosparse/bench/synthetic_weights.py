@@ -8,6 +8,9 @@ No mask is handed to anybody: gate and up are computed, and come out negative as
   weights there. All other columns are the noise between them.
 - The predictor is exactly that part in low rank: b relu(a x) with a = [P; -P], P picking the values, and
   b = [G, -G], G the weights of gate there. relu(x) - relu(-x) = x, so the scores are G P x.
+- With a hot share above a quarter, the first quarter of an FFN's neurons has smaller shifts than the others,
+  so that it is active that much more often. Their scores are scaled so that one threshold serves both. Which
+  neurons of either kind a token needs is independent of the token before.
 - Where there are experts, each is such an FFN with weights of its own, and a random router sends every token
   to some of them by its embedding: all experts are equally likely, and neighbouring tokens have as many in
   common as chance gives.
@@ -16,14 +19,14 @@ No mask is handed to anybody: gate and up are computed, and come out negative as
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from turbosparse.bench.gate_statistics import GateStatistics, solve_gate_statistics
+from turbosparse.bench.gate_statistics import solve_gate_statistics
 from turbosparse.bench.shapes import SyntheticModel
 from turbosparse.runtime.model_file_writer import TensorSource
 
@@ -46,9 +49,9 @@ class _Columns:
     """Of the random integers: the same seed and width give the same ones, whatever the scale."""
 
 
-def _expert(e: int) -> tuple[int, ...]:
+def _seed(e: int, group: int) -> tuple[int, ...]:
     """What goes before the seeds of an expert's integers; nothing for the first, as without experts."""
-    return (e, 10) if e else ()
+    return (*((group, 11) if group else ()), *((e, 10) if e else ()))
 
 
 def _random(width: int, sd: float, *seed: int) -> _Columns:
@@ -134,25 +137,34 @@ class _Tensors:
         return TensorSource(name=name, type_name=self.model.weight_type, shape=(rows, cols), read=read)
 
     def ffn_matrix(
-        self, name: str, rows: int, columns: Callable[[int], list[_Columns]], zero_rows: int = 0
+        self,
+        name: str,
+        rows: Sequence[int],
+        columns: Callable[[int, int], list[_Columns]],
+        zero_rows: int = 0,
     ) -> TensorSource:
-        """A matrix of an FFN, or of each expert; `columns` gives those of expert e.
+        """A matrix of an FFN, or of each expert, of so many rows per group of neurons.
 
-        `zero_rows` rows of it are zero.
+        `columns` gives those of expert e and a group. `zero_rows` rows of it are zero.
         """
         E, weight_type = self.shape.num_experts, self.model.weight_type
-        if not E:
-            return self.matrix(f"{name}.weight", rows, columns(0), zero_rows)
 
-        def read() -> NDArray[np.uint8]:
-            data = np.stack([_bytes_of(weight_type, rows, columns(e)) for e in range(E)])
-            data[:, :zero_rows] = 0
+        def expert(e: int) -> NDArray[np.uint8]:
+            parts = [_bytes_of(weight_type, n, columns(e, group)) for group, n in enumerate(rows)]
+            data = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            data[:zero_rows] = 0
             return data
 
-        cols = sum(part.width for part in columns(0))
-        return TensorSource(
-            name=f"{name}_exps.weight", type_name=weight_type, shape=(E, rows, cols), read=read
-        )
+        size = (sum(rows), sum(part.width for part in columns(0, 0)))
+        if not E:
+            return TensorSource(
+                name=f"{name}.weight", type_name=weight_type, shape=size, read=lambda: expert(0)
+            )
+
+        def read() -> NDArray[np.uint8]:
+            return np.stack([expert(e) for e in range(E)])
+
+        return TensorSource(name=f"{name}_exps.weight", type_name=weight_type, shape=(E, *size), read=read)
 
     def router(self, layer: int) -> Iterator[TensorSource]:
         """Logits of unit variance from a token's own values: every expert is as likely as the others."""
@@ -186,32 +198,35 @@ class _Tensors:
         yield self.matrix(f"{block}attn_output.weight", D, [_random(width, sd, layer, 3)], zero_rows=_BLOCK)
         yield self.ones(block + "ffn_norm.weight")
 
-    def sparse_ffn(self, layer: int, statistics: GateStatistics) -> Iterator[TensorSource]:
+    def sparse_ffn(self, layer: int, groups: "_Groups") -> Iterator[TensorSource]:
         shape, block = self.shape, f"blk.{layer}."
-        D, F = shape.hidden_size, shape.intermediate_size
+        D = shape.hidden_size
+        rows, statistics = groups.rows, groups.statistics
         variance = 1 + layer * _FFN_VARIANCE  # of the residual's values, the constant ones aside
         rms = math.sqrt((_BLOCK * _CONSTANT**2 + (D - _BLOCK) * variance) / D)
         scored = max(self.model.rank // 2, _BLOCK)
         noise = D - _BLOCK - scored
         score_sd = rms / math.sqrt(scored * variance)  # gives scores of unit variance
         noise_sd = rms / math.sqrt(noise * variance)
-        shared, own = statistics.correlation, math.sqrt(1 - statistics.correlation**2)
         yield from self.router(layer)
 
-        def projection(part: int, shift: float, e: int) -> list[_Columns]:
+        def projection(part: int, e: int, group: int) -> list[_Columns]:
+            own = statistics[group]
+            shift = own.up_shift if part else own.gate_shift
+            apart = math.sqrt(1 - own.correlation**2)
             return [
                 _constant(-shift * rms / (_BLOCK * _CONSTANT)),
-                _random(scored, shared * score_sd, *_expert(e), layer, 4),
-                _random(noise, own * noise_sd, *_expert(e), layer, part, 5),
+                _random(scored, own.correlation * score_sd, *_seed(e, group), layer, 4),
+                _random(noise, apart * noise_sd, *_seed(e, group), layer, part, 5),
             ]
 
-        for part, (name, shift) in enumerate((("gate", statistics.gate_shift), ("up", statistics.up_shift))):
-            yield self.ffn_matrix(f"{block}ffn_{name}", F, partial(projection, part, shift))
-        sd = math.sqrt(_FFN_VARIANCE / (F * statistics.mean_square))
+        for part, name in enumerate(("gate", "up")):
+            yield self.ffn_matrix(f"{block}ffn_{name}", rows, partial(projection, part))
+        sd = math.sqrt(_FFN_VARIANCE / groups.square_sum)
         yield self.ffn_matrix(
             block + "ffn_down_t",
-            F,
-            lambda e: [_constant(0.0), _random(D - _BLOCK, sd, *_expert(e), layer, 6)],
+            rows,
+            lambda e, group: [_constant(0.0), _random(D - _BLOCK, sd, *_seed(e, group), layer, 6)],
         )
         if self.model.rank:
             a = np.zeros((2 * scored, D), np.float32)
@@ -224,23 +239,46 @@ class _Tensors:
             yield TensorSource.of_array(name, a, self.model.weight_type)
             yield self.ffn_matrix(
                 block + "ffn_pred_b",
-                F,
-                lambda e: [_random(scored, sign * score_sd, *_expert(e), layer, 4) for sign in (1, -1)],
+                rows,
+                lambda e, group: [
+                    _random(scored, sign * score_sd * groups.scale(group), *_seed(e, group), layer, 4)
+                    for sign in (1, -1)
+                ],
             )
 
     def plain_ffn(self, layer: int) -> Iterator[TensorSource]:
         D, F, block = self.shape.hidden_size, self.shape.intermediate_size, f"blk.{layer}."
         yield from self.router(layer)
 
-        def projection(part: int, e: int) -> list[_Columns]:
-            return [_random(D, 1 / math.sqrt(D), *_expert(e), layer, part, 7)]
+        def projection(part: int, e: int, group: int) -> list[_Columns]:
+            return [_random(D, 1 / math.sqrt(D), *_seed(e, group), layer, part, 7)]
 
         for part, name in enumerate(("gate", "up")):
-            yield self.ffn_matrix(f"{block}ffn_{name}", F, partial(projection, part))
+            yield self.ffn_matrix(f"{block}ffn_{name}", [F], partial(projection, part))
         sd = math.sqrt(_FFN_VARIANCE / F)
         yield self.ffn_matrix(
-            block + "ffn_down", D, lambda e: [_random(F, sd, *_expert(e), layer, 8)], _BLOCK
+            block + "ffn_down", [D], lambda e, group: [_random(F, sd, *_seed(e, group), layer, 8)], _BLOCK
         )
+
+
+class _Groups:
+    """Hot and cold neurons of an FFN; of every expert the same."""
+
+    def __init__(self, model: SyntheticModel) -> None:
+        self.rows = [rows for rows, _ in model.groups()]
+        self.statistics = [
+            solve_gate_statistics(sparsity=sparsity, recall=model.recall, precision=model.precision)
+            for _, sparsity in model.groups()
+        ]
+
+    @property
+    def square_sum(self) -> float:
+        """Of the coefficients of all neurons, in expectation."""
+        return sum(n * own.mean_square for n, own in zip(self.rows, self.statistics, strict=True))
+
+    def scale(self, group: int) -> float:
+        """What scores of a group are multiplied by, so that the last group's threshold fits."""
+        return self.statistics[-1].threshold / self.statistics[group].threshold
 
 
 def sparse_tensors(model: SyntheticModel) -> list[TensorSource]:
@@ -256,10 +294,10 @@ def sparse_tensors(model: SyntheticModel) -> list[TensorSource]:
     list of TensorSource
         Generated when they are written, one at a time; the same bytes every time.
     """
-    statistics, tensors = _statistics(model), _Tensors(model)
+    groups, tensors = _Groups(model), _Tensors(model)
     sources = list(tensors.around_layers())
     for layer in range(model.num_hidden_layers):
-        sources += [*tensors.attention(layer), *tensors.sparse_ffn(layer, statistics)]
+        sources += [*tensors.attention(layer), *tensors.sparse_ffn(layer, groups)]
     return sources
 
 
@@ -297,8 +335,4 @@ def predictor_thresholds(model: SyntheticModel) -> list[float]:
         One per layer or expert, all the same: scores have unit variance.
     """
     ffns = model.num_hidden_layers * max(model.shape.num_experts, 1)
-    return [_statistics(model).threshold] * ffns
-
-
-def _statistics(model: SyntheticModel) -> GateStatistics:
-    return solve_gate_statistics(sparsity=model.sparsity, recall=model.recall, precision=model.precision)
+    return [_Groups(model).statistics[-1].threshold] * ffns

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbosparse.cli.bench_options import add_options, bench_config, command_line, synthetic_model
-from turbosparse.cli.console import console, print_json, progress
+from turbosparse.cli.console import bytes_text, console, print_json, progress
 
 if TYPE_CHECKING:
     from turbosparse.bench.benchmark import BenchConfig, Row
@@ -58,21 +58,27 @@ def run(args: argparse.Namespace) -> int:
         Exit status.
     """
     from turbosparse.bench.benchmark import bench_model, runs_per_model
+    from turbosparse.bench.one_at_a_time import bench_one_at_a_time
     from turbosparse.bench.profile import profile_model
     from turbosparse.bench.record import as_table, profile_table, result_record, roofline_table, unused_path
     from turbosparse.bench.roofline import measure_roofline
 
     config, synthetic = bench_config(args), synthetic_model(args)
     models = args.models
-    if synthetic is not None:
+    if synthetic is not None and not args.one_at_a_time:
         models, config = _made(synthetic, config)
     rooflines = [measure_roofline(threads) for threads in config.threads] if args.roofline else []
     if rooflines:
         console().print(roofline_table(rooflines), markup=False, soft_wrap=True)
     rows: list[Row] = []
+    if synthetic is not None and args.one_at_a_time:
+        rows = bench_one_at_a_time(synthetic, config)
     with progress(sum(runs_per_model(config, path) for path in models), "timing") as advance:
         for path in models:
             rows += bench_model(path, config, progress=lambda: advance(1))
+    if rows and config.memory_limit:
+        limit = f"each side in a cgroup of {bytes_text(config.memory_limit)}, without swap"
+        console().print(f"{limit}: the budget, and 256 MiB for the interpreter", markup=False, soft_wrap=True)
     if rows:
         console().print(as_table(rows), markup=False, soft_wrap=True)
     profiles = [profile for path in models for profile in profile_model(path, config)] if args.profile else []

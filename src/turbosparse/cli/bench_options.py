@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_options", "bench_config", "command_line", "synthetic_model"]
 
+FOR_THE_INTERPRETER = 256 << 20  # bytes that a limit allows beyond the budget
 # Options of synthetic models and the field of SyntheticModel that each of them sets.
 _SYNTHETIC = {
     "quant": "weight_type",
@@ -23,6 +24,7 @@ _SYNTHETIC = {
     "recall": "recall",
     "precision": "precision",
     "layers": "layers",
+    "hot_share": "hot_share",
 }
 
 
@@ -61,6 +63,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--recall", type=float, metavar="X", help="of the predictor (default: 0.95)")
     add("--precision", type=float, metavar="X", help="of the predictor (default: 0.95)")
     add("--layers", type=int, metavar="N", help="fewer layers than the shape has")
+    add(
+        "--hot-share",
+        type=float,
+        metavar="X",
+        help="share of all activations that a quarter of the neurons has (default: 0.25, all alike)",
+    )
+    add(
+        "--one-at-a-time",
+        action="store_true",
+        help="with --against: write, time and delete our file, then the baseline's: half the disk space",
+    )
 
 
 def bench_config(args: argparse.Namespace) -> "BenchConfig":
@@ -91,6 +104,9 @@ def bench_config(args: argparse.Namespace) -> "BenchConfig":
     if args.against:
         require_llama_cpp()
     threads = _numbers("threads", args.threads)
+    if args.one_at_a_time and (args.shape is None or not args.against):
+        raise ConfigError("[bench --one-at-a-time] expected --shape and --against beside it, got only one")
+    budget = memory_budget(args) or 0
     return BenchConfig(
         modes=tuple(args.mode or ()),
         threads=threads,
@@ -101,7 +117,8 @@ def bench_config(args: argparse.Namespace) -> "BenchConfig":
         against_llama_cpp=args.against is not None,
         baseline_model=args.baseline_model,
         isa=args.isa,
-        memory_budget=memory_budget(args) or 0,
+        memory_budget=budget,
+        memory_limit=budget + FOR_THE_INTERPRETER if budget and args.against else 0,
         io=args.io or "",
     )
 
@@ -134,7 +151,9 @@ def synthetic_model(args: argparse.Namespace) -> "SyntheticModel | None":
     given = {name: getattr(args, name) for name in _SYNTHETIC if getattr(args, name) is not None}
     if args.shape is None:
         if given:
-            raise ConfigError(f"[bench] expected --shape together with --{next(iter(given))}")
+            raise ConfigError(
+                f"[bench] expected --shape together with --{next(iter(given)).replace('_', '-')}"
+            )
         return None
     if args.models or args.baseline_model:
         raise ConfigError(
@@ -145,6 +164,7 @@ def synthetic_model(args: argparse.Namespace) -> "SyntheticModel | None":
     settings: dict[str, Any] = {_SYNTHETIC[name]: value for name, value in given.items()}
     if "weight_type" in settings:
         settings["weight_type"] = settings["weight_type"].upper()
+    settings["bundled"] = args.memory_budget is not None
     return SyntheticModel(name=args.shape, shape=shape_named(args.shape), **settings)
 
 
@@ -164,7 +184,7 @@ def command_line(args: argparse.Namespace) -> str:
     words = ["turbosparse", "bench", *(path.name for path in args.models)]
     for name in ("shape", *_SYNTHETIC):
         if getattr(args, name) is not None:
-            words += [f"--{name}", str(getattr(args, name))]
+            words += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
     for mode in args.mode or ():
         words += ["--mode", mode]
     words += ["-t", args.threads, "-p", str(args.prompt_tokens), "-n", str(args.generated_tokens)]
@@ -179,6 +199,8 @@ def command_line(args: argparse.Namespace) -> str:
         words += ["--memory-budget", args.memory_budget]
     if args.io:
         words += ["--io", args.io]
+    if args.one_at_a_time:
+        words += ["--one-at-a-time"]
     if args.roofline:
         words += ["--roofline"]
     if args.profile:

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from turbosparse.errors import ConfigError
@@ -12,7 +13,11 @@ AUTO = "auto"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]I?)?B?", re.IGNORECASE)
 _RESERVE = 512 * 2**20  # bytes left to the rest of the machine, at least
-_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+# Where cgroups are mounted, and their files for the limit and for what is used: version 1, then version 2.
+_GROUPS = (
+    ("memory", "/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ("", "/sys/fs/cgroup", "memory.max", "memory.current"),
+)
 
 
 def parse_size(text: str) -> int:
@@ -51,7 +56,8 @@ def free_memory() -> int:
     Returns
     -------
     int
-        Bytes: what the kernel calls available, or less where a cgroup allows less.
+        Bytes: what the kernel calls available, or less where a cgroup of this process, or one around it, has
+        less left. Pages of files in it count as free, since they make room.
 
     Raises
     ------
@@ -65,11 +71,32 @@ def free_memory() -> int:
             "[memory budget] expected a size, got auto where /proc/meminfo is missing"
         ) from error
     free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    for path in map(Path, _LIMITS):
-        text = path.read_text(encoding="ascii").strip() if path.exists() else "max"
-        if text != "max":
-            free = min(free, int(text))
-    return free
+    return min([free, *_left_in_groups(Path("/proc/self/cgroup").read_text(encoding="ascii"), _GROUPS)])
+
+
+def _left_in_groups(own: str, groups: Sequence[tuple[str, str, str, str]]) -> Iterator[int]:
+    """Bytes that each cgroup around this process has left; `own` is what /proc says of where it is."""
+    for line in own.splitlines():
+        _, controllers, place = line.split(":", 2)
+        for controller, mount, limit_name, used_name in groups:
+            if controller not in controllers.split(","):
+                continue
+            folder = Path(mount, place.lstrip("/"))
+            for group in (folder, *folder.parents):
+                if not group.is_relative_to(mount) or not (group / limit_name).exists():
+                    continue
+                limit = (group / limit_name).read_text(encoding="ascii").strip()
+                if limit != "max":
+                    used = int((group / used_name).read_text(encoding="ascii")) - _cached(group)
+                    yield max(int(limit) - used, 0)
+
+
+def _cached(group: Path) -> int:
+    """Bytes of file pages in a cgroup."""
+    stat = group / "memory.stat"
+    lines = stat.read_text(encoding="ascii").splitlines() if stat.exists() else []
+    counts = dict(line.split(maxsplit=1) for line in lines)
+    return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
 
 
 def automatic_budget() -> int:

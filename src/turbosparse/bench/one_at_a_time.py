@@ -1,0 +1,54 @@
+"""A synthetic model and its plain twin, made, timed and deleted one after the other: half the disk space."""
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from turbosparse.bench.benchmark import BenchConfig, Row, bench_baseline, bench_model
+from turbosparse.bench.shapes import SyntheticModel
+from turbosparse.bench.synthetic_cache import synthetic_file
+
+__all__ = ["bench_one_at_a_time"]
+
+
+def bench_one_at_a_time(
+    model: SyntheticModel, config: BenchConfig, *, progress: Callable[[], None] = lambda: None
+) -> list[Row]:
+    """Time our engine, then llama.cpp.
+
+    Parameters
+    ----------
+    model : SyntheticModel
+        What is timed.
+    config : BenchConfig
+        How.
+    progress : callable, optional
+        Called after every run.
+
+    Returns
+    -------
+    list of Row
+        Ours, with the ratio of the medians as its speed relative to llama.cpp, then those of llama.cpp.
+    """
+    alone = replace(config, against_llama_cpp=False)
+    with _file_for_now(model, plain=False) as path:
+        ours = list(bench_model(path, alone, progress=progress))
+    with _file_for_now(model, plain=True) as path:
+        theirs = list(bench_baseline(path, config, progress=progress))
+    return [replace(row, ratio_to_baseline=_ratio(row, theirs)) for row in ours] + theirs
+
+
+@contextlib.contextmanager
+def _file_for_now(model: SyntheticModel, *, plain: bool) -> Iterator[Path]:
+    path = synthetic_file(model, plain=plain)
+    try:
+        yield path
+    finally:
+        path.unlink()
+
+
+def _ratio(row: Row, baselines: list[Row]) -> float:
+    base = next(other for other in baselines if (other.test, other.threads) == (row.test, row.threads))
+    return row.tok_per_s / statistics.median(base.rounds_tok_per_s)
