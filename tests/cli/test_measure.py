@@ -109,18 +109,21 @@ def test_side_by_side(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not (folder / "both" / "measurement.json").exists()
 
 
-def test_predictors(folder: Path) -> None:
+@pytest.mark.parametrize("model", ["dense", "tiny.gguf"])
+def test_predictors(folder: Path, model: str) -> None:
     pytest.importorskip("torch")
-    make_hf_model("llama", max_position_embeddings=128).save_pretrained(folder / "dense")
-    make_tokenizer().save_pretrained(folder / "dense")
-    assert measure(folder, "dense", "predicted", "--predict-layers", "1", "--tokens", "512") == 0
-    signs, low_rank = read(folder / "predicted")["predictability"]
+    if model == "dense":
+        make_hf_model("llama", max_position_embeddings=128).save_pretrained(folder / "dense")
+        make_tokenizer().save_pretrained(folder / "dense")
+    output = f"predicted-{model}"
+    assert measure(folder, model, output, "--predict-layers", "1", "--tokens", "512") == 0
+    signs, low_rank = read(folder / output)["predictability"]
     assert signs["predictor"] == "sign bits"
     assert low_rank["bytes"] == pytest.approx(signs["bytes"], rel=0.5)
     for curve in (signs, low_rank):
         assert curve["recall"][0] == 1
         assert curve["recall"][-1] == 0
-    assert (folder / "predicted" / "predictability.png").exists()
+    assert (folder / output / "predictability.png").exists()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +137,6 @@ def test_predictors(folder: Path) -> None:
             ["--context", "128", "--tokens", "100"],
             "[tokens] expected at least one window of 128",
         ),
-        ("tiny.gguf", ["--predict-layers", "1"], "[--predict-layers] expected a Hugging Face model"),
         ("missing.gguf", [], "expected a model file, directory or model id, got no such file"),
         ("empty", [], "expected a Hugging Face model (config.json) or a measurement"),
         ("text.txt", [], "text.txt"),

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--quality-tokens", type=int, default=4096, help="for perplexity and KL; 0: none (default: 4096)")
     add("--sample-tokens", type=int, default=512, help="that thresholds are found on (default: 512)")
     add("--memory-mib", type=int, default=2048, help="budget beside the model (default: 2048)")
-    add("--predict-layers", type=int, default=0, help="fit predictors of so many layers (Hugging Face only)")
+    add("--predict-layers", type=int, default=0, help="fit predictors of so many layers (turbosparse[train])")
     add("-t", "--threads", type=int, default=0, help="threads (default: physical cores, at most 8)")
     add("--device", default="cpu", help="where torch runs, such as cuda (default: cpu)")
     add("--seed", type=int, default=0, help="of the neurons sampled (default: 0)")

@@ -18,7 +18,7 @@ from turbosparse import __version__
 from turbosparse.bench.record import describe_machine
 from turbosparse.cli.console import console, progress
 from turbosparse.cli.model_options import check_model_name, read_text
-from turbosparse.errors import ConfigError, ModelFileError
+from turbosparse.errors import ModelFileError
 from turbosparse.measure import NUMBERS
 from turbosparse.measure.measurement import measure
 from turbosparse.measure.report import plain, read_measurement, write_numbers
@@ -54,6 +54,8 @@ def measured(name: str, folder: Path, args: argparse.Namespace, config: "Measure
         return read_measurement(Path(name))
     from turbosparse.runtime.texts import HELD_OUT
 
+    if args.predict_layers:
+        import torch  # noqa: F401 -- missing before the work, not after it
     path = args.text or HELD_OUT
     text = read_text(path)
     started = time.monotonic()
@@ -61,7 +63,7 @@ def measured(name: str, folder: Path, args: argparse.Namespace, config: "Measure
     try:
         record = measure(source, text, config, _bar)
         if args.predict_layers:
-            record["predictability"] = _predictability(source, text, record, args)
+            record["predictability"] = _predictability(source, name, text, record, args)
     finally:
         source.close()
     record["text"]["name"] = path.name
@@ -187,12 +189,25 @@ def open_source(name: str, *, scratch: Path, threads: int, device: str) -> "Sour
 
 
 def _predictability(
-    source: "Source", text: str, record: dict[str, Any], args: argparse.Namespace
+    source: "Source", name: str, text: str, record: dict[str, Any], args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     from turbosparse.measure.hugging_face import HuggingFaceModel
-    from turbosparse.predict.predictability import predictability
+    from turbosparse.predict.predictability import predictability, recall_curves
 
-    if not isinstance(source, HuggingFaceModel):
-        raise ConfigError("[--predict-layers] expected a Hugging Face model, got a model file")
     with progress(1.0, "fitting predictors") as advance:
-        return predictability(source, text, record, layers=args.predict_layers, advance=advance)
+        if isinstance(source, HuggingFaceModel):
+            return predictability(source, text, record, layers=args.predict_layers, advance=advance)
+        from turbosparse.export.predictor_source import ModelFileSource
+        from turbosparse.predict.config import PredictorConfig
+
+        ffns = ModelFileSource(
+            Path(name),
+            text,
+            text + text,  # asks for two windows; nothing is evaluated
+            PredictorConfig(rivals=()),
+            tokens=record["text"]["tokens"],
+            window=record["text"]["context"],
+            threads=args.threads,
+        )
+        units = range(len(source.units))
+        return recall_curves(ffns, units, record, layers=args.predict_layers, advance=advance)

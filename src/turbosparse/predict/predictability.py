@@ -2,9 +2,9 @@
 
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from turbosparse.errors import ConfigError
 from turbosparse.measure.hugging_face import HuggingFaceModel
 from turbosparse.models.gated_ffn import GatedFFN, gated_ffns
-from turbosparse.predict.capture import capture_inputs
+from turbosparse.predict.capture import CapturedInputs, capture_inputs
 from turbosparse.predict.config import PredictorConfig
 from turbosparse.predict.fit import fit_low_rank, rows_of
 from turbosparse.predict.layers import BYTES_PER_WEIGHT, FFNLayer, layers_of
@@ -22,7 +22,7 @@ from turbosparse.sparsity.cett import activation_ratio, neuron_output_norms
 from turbosparse.sparsity.quality import cut_windows
 from turbosparse.sparsity.recall import recall_curve
 
-__all__ = ["predictability"]
+__all__ = ["CapturedFFNs", "predictability", "recall_curves"]
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,45 @@ _TYPE = "F16"  # of a low-rank predictor's weights; a sign is a bit
 _INPUT = "ffn_norm"
 
 
+class CapturedFFNs(Protocol):
+    """FFNs and what they read; `turbosparse.predict.source.PredictorSource` is one."""
+
+    @property
+    def layers(self) -> Mapping[str, FFNLayer]:
+        """The FFNs by name."""
+
+    def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
+        """Write what FFNs read.
+
+        Parameters
+        ----------
+        directory : Path
+            Where the files go.
+        inputs : sequence of str
+            Of `turbosparse.predict.inputs.INPUTS`.
+
+        Returns
+        -------
+        mapping of str to CapturedInputs
+            For each of `layers`.
+        """
+
+
+class _TorchFFNs:
+    """The dense FFNs of a Hugging Face model on a text."""
+
+    def __init__(self, source: HuggingFaceModel, windows: Sequence[NDArray[np.int32]]) -> None:
+        dense = {name for name, ffn in gated_ffns(source.model).items() if isinstance(ffn, GatedFFN)}
+        if not dense:
+            raise ConfigError("[predictability] expected dense FFNs, got none")
+        self._model, self._windows = source.model, windows
+        self.layers = {name: layer for name, layer in layers_of(source.model, _TYPE).items() if name in dense}
+
+    def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
+        batches = ({"input_ids": torch.from_numpy(ids[None].astype(np.int64))} for ids in self._windows)
+        return capture_inputs(self._model, batches, directory, inputs)
+
+
 def predictability(
     source: HuggingFaceModel,
     text: str,
@@ -41,7 +80,7 @@ def predictability(
     layers: int,
     advance: Callable[[float], None] = lambda share: None,
 ) -> list[dict[str, Any]]:
-    """Draw recall curves of a low-rank and of a sign-bit predictor, for some layers.
+    """Draw the recall curves of a Hugging Face model; see `recall_curves`.
 
     Parameters
     ----------
@@ -59,13 +98,48 @@ def predictability(
     Returns
     -------
     list of dict
-        Per layer and predictor: ``name``, ``predictor``, ``bytes`` it reads per token, ``active_share``,
-        ``sparsity`` predicted and ``recall`` there.
+        As `recall_curves` returns it.
 
     Raises
     ------
     ConfigError
         When the model has no dense FFN.
+    """
+    units = [unit for unit, description in enumerate(source.units) if description.expert is None]
+    windows = cut_windows(
+        source.text_ids(text)[: record["text"]["tokens"]], record["text"]["context"], source.bos_id
+    )
+    return recall_curves(_TorchFFNs(source, windows), units, record, layers=layers, advance=advance)
+
+
+def recall_curves(
+    ffns: CapturedFFNs,
+    units: Sequence[int],
+    record: dict[str, Any],
+    *,
+    layers: int,
+    advance: Callable[[float], None] = lambda share: None,
+) -> list[dict[str, Any]]:
+    """Draw recall curves of a low-rank and of a sign-bit predictor of equal bytes, for some layers.
+
+    Parameters
+    ----------
+    ffns : CapturedFFNs
+        The FFNs, in order of depth, and the text that was measured.
+    units : sequence of int
+        For each, which unit of the measurement it is.
+    record : dict
+        The measurement: which neurons are active.
+    layers : int
+        Layers to fit, evenly spread over the model, at least 1.
+    advance : callable, optional
+        Told shares of the work, 1 in all.
+
+    Returns
+    -------
+    list of dict
+        Per layer and predictor: ``name``, ``predictor``, ``bytes`` it reads per token, ``active_share``,
+        ``sparsity`` predicted and ``recall`` there.
 
     Notes
     -----
@@ -77,24 +151,16 @@ def predictability(
     ----------
     .. [1] Shin et al., "SparseInfer", arXiv:2411.12692.
     """
-    names = [name for name, ffn in gated_ffns(source.model).items() if isinstance(ffn, GatedFFN)]
-    units = [unit for unit, description in enumerate(source.units) if description.expert is None]
-    if not names:
-        raise ConfigError("[predictability] expected dense FFNs, got none")
-    weights = layers_of(source.model, _TYPE)
+    names = list(ffns.layers)
     last = len(names) - 1
     chosen = sorted({round(last * (2 * at + 1) / (2 * layers)) for at in range(layers)})
-    windows = cut_windows(
-        source.text_ids(text)[: record["text"]["tokens"]], record["text"]["context"], source.bos_id
-    )
-    batches = ({"input_ids": torch.from_numpy(window[None].astype(np.int64))} for window in windows)
     curves: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        captured = capture_inputs(source.model, batches, Path(folder))
+        captured = ffns.capture(Path(folder), (_INPUT,))
         for at in chosen:
             bound = _active_bound(record, units[at])
-            drawn = _layer_curves(weights[names[at]], captured[names[at]].open(_INPUT), bound)
-            curves += [{"name": source.units[units[at]].name, **curve} for curve in drawn]
+            drawn = _layer_curves(ffns.layers[names[at]], captured[names[at]].open(_INPUT), bound)
+            curves += [{"name": record["units"][units[at]]["name"], **curve} for curve in drawn]
             advance(1 / len(chosen))
     return curves
 
