@@ -28,7 +28,7 @@ figcaption { font-size: .85rem; color: #444; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
-th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 7rem; }
+th:first-child, td:first-child { text-align: left; white-space: normal; min-width: 9rem; }
 th { background: #f3f6f9; vertical-align: bottom; }
 th button { all: unset; cursor: pointer; }
 th button:focus-visible { outline: 2px solid #0072B2; }
@@ -41,7 +41,7 @@ details > summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 40rem) {
   th, td { padding: .2rem .35rem; }
   td { white-space: normal; }
-  th:first-child, td:first-child { position: sticky; left: 0; background: #fff; }
+  th:first-child, td:first-child { position: sticky; left: 0; background: #fff; min-width: 7rem; }
 }
 @media print {
   body { font-size: 10pt; max-width: none; padding: 0; }

@@ -149,15 +149,16 @@ def training_tables(record: Mapping[str, Any]) -> list[Table]:
         Means over seeds, and every run.
     """
     groups = _groups(record)
+    columns = [column for column in _COLUMNS if any(column[1](run) is not None for run in record["runs"])]
     rows = []
     for name, runs in groups.items():
-        cells = [_cell(*_mean(runs, number), percent=percent) for _, number, percent in _COLUMNS]
+        cells = [_cell(*_mean(runs, number), percent=percent) for _, number, percent in columns]
         rows.append([Cell(name), Cell(f"{runs[0]['parameters'] / 1e6:.2f}", runs[0]["parameters"]), *cells])
     single = [
-        [Cell(run["name"]), *(_cell(number(run), None, percent=percent) for _, number, percent in _COLUMNS)]
+        [Cell(run["name"]), *(_cell(number(run), None, percent=percent) for _, number, percent in columns)]
         for run in record["runs"]
     ]
-    header = [name for name, _, _ in _COLUMNS]
+    header = [name for name, _, _ in columns]
     seeds = sorted({run["seed"] for run in record["runs"]})
     error = "with the standard error over seeds" if len(seeds) > 1 else "of one seed, so without errors"
     return [
@@ -317,7 +318,10 @@ def _by_size(axes: Any, record: Record, number: _Number) -> None:
             **line_style(at),
         )
     axes.set_xscale("log")
-    axes.set_xlabel("parameters")
+    ticks = {f"{run['parameters'] / 1e6:.2g}": run["parameters"] for run in record["runs"]}
+    axes.set_xticks(list(ticks.values()), list(ticks))
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("million parameters")
 
 
 def _sparsity_by_size(axes: Any, records: Sequence[Record]) -> None:
