@@ -61,6 +61,17 @@ def test_a_run_starts_from_a_shape_and_leaves_a_model(tmp_path: Path) -> None:
     assert all(torch.isfinite(weight).all() for weight in model.parameters())
 
 
+def test_experts_make_a_mixtral(tmp_path: Path) -> None:
+    experts = {"num_experts": 4, "num_experts_per_tok": 2}
+    model = load_model(run_recipe(recipe(tmp_path, fresh=experts)).model)
+    assert (model.config.num_local_experts, model.config.num_experts_per_tok) == (4, 2)
+    assert str(activation_of(model)) == "drelu"
+    with pytest.raises(ConfigError, match=r"\[fresh.num_experts_per_tok\] expected 1 to 4, got 5"):
+        recipe(tmp_path, fresh=experts | {"num_experts_per_tok": 5})
+    with pytest.raises(ConfigError, match=r"\[fresh.gated\] expected gated experts, got plain ones"):
+        recipe(tmp_path, fresh=experts | {"gated": False})
+
+
 def test_a_plain_ffn_has_an_activation_of_its_own(tmp_path: Path) -> None:
     plain = start_fresh(recipe(tmp_path, "relu2", fresh={"gated": False}))
     config = json.loads((Path(plain.model) / "config.json").read_text(encoding="utf-8"))

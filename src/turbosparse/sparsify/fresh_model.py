@@ -29,12 +29,12 @@ _TOKENIZER_CHARACTERS = 20_000_000  # read to train a tokenizer; a vocabulary of
 
 @dataclass(frozen=True, kw_only=True)
 class FreshModel:
-    """Shape of a Llama model with random weights."""
+    """Shape of a Llama model with random weights, or of a Mixtral where there are experts."""
 
     hidden_size: int
     """D, a multiple of the heads."""
     intermediate_size: int
-    """F."""
+    """F, of an expert where there are experts."""
     num_hidden_layers: int
     """At least 1."""
     num_attention_heads: int
@@ -43,6 +43,10 @@ class FreshModel:
     """A divisor of the heads; 0: as many as heads."""
     gated: bool = True
     """Gate, up and down, or up and down alone (the type Arcee: Llama with plain FFNs)."""
+    num_experts: int = 0
+    """E; 0: one FFN per layer."""
+    num_experts_per_tok: int = 2
+    """1 to E; not used without experts."""
     vocab_size: int = 32_000
     """Tokens of the tokenizer trained on the data, at least 257; not used with another one."""
     tokenizer: str = ""
@@ -66,6 +70,13 @@ class FreshModel:
                 f"[fresh.num_key_value_heads] expected a divisor of {self.num_attention_heads}, got "
                 f"{self.num_key_value_heads}"
             )
+        if self.num_experts < 0:
+            raise ConfigError(f"[fresh.num_experts] expected at least 0, got {self.num_experts}")
+        used = self.num_experts_per_tok
+        if self.num_experts and not 1 <= used <= self.num_experts:
+            raise ConfigError(f"[fresh.num_experts_per_tok] expected 1 to {self.num_experts}, got {used}")
+        if self.num_experts and not self.gated:
+            raise ConfigError("[fresh.gated] expected gated experts, got plain ones")
         if not self.tokenizer and self.vocab_size < 257:
             raise ConfigError(
                 f"[fresh.vocab_size] expected at least 257, all bytes and an end, got {self.vocab_size}"
@@ -127,7 +138,7 @@ def write_once(folder: Path, write: Callable[[Path], object]) -> None:
 
 
 def _write_start(folder: Path, shape: FreshModel, activation: Activation, data: DataConfig) -> None:
-    from transformers import ArceeConfig, AutoTokenizer, LlamaConfig  # noqa: PLC0415 -- slow to import
+    from transformers import ArceeConfig, AutoTokenizer, LlamaConfig, MixtralConfig  # noqa: PLC0415 -- slow to import
 
     if shape.tokenizer:
         tokenizer = AutoTokenizer.from_pretrained(shape.tokenizer)
@@ -135,8 +146,10 @@ def _write_start(folder: Path, shape: FreshModel, activation: Activation, data: 
         tokenizer = train_tokenizer(data, shape.vocab_size)
     if not shape.gated and activation.hidden_act is None:
         raise ConfigError(f"[fresh.gated] expected a gated FFN for {activation}, got a plain one")
-    kind = LlamaConfig if shape.gated else ArceeConfig
+    kind = MixtralConfig if shape.num_experts else LlamaConfig if shape.gated else ArceeConfig
+    experts = {"num_local_experts": shape.num_experts, "num_experts_per_tok": shape.num_experts_per_tok}
     config = kind(
+        **(experts if shape.num_experts else {}),
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
