@@ -1,6 +1,6 @@
 // Mutated models: a file whose header or weights are damaged is refused, or runs and gives finite logits; in
-// every mode, never a crash. (The reader alone, on wilder bytes, is test_gguf_mutation.) Meant for the
-// sanitizers.
+// every mode, never a crash; with experts too. (The reader alone, on wilder bytes, is test_gguf_mutation.)
+// Meant for the sanitizers.
 #include <unistd.h>
 
 #include <algorithm>
@@ -146,5 +146,6 @@ void check_mutants(const TinyGguf& gguf, int mutants) {
 int main() {
   turbosparse::test::check_mutants(turbosparse::test::TinyGguf::model(), 3000);
   turbosparse::test::check_mutants(turbosparse::test::TinyGguf::sign_model(), 1000);
+  turbosparse::test::check_mutants(turbosparse::test::TinyGguf::expert_model(), 2000);
   return turbosparse::test::report();
 }

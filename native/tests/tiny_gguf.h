@@ -60,6 +60,48 @@ class TinyGguf {
     return file;
   }
 
+  /// The model with four experts of F 32 in each layer, two for each token, and a shared one of F 64.
+  static TinyGguf expert_model() {
+    TinyGguf file = model();
+    const std::string arch = "turbosparse-qwen2moe";
+    for (auto old = file.keys.begin(); old != file.keys.end();) {
+      const auto key = old++;
+      if (!key->first.starts_with("turbosparse-llama")) continue;
+      auto moved = file.keys.extract(key);
+      moved.key() = arch + moved.key().substr(std::string("turbosparse-llama").size());
+      file.keys.insert(std::move(moved));
+    }
+    file.keys["general.architecture"] = arch;
+    const std::pair<const char*, std::uint32_t> sizes[] = {{"expert_count", 4},
+                                                           {"expert_used_count", 2},
+                                                           {"expert_feed_forward_length", 32},
+                                                           {"expert_shared_feed_forward_length", 64}};
+    for (const auto& [name, size] : sizes) file.keys[arch + "." + name] = size;
+    file.keys["turbosparse.predictor.threshold"] = std::vector<float>(10, 0.0F);
+    for (const std::string block : {"blk.0.", "blk.1."}) {
+      for (const char* name : {"gate.weight", "up.weight", "down_t.weight", "threshold", "pred_a.weight",
+                               "pred_b.weight", "pred_hot"})
+        file.shapes.erase(block + "ffn_" + name);
+      const std::pair<const char*, Shape> tensors[] = {{"gate_inp.weight", {4, 64}},
+                                                       {"gate_inp_shexp.weight", {64}},
+                                                       {"gate_exps.weight", {4, 32, 64}},
+                                                       {"gate_shexp.weight", {64, 64}},
+                                                       {"up_exps.weight", {4, 32, 64}},
+                                                       {"up_shexp.weight", {64, 64}},
+                                                       {"down_t_exps.weight", {4, 32, 64}},
+                                                       {"down_t_shexp.weight", {64, 64}},
+                                                       {"threshold_exps", {4, 32}},
+                                                       {"threshold_shexp", {64}},
+                                                       {"pred_a_exps.weight", {4, 8, 64}},
+                                                       {"pred_a_shexp.weight", {8, 64}},
+                                                       {"pred_b_exps.weight", {4, 32, 8}},
+                                                       {"pred_b_shexp.weight", {64, 8}},
+                                                       {"pred_hot_exps", {3}}};
+      for (const auto& [name, shape] : tensors) file.shapes[block + "ffn_" + name] = shape;
+    }
+    return file;
+  }
+
   /// The model with gate, up and down_t in bundles, clusters of four neurons.
   static TinyGguf bundled_model() {
     TinyGguf file = model();
@@ -153,8 +195,11 @@ class TinyGguf {
         put(out, static_cast<std::int32_t>(i));
         continue;
       }
-      const bool constant = shape.size() == 1;
-      put(out, constant ? (name.find("threshold") == std::string::npos ? 1.0F : 0.05F) : normal(generator));
+      if (name.find("threshold") != std::string::npos) {
+        put(out, 0.05F);
+        continue;
+      }
+      put(out, shape.size() == 1 ? 1.0F : normal(generator));
     }
     out.resize(padded(out.size()));
   }
