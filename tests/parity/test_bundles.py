@@ -17,6 +17,7 @@ from turbosparse.runtime.bundles import bundled
 from turbosparse.runtime.model_file import ModelFile
 from turbosparse.runtime.model_file_writer import TensorSource, write_model_file
 from turbosparse.runtime.neuron_hotness import neuron_hotness
+from turbosparse.runtime.reference import ReferenceEngine
 
 IDS = np.array([5, 17, 99, 3, 3, 250, 41, 8, 120, 66], np.int32)
 CONTEXT = 16
@@ -190,6 +191,17 @@ def test_what_cannot_be_bundled(plain: Path, bundles: Path, tmp_path: Path) -> N
     make_tiny_model(tmp_path / "sign.gguf", signs)
     with pytest.raises(ModelFileError, match="signs"):
         make_bundled(tmp_path / "sign.gguf", tmp_path / "b.gguf")
+
+
+@pytest.mark.parametrize("weight_type", ["F32", "F16", "BF16", "Q8_0", "Q4_0"])
+def test_the_reference_reads_bundles(tmp_path: Path, weight_type: str) -> None:
+    source = tmp_path / "plain.gguf"
+    experts = {"arch": "qwen2moe", "experts": 4, "intermediate_size": 64, "shared_intermediate_size": 96}
+    model = TinyModel(activation="drelu", down_t=True, weight_type=weight_type, hidden_size=96, **experts)  # type: ignore[arg-type]
+    make_tiny_model(source, model)
+    path = make_bundled(source, tmp_path / "b.gguf", gate_apart=weight_type == "F16")
+    expected = ReferenceEngine(source).forward(IDS, "exact")
+    np.testing.assert_array_equal(ReferenceEngine(path).forward(IDS, "exact"), expected)
 
 
 def test_hotness_counts_what_is_active(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from turbosparse._native import GgufFile
 from turbosparse.errors import ModelFileError
+from turbosparse.runtime.bundle_rows import unbundled
 from turbosparse.runtime.model_file import ARCHITECTURES, KEY_PREDICTOR, KEY_REFINE
 
 __all__ = ["FfnTrace", "ReferenceEngine"]
@@ -177,7 +178,8 @@ class ReferenceEngine:
 
     def __init__(self, path: str | os.PathLike[str], *, cache_dtype: DTypeLike | None = None) -> None:
         file = GgufFile(path)
-        self._shape = _Shape.read(file.metadata)
+        metadata = file.metadata
+        self._shape = _Shape.read(metadata)
         if self._shape.architecture not in ARCHITECTURES:
             raise ModelFileError(
                 f"[general.architecture] expected one of {', '.join(ARCHITECTURES)}, "
@@ -188,6 +190,10 @@ class ReferenceEngine:
             raw = file.tensor_bytes(tensor.name)
             if tensor.type_name == "I32":
                 self._weights[tensor.name] = raw.view(np.int32).astype(np.float32)
+                continue
+            if "ffn_bundles" in tensor.name:
+                width = file.tensor("output_norm.weight").shape[0]
+                self._weights |= unbundled(metadata, tensor.name, raw.reshape(tensor.shape), width)
                 continue
             values = dequantize(raw.reshape(*tensor.shape[:-1], -1) if tensor.type > 1 else raw, tensor.type)
             self._weights[tensor.name] = np.asarray(values, np.float32).reshape(tensor.shape)
