@@ -29,6 +29,7 @@ using ModelPtr = std::shared_ptr<const Model>;
 using Ids = nb::ndarray<const std::int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Mask = nb::ndarray<const bool, nb::ndim<3>, nb::c_contig, nb::device::cpu>;
 using Floats = nb::ndarray<nb::numpy, float, nb::ndim<2>>;
+using Integers = nb::ndarray<nb::numpy, std::int32_t, nb::ndim<2>>;
 
 /// What Python holds of a model, and its info. Sessions share the model as well.
 struct ModelView {
@@ -41,10 +42,11 @@ struct InfoView {
 std::span<const std::int32_t> as_span(const Ids& ids) { return {ids.data(), ids.shape(0)}; }
 
 /// An uninitialised array that Python owns.
-Floats make_floats(std::int64_t rows, std::int64_t cols) {
-  auto data = std::make_unique<float[]>(static_cast<std::size_t>(rows * cols));
-  float* values = data.get();
-  const nb::capsule owner(data.release(), [](void* p) noexcept { delete[] static_cast<float*>(p); });
+template <typename T>
+nb::ndarray<nb::numpy, T, nb::ndim<2>> make_array(std::int64_t rows, std::int64_t cols) {
+  auto data = std::make_unique<T[]>(static_cast<std::size_t>(rows * cols));
+  T* values = data.get();
+  const nb::capsule owner(data.release(), [](void* p) noexcept { delete[] static_cast<T*>(p); });
   return {values, {static_cast<std::size_t>(rows), static_cast<std::size_t>(cols)}, owner};
 }
 
@@ -130,7 +132,7 @@ Floats forward(Session& self, const Ids& ids, const std::string& mode, const std
                                .between_layers = signal_check(),
                                .between_chunks = stop_check(should_stop)};
   const std::int64_t rows = Session::logit_rows(wanted, static_cast<std::int64_t>(ids.shape(0)));
-  Floats out = make_floats(rows, self.model().config.vocab_size);
+  Floats out = make_array<float>(rows, self.model().config.vocab_size);
   const nb::gil_scoped_release release;
   self.forward(as_span(ids), options, out.data());
   return out;
@@ -146,12 +148,14 @@ nb::list capture(Session& self, const Ids& ids, const std::vector<std::int64_t>&
       throw ConfigError("[layers] expected 0 to " + std::to_string(config.num_hidden_layers - 1) + ", got " +
                         std::to_string(layer));
     }
-    Floats gate = make_floats(tokens, config.layer_neurons());
-    Floats up = make_floats(tokens, config.layer_neurons());
-    Floats out = make_floats(tokens, config.hidden_size);
-    Floats residual = make_floats(tokens, config.hidden_size);
-    wanted.push_back({layer, gate.data(), up.data(), out.data(), residual.data()});
-    arrays.append(nb::make_tuple(std::move(gate), std::move(up), std::move(out), std::move(residual)));
+    Floats gate = make_array<float>(tokens, config.layer_neurons());
+    Floats up = make_array<float>(tokens, config.layer_neurons());
+    Floats out = make_array<float>(tokens, config.hidden_size);
+    Floats residual = make_array<float>(tokens, config.hidden_size);
+    Integers experts = make_array<std::int32_t>(tokens, config.router.used);
+    wanted.push_back({layer, gate.data(), up.data(), out.data(), residual.data(), experts.data()});
+    arrays.append(nb::make_tuple(std::move(gate), std::move(up), std::move(out), std::move(residual),
+                                 std::move(experts)));
   }
   const nb::gil_scoped_release release;
   self.capture(as_span(ids), wanted, signal_check());
@@ -217,6 +221,7 @@ void bind_info(nb::module_& m) {
       .def_prop_ro("architecture", [](const InfoView& self) { return self.model->config.architecture; })
       .def_prop_ro("hidden_size", size(&ModelConfig::hidden_size))
       .def_prop_ro("intermediate_size", size(&ModelConfig::intermediate_size))
+      .def_prop_ro("shared_intermediate_size", size(&ModelConfig::shared_intermediate_size))
       .def_prop_ro("num_experts", [](const InfoView& self) { return self.model->config.router.experts; })
       .def_prop_ro("num_experts_per_tok", [](const InfoView& self) { return self.model->config.router.used; })
       .def_prop_ro("layer_neurons", [](const InfoView& self) { return self.model->config.layer_neurons(); })

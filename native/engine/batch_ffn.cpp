@@ -318,6 +318,16 @@ void begin_capture(const Step& step, std::int64_t layer, Range tokens) {
   std::fill_n(capture.up + tokens.begin * neurons, tokens.size() * neurons, 0.0F);
 }
 
+/// Where a layer is captured, the experts of this thread's tokens.
+void capture_routes(const Step& step, std::int64_t layer, Range tokens) {
+  if (step.captures.empty()) return;
+  const Capture& capture = step.captures[static_cast<std::size_t>(layer)];
+  if (capture.experts == nullptr) return;
+  const std::int64_t used = step.config().router.used;
+  for (std::int64_t i = tokens.begin * used; i < tokens.end * used; ++i)
+    capture.experts[i] = step.scratch.routes[static_cast<std::size_t>(i)].expert;
+}
+
 /// Where a layer is captured, this thread's columns of the FFN's output.
 void end_capture(const Step& step, std::int64_t layer, const float* total, Range columns) {
   if (step.captures.empty()) return;
@@ -336,7 +346,10 @@ void batch_ffn(Step& step, std::int64_t layer, int index) {
   const Range tokens = normalize_all(step, w.ffn_norm, w.quantized_ffn_input(), ffn_stage(layer), index);
   begin_capture(step, layer, tokens);
   step.thread(index).watch.lap(Part::kNorm);
-  if (w.has_router()) route(step, w, layer, tokens, index);
+  if (w.has_router()) {
+    route(step, w, layer, tokens, index);
+    capture_routes(step, layer, tokens);
+  }
   const Range columns =
       w.has_router() ? sum_experts(step, w, layer, index)
                      : compute_ffn(step, w.ffns.front(), {all_tokens(step), {}, &s.input}, layer, index);

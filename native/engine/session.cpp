@@ -213,9 +213,9 @@ void Session::capture(std::span<const std::int32_t> ids, std::span<const Capture
     const std::int64_t T = std::min(kChunk, tokens - begin);
     for (const CapturedLayer& wanted : layers) {
       const std::int64_t F = config.layer_neurons();
-      captures.at(static_cast<std::size_t>(wanted.layer)) = {wanted.gate + begin * F, wanted.up + begin * F,
-                                                             wanted.out + begin * config.hidden_size,
-                                                             wanted.residual + begin * config.hidden_size};
+      captures.at(static_cast<std::size_t>(wanted.layer)) = {
+          wanted.gate + begin * F, wanted.up + begin * F, wanted.out + begin * config.hidden_size,
+          wanted.residual + begin * config.hidden_size, wanted.experts + begin * config.router.used};
     }
     Step step{.model = *model_,
               .cache = cache_,

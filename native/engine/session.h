@@ -52,10 +52,11 @@ struct Counters {
 /// FFN arrays of one layer; see Session.capture in _native.pyi.
 struct CapturedLayer {
   std::int64_t layer = 0;
-  float* gate = nullptr;      // [T, F]
-  float* up = nullptr;        // [T, F]
-  float* out = nullptr;       // [T, D]
-  float* residual = nullptr;  // [T, D]
+  float* gate = nullptr;            // [T, F]
+  float* up = nullptr;              // [T, F]
+  float* out = nullptr;             // [T, D]
+  float* residual = nullptr;        // [T, D]
+  std::int32_t* experts = nullptr;  // [T, used]
 };
 
 class Session {

@@ -188,10 +188,11 @@ struct Scratch {
 
 /// Where `capture` wants the FFN of one layer; row t of the step is row `first + t`.
 struct Capture {
-  float* gate = nullptr;      // [*, F], null: not asked for
-  float* up = nullptr;        // [*, F]
-  float* out = nullptr;       // [*, D]
-  float* residual = nullptr;  // [*, D], before the FFN's norm
+  float* gate = nullptr;            // [*, F], null: not asked for
+  float* up = nullptr;              // [*, F]
+  float* out = nullptr;             // [*, D]
+  float* residual = nullptr;        // [*, D], before the FFN's norm
+  std::int32_t* experts = nullptr;  // [*, used] the token's experts, ascending
 };
 
 /// Candidates from outside instead of a predictor's, of all tokens of a call.

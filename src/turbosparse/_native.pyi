@@ -61,6 +61,9 @@ class ModelInfo:
     @property
     def intermediate_size(self) -> int: ...
     @property
+    def shared_intermediate_size(self) -> int:
+        """Neurons of the expert that all tokens share; 0: there is none."""
+    @property
     def num_experts(self) -> int: ...
     @property
     def num_experts_per_tok(self) -> int: ...
@@ -168,12 +171,21 @@ class Session:
         """
     def capture(
         self, ids: NDArray[np.int32], layers: list[int]
-    ) -> list[tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]]:
+    ) -> list[
+        tuple[
+            NDArray[np.float32],
+            NDArray[np.float32],
+            NDArray[np.float32],
+            NDArray[np.float32],
+            NDArray[np.int32],
+        ]
+    ]:
         """Runs ids densely from the current position and returns, per asked layer, FFN arrays.
 
-        Each entry is (gate, up, out, residual): f(gate) after the activation [T, F], g(up) [T, F], FFN
-        output [T, D], residual stream before the FFN's norm [T, D]. Without a gate: f(up), ones, and the
-        rest.
+        Each entry is (gate, up, out, residual, experts): f(gate) after the activation [T, F], g(up) [T, F],
+        FFN output [T, D], residual stream before the FFN's norm [T, D], and the experts of each token,
+        ascending [T, k]. Without a gate: f(up), ones, and the rest. With experts the neurons of all of them
+        lie side by side, the shared one last, zeros where a token has others; without, k is 0.
         """
     @property
     def profiling(self) -> bool:

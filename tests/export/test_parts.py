@@ -171,7 +171,7 @@ def test_calibrating_a_drelu_model_counts_its_zeros(make_directory: MakeDirector
     file = export(make_directory(activation="drelu"), tmp_path / "in.gguf")
     config = CalibrationConfig(cett=0.2, tokens=256, threads=1)
     report = calibrate(file.path, TEXT, tmp_path / "out.gguf", config)
-    for layer in report.layers:
+    for layer in report.ffns:
         assert 0.5 < layer.zeros < 0.95
         assert layer.active < 1 - layer.zeros
 

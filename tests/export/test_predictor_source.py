@@ -27,8 +27,11 @@ CONFIG = PredictorConfig(ranks=(32,), inputs=KINDS, rivals=("sign_bits",), predi
 TEXT = " and the cat sat on the mat in the end" * 80
 
 
-def test_the_engine_captures_what_torch_captures(make_directory: MakeDirectory, tmp_path: Path) -> None:
-    directory, path = make_directory(activation="drelu"), tmp_path / "model.gguf"
+@pytest.mark.parametrize("model_type", ["llama", "qwen2_moe"])
+def test_the_engine_captures_what_torch_captures(
+    model_type: str, make_directory: MakeDirectory, tmp_path: Path
+) -> None:
+    directory, path = make_directory(model_type, activation="drelu"), tmp_path / "model.gguf"
     config = ExportConfig(types=TypeChoice(weights="F32"), check=False)
     export_model(plan_export(directory, config), path, TEXT, config)
     source = ModelFileSource(path, TEXT, "", CONFIG, tokens=70, window=32, threads=1)
@@ -43,6 +46,7 @@ def test_the_engine_captures_what_torch_captures(make_directory: MakeDirectory, 
         assert inputs.tokens_seen == theirs[name].tokens_seen == 64
         for kind in KINDS:
             expected = theirs[name].open(kind).astype(np.float32)
+            assert len(expected) == 64 or "experts" in name
             np.testing.assert_allclose(inputs.open(kind), expected, rtol=2e-3, atol=2e-3)
         layer, expected_layer = source.layers[name], layers[name]
         assert layer.row_bytes == expected_layer.row_bytes
@@ -72,6 +76,38 @@ def test_the_verb(thresholds: bool, tmp_path: Path, capsys: pytest.CaptureFixtur
     out = tmp_path / "predicted.gguf"
     assert main(["export", str(path), f"--output={out}", f"--predictor={tmp_path / 'out'}"]) == 0
     assert "predicted" in ModelFile(out).modes
+
+
+def test_experts(tmp_path: Path) -> None:
+    path, text = tmp_path / "model.gguf", make_texts(tmp_path)["text"]
+    experts = TinyModel(
+        arch="qwen2moe", activation="drelu", experts=4, intermediate_size=64, shared_intermediate_size=96
+    )
+    make_tiny_model(path, experts)
+    out = tmp_path / "out"
+    options = [
+        "--tokens=1000",
+        "--ranks=32",
+        "--steps=20",
+        "--batch-tokens=64",
+        "--sequence-length=64",
+        "--threads=1",
+    ]
+    options += ["--ppl-budget=20%", "--predictor-type=F32", "--rivals=sign_bits"]
+    assert main(["fit-predictor", str(path), f"--text={text}", f"--output={out}", *options]) == 0
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    names = [f"experts.{expert}" for expert in range(4)] + ["shared_expert"]
+    assert list(report["layers"]) == [
+        f"model.layers.{layer}.mlp.{name}" for layer in (0, 1) for name in names
+    ]
+    assert set(report["rivals"]) == {"sign_bits"}
+    predicted = tmp_path / "predicted.gguf"
+    assert main(["export", str(path), f"--output={predicted}", f"--predictor={out}"]) == 0
+    file = ModelFile(predicted)
+    assert file.modes == ["dense", "exact", "predicted"]
+    assert file.tensor("blk.1.ffn_pred_b_exps.weight").shape == (4, 64, 32)
+    found = load(predicted, threads=1).perplexity(text.read_text(encoding="utf-8")[:400], mode="predicted")
+    assert np.isfinite(found.perplexity)
 
 
 @pytest.mark.parametrize(

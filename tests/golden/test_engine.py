@@ -184,7 +184,7 @@ def test_capture_returns_the_factors_of_every_neuron(tmp_path: Path) -> None:
     assert session.position == len(IDS)
     trace: list[FfnTrace] = []
     ReferenceEngine(path).forward(IDS, trace=trace)
-    for (gate, up, out, residual), layer in zip(captured, (1, 0), strict=True):
+    for (gate, up, out, residual, _), layer in zip(captured, (1, 0), strict=True):
         assert distance(gate, trace[layer].gate[4:]) < 1e-5
         assert distance(up, trace[layer].up[4:]) < 1e-5
         assert distance(out, trace[layer].out[4:]) < 1e-5

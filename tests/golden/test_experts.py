@@ -121,8 +121,10 @@ def test_capture_has_zeros_for_experts_that_were_not_chosen(tmp_path: Path) -> N
     make_tiny_model(path, MODELS["qwen2moe"])
     trace: list[FfnTrace] = []
     ReferenceEngine(path).forward(IDS, trace=trace)
-    gate, up, out, _ = Model(str(path)).session(64).capture(IDS, [1])[0]
+    gate, up, out, _, chosen = Model(str(path)).session(64).capture(IDS, [1])[0]
     layer = trace[9:]
+    factors = np.hstack([ffn.factor for ffn in layer[:8]])
+    assert [np.flatnonzero(row).tolist() for row in factors] == chosen.tolist()
     expected = np.concatenate([np.where(ffn.factor != 0, ffn.gate, 0) for ffn in layer], axis=1)
     assert distance(gate, expected) < 1e-5
     assert (

@@ -12,11 +12,12 @@ from tests.golden.test_engine import IDS, both, distance
 from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse._native import Model
 from turbosparse.errors import ConfigError, ModelFileError
+from turbosparse.runtime.ffns import FFN, down_t
 from turbosparse.runtime.model_file import ModelFile
 from turbosparse.runtime.model_file_copy import copy_with
 from turbosparse.runtime.model_file_writer import TensorSource
 from turbosparse.runtime.reference import FfnTrace, ReferenceEngine
-from turbosparse.runtime.sparse_file import Refinement, SparseDraft, down_t
+from turbosparse.runtime.sparse_file import Refinement, SparseDraft
 from turbosparse.runtime.weight_parts import rest_name, weights_in_parts
 
 
@@ -136,8 +137,9 @@ def test_parts_of_a_file_add_up(tmp_path: Path) -> None:
         first, rest = draft.file.dequantised(name), draft.file.dequantised(rest_name(name))
         assert np.linalg.norm(first - values) > 0.05 * np.linalg.norm(values)
         assert np.linalg.norm(first + rest - values) < 0.006 * np.linalg.norm(values)
-    down = down_t(plain, 1)
-    assert np.linalg.norm(down_t(draft.file, 1) - down) < 0.006 * np.linalg.norm(down)
+    ffn = FFN(layer=1, neurons=plain.intermediate_size)
+    down = down_t(plain, ffn)
+    assert np.linalg.norm(down_t(draft.file, ffn) - down) < 0.006 * np.linalg.norm(down)
     # Made again from what it made, the parts stay.
     again = SparseDraft(
         draft.file, tmp_path / "a.gguf", None, lambda share: None, refine=Refinement(neurons=3)

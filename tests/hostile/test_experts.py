@@ -111,6 +111,6 @@ def test_odd_shapes(source: ModelFile, name: str, shape: tuple[int, ...], tmp_pa
     refused(tmp_path / "odd.gguf", full.replace(".", r"\."))
 
 
-def test_what_calibration_cannot_do_yet_is_said(source: ModelFile) -> None:
-    with pytest.raises(ModelFileError, match=r"^\[calibrate: .*\] expected a model without experts, got 4"):
-        source.require_no_experts("calibrate")
+def test_what_needs_one_ffn_per_layer_says_so(source: ModelFile) -> None:
+    with pytest.raises(ModelFileError, match=r"^\[here: .*\] expected a model without experts, got 4"):
+        source.require_no_experts("here")

@@ -13,10 +13,10 @@ from tests.real_models import SMOLLM2, real_model
 from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse import _native
 from turbosparse.errors import CalibrationError, ConfigError, ModelFileError, TextError
-from turbosparse.runtime import sparse_file
 from turbosparse.runtime.calibration import calibrate
 from turbosparse.runtime.calibration_report import CalibrationConfig, CalibrationReport
 from turbosparse.runtime.captures import Captures
+from turbosparse.runtime.ffns import down_t
 from turbosparse.runtime.model_file import ModelFile
 from turbosparse.runtime.model_file_copy import copy_with
 from turbosparse.runtime.model_file_writer import TensorSource
@@ -50,16 +50,16 @@ def test_thresholds_in_the_file_meet_the_target(plain: Path, stages: int) -> Non
     report, out = calibrated(plain, stages=stages)
     file = ModelFile(out)
     captures = Captures(_native.Model(str(plain), threads=1), windows_of(plain), memory_bytes=1 << 30)
-    for layer, gate, up in captures.layers():
+    for layer, ((ffn, _, gate, up),) in enumerate(captures.layers()):
         gate_threshold, threshold = file.gate_thresholds(layer), file.thresholds(layer)
         assert gate_threshold is not None
         assert threshold is not None
         passed, kept = kept_neurons(gate, up, gate_threshold, threshold)
-        error = dropped_error(gate * up, sparse_file.down_t(ModelFile(plain), layer), kept)
+        error = dropped_error(gate * up, down_t(ModelFile(plain), ffn), kept)
         assert 0.19 <= error <= 0.2
-        assert error == pytest.approx(report.layers[layer].cett, rel=1e-4)
-        assert passed.mean() == pytest.approx(report.layers[layer].gate_passed)
-        assert kept.mean() == pytest.approx(report.layers[layer].active)
+        assert error == pytest.approx(report.ffns[layer].cett, rel=1e-4)
+        assert passed.mean() == pytest.approx(report.ffns[layer].gate_passed)
+        assert kept.mean() == pytest.approx(report.ffns[layer].active)
         assert gate_threshold.any() == (stages == 2)
 
 
@@ -73,7 +73,7 @@ def test_the_engine_skips_what_the_report_says(plain: Path) -> None:
         session.forward(window, mode="threshold")
     neurons = session.counters["tokens"] * model.info.intermediate_size
     for layer, active, passed in zip(
-        report.layers, session.counters["active"], session.counters["gate_passed"], strict=True
+        report.ffns, session.counters["active"], session.counters["gate_passed"], strict=True
     ):
         assert active / neurons == pytest.approx(layer.active, abs=0.03)
         assert passed / neurons == pytest.approx(layer.gate_passed, abs=0.03)
@@ -100,7 +100,7 @@ def test_the_file_tells_how_it_was_made(plain: Path) -> None:
         (record["tokens"], record["held_out_tokens"]) == (report.tokens, report.held_out_tokens) == (128, 64)
     )
     assert record["text_sha256"] == report.text_sha256
-    assert record["active_ratio"] == pytest.approx([layer.active for layer in report.layers])
+    assert record["active_ratio"] == pytest.approx([layer.active for layer in report.ffns])
     assert record["ppl_threshold"] == pytest.approx(report.ppl.threshold)
     assert record["tool"].startswith("turbosparse ")
 
@@ -118,12 +118,10 @@ def test_little_memory_means_more_passes_and_the_same_arrays(plain: Path) -> Non
     roomy, tight = (Captures(model, windows_of(plain), memory_bytes=size) for size in (1 << 30, 1))
     assert (roomy.passes, tight.passes) == (1, 2)
     for _ in range(2):  # the second time from what was kept
-        for (layer, gate, up), (other, other_gate, other_up) in zip(
-            roomy.layers(), tight.layers(), strict=True
-        ):
-            assert layer == other
-            np.testing.assert_array_equal(gate, other_gate)
-            np.testing.assert_array_equal(up, other_up)
+        for (one,), (other,) in zip(roomy.layers(), tight.layers(), strict=True):
+            assert one.ffn == other.ffn
+            for ours, theirs in zip(one[1:], other[1:], strict=True):
+                np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("activation", ["relu", "drelu"])
@@ -131,7 +129,7 @@ def test_exact_zeros_are_never_read(tmp_path: Path, activation: str) -> None:
     make_tiny_model(tmp_path / "plain.gguf", TinyModel(activation=activation))
     report, out = calibrated(tmp_path / "plain.gguf", cett=0.01)
     assert _native.Model(str(out), threads=1).info.modes == ["dense", "exact", "threshold"]
-    for layer in report.layers:
+    for layer in report.ffns:
         assert layer.zeros > 0.4
         assert layer.active <= 1 - layer.zeros
 
@@ -185,7 +183,7 @@ def test_a_layer_that_is_dead_is_named(plain: Path) -> None:
     zeros = np.zeros((160, 64), np.float32)
     dead = plain.with_name("dead.gguf")
     copy_with(ModelFile(plain), dead, tensors=[TensorSource.of_array("blk.1.ffn_up.weight", zeros)])
-    with pytest.raises(CalibrationError, match=r"\[calibration blk\.1\] .* not all zero"):
+    with pytest.raises(CalibrationError, match=r"\[calibration layer 1\] .* not all zero"):
         calibrated(dead)
     assert sorted(path.name for path in plain.parent.iterdir()) == ["dead.gguf", "plain.gguf"]
 

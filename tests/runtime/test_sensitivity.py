@@ -8,11 +8,11 @@ import pytest
 from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse._native import Model
 from turbosparse.runtime.captures import Captures
+from turbosparse.runtime.ffns import down_t
 from turbosparse.runtime.model_file import ModelFile
 from turbosparse.runtime.model_file_copy import copy_with
 from turbosparse.runtime.model_file_writer import TensorSource
 from turbosparse.runtime.sensitivity import layer_divergences, relative_targets
-from turbosparse.runtime.sparse_file import down_t
 from turbosparse.sparsity.thresholds import find_layer_thresholds
 
 IDS = np.random.default_rng(8).integers(0, 260, 48).astype(np.int32)
@@ -22,7 +22,8 @@ def divergences_of(path: Path, target: float) -> np.ndarray:
     file, model = ModelFile(path), Model(str(path), threads=1)
     captures = Captures(model, [IDS], memory_bytes=1 << 30)
     tried = [
-        find_layer_thresholds(gate, up, down_t(file, layer), target) for layer, gate, up in captures.layers()
+        find_layer_thresholds(gate, up, down_t(file, ffn), target)
+        for ((ffn, _, gate, up),) in captures.layers()
     ]
     return layer_divergences(model, IDS, captures, tried)
 

@@ -98,14 +98,19 @@ def _bar(label: str) -> "AbstractContextManager[Callable[[float], None]]":
 def _show(report: "CalibrationReport", output: Path) -> None:
     from rich.table import Table
 
-    table = Table("layer", "CETT", "up rows read", "down rows read", "exact zeros", box=None)
-    for number, layer in enumerate(report.layers):
-        shares = (layer.gate_passed, layer.active, layer.zeros)
-        table.add_row(str(number), f"{layer.cett:.4f}", *(f"{share:.1%}" for share in shares))
-    mean_cett = sum(layer.cett for layer in report.layers) / len(report.layers)
-    zeros = sum(layer.zeros for layer in report.layers) / len(report.layers)
-    means = (f"{share:.1%}" for share in (report.gate_passed, report.active_ratio, zeros))
-    table.add_row("mean", f"{mean_cett:.4f}", *means)
+    from turbosparse.runtime.ffns import ffns_of
+    from turbosparse.runtime.model_file import ModelFile
+
+    names = [ffn.name.removeprefix("layer ") for ffn in ffns_of(ModelFile(output))]
+
+    experts = len(set(report.ffn_tokens)) > 1
+    reached = ["tokens"] if experts else []
+    table = Table("layer", *reached, "CETT", "up rows read", "down rows read", "exact zeros", box=None)
+    for name, tokens, ffn in zip(names, report.ffn_tokens, report.ffns, strict=True):
+        shares = (f"{share:.1%}" for share in (ffn.gate_passed, ffn.active, ffn.zeros))
+        table.add_row(name, *([str(tokens)] if experts else []), f"{ffn.cett:.4f}", *shares)
+    means = (f"{report.mean(field):.1%}" for field in ("gate_passed", "active", "zeros"))
+    table.add_row("mean", *([""] if experts else []), f"{report.mean('cett'):.4f}", *means)
     out = console()
     out.print(table)
     for name, ppl, tokens in (

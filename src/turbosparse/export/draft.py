@@ -167,10 +167,16 @@ class Draft:
         return len({weight.name.split(".")[1] for weight in self.weights if weight.name.startswith("blk.")})
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """Number of neurons per layer, F, and width of the residual stream, D."""
-        neurons, hidden = self.find("blk.0.ffn_up.weight").shape
-        return neurons, hidden
+    def sizes(self) -> tuple[int, ...]:
+        """Number of experts, E, where there are any, of neurons, F, and width of the residual stream, D."""
+        return self.up.shape
+
+    @property
+    def up(self) -> Weight:
+        """The first layer's up projection, of all of its experts."""
+        names = {weight.name for weight in self.weights}
+        experts = "blk.0.ffn_up_exps.weight"
+        return self.find(experts if experts in names else "blk.0.ffn_up.weight")
 
     def neuron_major(self) -> "Draft":
         """Transpose the down projections, so that neurons can be skipped.

@@ -18,10 +18,11 @@ from turbosparse.predict.end_to_end import Evaluation, PlacedPredictor
 from turbosparse.predict.layers import FFNLayer, RowBytes
 from turbosparse.predict.predictors import LowRankPredictor, SignBitPredictor
 from turbosparse.predict.source import TextPart
+from turbosparse.runtime.ffns import FFN, down_t, ffns_of
 from turbosparse.runtime.model_file import KEY_ACTIVATION_PARAM, ModelFile
 from turbosparse.runtime.perplexity import compare_modes, perplexity
 from turbosparse.runtime.predictors import LayerPredictor, Predictors, add_predictors
-from turbosparse.runtime.sparse_file import default_down_type, down_t, row_bytes
+from turbosparse.runtime.sparse_file import default_down_type, row_bytes
 from turbosparse.tokenizer import Tokenizer
 
 __all__ = ["ModelFileSource"]
@@ -58,7 +59,7 @@ class ModelFileSource:
     ConfigError
         If the fit needs what a model file cannot hold.
     ModelFileError
-        If the file is no dense model with a gated FFN.
+        If the file's FFNs are not gated ones with a known activation.
     TextError
         If there is too little text.
     """
@@ -76,7 +77,6 @@ class ModelFileSource:
     ) -> None:
         _check(config)
         self._file = ModelFile(path)
-        self._file.require_no_experts("fit-predictor")
         self._threads = threads
         self._window = window
         self._config = config
@@ -92,32 +92,26 @@ class ModelFileSource:
                 f"got {len(self._ids)} and {len(rest)} tokens: give more text, or --held-out"
             )
         self._held_out = windows[:: -(-len(windows) // _EVALUATED_WINDOWS)]
-        self.layers: Mapping[str, FFNLayer] = {
-            _name(layer): self._layer(layer) for layer in range(self._file.num_hidden_layers)
-        }
+        self._ffns = {_name(ffn): ffn for ffn in ffns_of(self._file)}
+        self.layers: Mapping[str, FFNLayer] = {name: self._layer(ffn) for name, ffn in self._ffns.items()}
 
-    def _layer(self, layer: int) -> FFNLayer:
+    def _layer(self, ffn: FFN) -> FFNLayer:
         file = self._file
         if file.activation is None or not file.gated:
             raise ModelFileError(f"[{file.path}] expected a gated FFN with a known activation, got another")
-        gate, up = (f"blk.{layer}.ffn_{part}.weight" for part in ("gate", "up"))
-        down = f"blk.{layer}.ffn_down_t.weight"
+        gate, up, down = (ffn.tensor(part) for part in ("gate", "up", "down_t"))
         types = [file.tensor(gate).type_name, file.tensor(up).type_name]
         types.append(file.tensor(down).type_name if file.neuron_major_down else default_down_type(file))
-        stored = [f"blk.{layer}.{part}" for part in ("ffn_gate_threshold", "ffn_threshold")]
-        thresholds = [
-            torch.tensor(file.dequantised(name)) if name in file.tensors else torch.zeros(())
-            for name in stored
-        ]
+        thresholds = ffn.thresholds(file)
         return FFNLayer(
-            gate=torch.tensor(file.dequantised(gate)),
-            up=torch.tensor(file.dequantised(up)),
-            down=torch.tensor(down_t(file, layer)).T,
+            gate=torch.tensor(ffn.values(file, gate)),
+            up=torch.tensor(ffn.values(file, up)),
+            down=torch.tensor(down_t(file, ffn)).T,
             activation=Activation(
                 name=file.activation, threshold=float(file.metadata.get(KEY_ACTIVATION_PARAM, 0.0))
             ),
             row_bytes=RowBytes(*(row_bytes(name, file.hidden_size) for name in types)),
-            thresholds=(thresholds[0], thresholds[1]) if stored[1] in file.tensors else None,
+            thresholds=thresholds and (torch.tensor(thresholds[0]), torch.tensor(thresholds[1])),
         )
 
     def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
@@ -126,10 +120,10 @@ class ModelFileSource:
         files = {name: {kind: directory / f"{name}.{kind}.f16" for kind in _INPUTS} for name in self.layers}
         for paths in files.values():
             for path in paths.values():
-                path.unlink(missing_ok=True)
-        for number, x, residual in self._states():
+                path.write_bytes(b"")  # and it stays empty where no token reaches an expert
+        for name, x, residual in self._states():
             for kind, rows in (("ffn_norm", x), ("residual", residual)):
-                with files[_name(number)][kind].open("ab") as file:
+                with files[name][kind].open("ab") as file:
                     rows.astype(np.float16).tofile(file)
         size, tokens = self._file.hidden_size, len(self._ids)
         return {
@@ -137,8 +131,8 @@ class ModelFileSource:
             for name, paths in files.items()
         }
 
-    def _states(self) -> Iterator[tuple[int, NDArray[np.float32], NDArray[np.float32]]]:
-        """Layer, input of its FFN and residual before the norm, each [T, D]; window by window."""
+    def _states(self) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32]]]:
+        """Name of an FFN, its input and the residual before the norm, each [n, D]; window by window."""
         file = self._file
         eps = float(file.metadata[f"{file.architecture}.attention.layer_norm_rms_epsilon"])
         norms = [file.dequantised(f"blk.{layer}.ffn_norm.weight") for layer in range(file.num_hidden_layers)]
@@ -146,10 +140,16 @@ class ModelFileSource:
         for start in range(0, len(self._ids), self._window):
             session.truncate(0)
             ids = np.array(self._ids[start : start + self._window], np.int32)
-            for layer, captured in enumerate(session.capture(ids, list(range(len(norms))))):
-                residual = captured[3]
+            captured = session.capture(ids, list(range(len(norms))))
+            inputs = []
+            for layer, (_, _, _, residual, _) in enumerate(captured):
                 scale = 1 / np.sqrt(np.square(residual).mean(axis=1, keepdims=True) + eps)
-                yield layer, residual * scale * norms[layer], residual
+                inputs.append(residual * scale * norms[layer])
+            for name, ffn in self._ffns.items():
+                _, _, _, residual, chosen = captured[ffn.layer]
+                every = ffn.expert is None
+                reached = slice(None) if every else (chosen == ffn.expert).any(axis=1)
+                yield name, inputs[ffn.layer][reached], residual[reached]
 
     def evaluate(
         self, configurations: Sequence[Mapping[str, PlacedPredictor]], part: TextPart
@@ -183,26 +183,29 @@ class ModelFileSource:
         )
 
     def _stored(self, placed: Mapping[str, PlacedPredictor]) -> Predictors:
-        """As the file has it: a layer without a predictor has one that is never asked."""
+        """As the file has it: an FFN without a predictor has one that is never asked."""
+        sign = any(isinstance(each.predictor, SignBitPredictor) for each in placed.values())
+        ranks: dict[tuple[int, str], int] = {}  # experts of a layer have one
+        for name, each in placed.items():
+            if isinstance(each.predictor, LowRankPredictor):
+                group = self._ffns[name].layer, self._ffns[name].suffix
+                ranks[group] = max(ranks.get(group, 0), each.predictor.a.weight.shape[0])
         layers = []
-        sign = False
-        for name in self.layers:
-            each = placed.get(name)
-            a = torch.zeros(_SMALLEST_RANK, self._file.hidden_size)
-            b = torch.zeros(self._file.intermediate_size, _SMALLEST_RANK)
-            if each is not None and isinstance(each.predictor, LowRankPredictor):
-                a, b = each.predictor.a.weight, each.predictor.b.weight
-            sign = sign or (each is not None and isinstance(each.predictor, SignBitPredictor))
-            threshold = ALL_NEURONS if each is None else each.threshold
-            layers.append((threshold, a.numpy(), b.numpy()))
+        for name, ffn in self._ffns.items():
+            own = placed.get(name)
+            rank = ranks.get((ffn.layer, ffn.suffix), _SMALLEST_RANK)
+            a = np.zeros((rank, self._file.hidden_size), np.float32)
+            b = np.zeros((ffn.neurons, rank), np.float32)
+            if own is not None and isinstance(own.predictor, LowRankPredictor):
+                fitted = own.predictor.a.weight.numpy(), own.predictor.b.weight.numpy()
+                a[: len(fitted[0])], b[:, : len(fitted[0])] = fitted
+            threshold = ALL_NEURONS if own is None else own.threshold
+            layers.append(LayerPredictor(threshold=threshold, a=None if sign else a, b=None if sign else b))
         reads = next(iter(placed.values())).input
         return Predictors(
             kind="sign" if sign else "low_rank",
             reads="residual" if reads == "residual" else "ffn_norm",
-            layers=[
-                LayerPredictor(threshold=threshold, a=None if sign else a, b=None if sign else b)
-                for threshold, a, b in layers
-            ],
+            layers=layers,
         )
 
     def finetune(
@@ -212,9 +215,11 @@ class ModelFileSource:
         raise ConfigError("[fit-predictor] expected no fine-tuning of a model file, got some")
 
 
-def _name(layer: int) -> str:
+def _name(ffn: FFN) -> str:
     """Name of the FFN in the Hugging Face model that such a file is made from."""
-    return f"model.layers.{layer}.mlp"
+    shared = ".shared_expert" if ffn.suffix == "_shexp" else ""
+    expert = shared if ffn.expert is None else f".experts.{ffn.expert}"
+    return f"model.layers.{ffn.layer}.mlp{expert}"
 
 
 def _check(config: PredictorConfig) -> None:

@@ -1,5 +1,7 @@
 """CETT thresholds that a calibration found, carried from its model file to another of the same model."""
 
+import re
+
 import numpy as np
 
 from turbosparse.errors import ConfigError
@@ -15,7 +17,7 @@ from turbosparse.runtime.model_file import (
 __all__ = ["with_thresholds"]
 
 _LARGEST_DIFFERENCE = 0.15  # relative norm; 4-bit weights are off by 0.1, another model's by more than 1
-_NAMES = ("ffn_gate_threshold", "ffn_threshold")
+_NAME = re.compile(r"blk\.\d+\.ffn(_gate)?_threshold(_exps|_shexp)?")
 
 
 def with_thresholds(draft: Draft, calibrated: ModelFile) -> Draft:
@@ -38,25 +40,24 @@ def with_thresholds(draft: Draft, calibrated: ModelFile) -> Draft:
     ConfigError
         When the file has no thresholds, or is not of the same model.
     """
-    layers, path = draft.num_hidden_layers, calibrated.path
+    layers, path, up = draft.num_hidden_layers, calibrated.path, draft.up
     if "threshold" not in calibrated.modes:
         raise ConfigError(f"[{path}] expected a calibrated file, got one without thresholds")
     activation = plain_value(draft.metadata[KEY_ACTIVATION])
-    sizes = calibrated.tensor("blk.0.ffn_up.weight").shape
+    sizes = calibrated.tensors[up.name].shape if up.name in calibrated.tensors else "other FFNs"
     got = (calibrated.activation, calibrated.num_hidden_layers, sizes)
     if got != (activation, layers, draft.sizes):
         raise ConfigError(
             f"[{path}] expected thresholds of this model, {(activation, layers, draft.sizes)}, got {got}"
         )
-    own, theirs = draft.find("blk.0.ffn_up.weight").values(), calibrated.dequantised("blk.0.ffn_up.weight")
+    own, theirs = up.values(), calibrated.dequantised(up.name)
     difference = float(np.linalg.norm(own - theirs) / np.linalg.norm(own))
     if not difference <= _LARGEST_DIFFERENCE:
         raise ConfigError(
             f"[{path}] expected thresholds of this model, got those of one whose weights differ by "
             f"{difference:.0%}"
         )
-    names = [f"blk.{layer}.{name}" for layer in range(layers) for name in _NAMES]
-    weights = [weight_of_file(calibrated, name) for name in names if name in calibrated.tensors]
+    weights = [weight_of_file(calibrated, name) for name in calibrated.tensors if _NAME.fullmatch(name)]
     record = {
         key: value
         for key, value in calibrated.stored_metadata().items()

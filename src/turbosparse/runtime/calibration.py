@@ -27,12 +27,13 @@ from turbosparse.runtime.calibration_report import (
     Perplexities,
 )
 from turbosparse.runtime.captures import Captures, default_memory_bytes
+from turbosparse.runtime.ffns import FFN, FFNTokens, down_t, ffns_of
 from turbosparse.runtime.model_file import ModelFile
 from turbosparse.runtime.model_file_copy import copy_with
 from turbosparse.runtime.model_file_writer import check_output
 from turbosparse.runtime.perplexity import perplexity
 from turbosparse.runtime.sensitivity import layer_divergences, relative_targets
-from turbosparse.runtime.sparse_file import SparseDraft, down_t, row_bytes
+from turbosparse.runtime.sparse_file import SparseDraft, row_bytes
 from turbosparse.sparsity.budget import largest_cett_within
 from turbosparse.sparsity.thresholds import ONE_STAGE, TWO_STAGES, LayerThresholds, find_layer_thresholds
 from turbosparse.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ __all__ = ["Progress", "calibrate"]
 
 logger = logging.getLogger(__name__)
 
+_FEWEST_OF_AN_EXPERT = 16  # tokens; F norms of each tell where one bound for all of them lies
 _WEIGHED_AT = 0.15  # CETT at which layers are compared
 _LARGEST_CETT = 0.9  # of a layer, whatever its share of the target
 
@@ -89,10 +91,13 @@ def calibrate(
     TextError
         When the text is empty or has fewer than 192 tokens.
     CalibrationError
-        When a layer's activations are zero or not finite, or the perplexity budget cannot be met.
+        When an FFN's activations are zero or not finite, or the perplexity budget cannot be met.
 
     Notes
     -----
+    Every expert of a mixture is an FFN of its own, and meets the target on the tokens that are sent to it.
+    One that fewer than 16 tokens reach keeps all of its neurons: its thresholds are 0.
+
     Costs a dense pass over the tokens per group of layers that fits the memory budget, about 20 products of
     the tokens with each down projection, and three perplexities. A perplexity budget repeats the last two
     about six times. Needs the size of the new file twice on disk while it runs.
@@ -100,7 +105,8 @@ def calibrate(
     out = Path(out)
     check_output(out, overwrite=overwrite)
     source = ModelFile(model_path)
-    source.require_no_experts("calibrate")
+    if config.refine is not None:
+        source.require_no_experts("calibrate, weights in two parts")
     engine = _native.Model(str(model_path), threads=config.threads)
     windows = _Windows(source, text, config, engine.info.context_length)
     with progress("perplexity of the dense model") as advance:
@@ -112,11 +118,11 @@ def calibrate(
             )
         search = _Search(source, engine, windows, draft.down_type, config, progress)
         if config.cett is not None:
-            target, layers = config.cett, search.thresholds(config.cett)
-            draft.set_thresholds(layers)
+            target, ffns = config.cett, search.thresholds(config.cett)
+            draft.set_thresholds(ffns)
         else:
             search.weigh_layers(draft.load(config.threads))
-            target, layers = _meet_budget(search, draft, windows, dense[0], config)
+            target, ffns = _meet_budget(search, draft, windows, dense[0], config)
         sparse_engine = draft.load(config.threads)
         with progress("perplexity of the sparse model") as advance:
             same_weights = windows.perplexities(sparse_engine, "dense", lambda amount: advance(amount / 2))
@@ -127,7 +133,8 @@ def calibrate(
         )
         report = CalibrationReport(
             cett_target=target,
-            layers=layers,
+            ffns=ffns,
+            ffn_tokens=search.ffn_tokens,
             tokens=len(windows.ids),
             held_out_tokens=len(windows.held_out),
             text_sha256=hashlib.sha256(text.encode()).hexdigest(),
@@ -210,7 +217,7 @@ class _Windows:
 
 
 class _Search:
-    """Thresholds of every layer at a target. Splits are chosen at the first one and kept."""
+    """Thresholds of every FFN at a target. Splits are chosen at the first one and kept."""
 
     def __init__(
         self,
@@ -222,56 +229,82 @@ class _Search:
         progress: Progress,
     ) -> None:
         self._source = source
-        up_type = source.tensor("blk.0.ffn_up.weight").type_name
+        self._ffns = ffns_of(source)
+        up_type = source.tensor(self._ffns[0].tensor("up")).type_name
         self._row_bytes = (
             row_bytes(up_type, source.hidden_size),
             row_bytes(down_type, source.hidden_size),
         )
         self._layers = engine.info.num_hidden_layers
-        self._splits: list[Sequence[float]] = [TWO_STAGES if config.stages == 2 else ONE_STAGE] * self._layers
+        self._splits: dict[FFN, Sequence[float]] = {}
+        self._all_splits = TWO_STAGES if config.stages == 2 else ONE_STAGE
         memory = default_memory_bytes() if config.memory_bytes is None else config.memory_bytes
         self._windows = windows.arrays()
         self._captures = Captures(engine, self._windows, memory_bytes=memory)
         self._progress = progress
         self._relative_targets = np.ones(self._layers)
+        self.ffn_tokens: list[int] = []
 
     def weigh_layers(self, engine: _native.Model) -> None:
         """From here on, layers get shares of the target by what their errors do to the predictions."""
         tried = self.thresholds(_WEIGHED_AT)
         with self._progress("what each layer's error costs") as advance:
             divergences = layer_divergences(engine, self._windows[0], self._captures, tried, advance)
-        errors = np.array([layer.cett for layer in tried])
+        layers = np.array([ffn.layer for ffn in self._ffns])
+        totals = np.bincount(layers, [t * ffn.cett for t, ffn in zip(self.ffn_tokens, tried, strict=True)])
+        errors = totals / np.bincount(layers, self.ffn_tokens)
         self._relative_targets = relative_targets(divergences, errors)
         for layer, relative in enumerate(self._relative_targets):
             logger.info("blk.%d: KL %.5f, %.2f of the CETT target", layer, divergences[layer], relative)
 
     def thresholds(self, target: float) -> list[LayerThresholds]:
+        """Of every FFN; afterwards `ffn_tokens` says on how many tokens each was found."""
         found = []
+        self.ffn_tokens = []
         with self._progress(f"thresholds for CETT {target:.3g}") as advance:
-            for layer, gate, up in self._captures.layers(lambda share: advance(share / 2)):
-                try:
-                    found.append(
-                        find_layer_thresholds(
-                            gate,
-                            up,
-                            down_t(self._source, layer),
-                            min(target * float(self._relative_targets[layer]), _LARGEST_CETT),
-                            splits=self._splits[layer],
-                            row_bytes=self._row_bytes,
-                        )
-                    )
-                except CalibrationError as error:
-                    raise CalibrationError(f"[calibration blk.{layer}] {error}") from error
-                self._splits[layer] = (found[-1].split,)
-                logger.info(
-                    "blk.%d: CETT %.4f, gate passed %.3f, active %.3f",
-                    layer,
-                    found[-1].cett,
-                    found[-1].gate_passed,
-                    found[-1].active,
-                )
+            for layer, ffns in enumerate(self._captures.layers(lambda share: advance(share / 2))):
+                own_target = min(target * float(self._relative_targets[layer]), _LARGEST_CETT)
+                for captured in ffns:
+                    found.append(self._of_ffn(captured, own_target))
+                    self.ffn_tokens.append(len(captured.tokens))
                 advance(0.5 / self._layers)
         return found
+
+    def _of_ffn(self, captured: FFNTokens, target: float) -> LayerThresholds:
+        ffn, tokens, gate, up = captured
+        if len(tokens) < _FEWEST_OF_AN_EXPERT and ffn.expert is not None:
+            if ffn not in self._splits:
+                logger.warning("%s: %d tokens reached it, so it keeps all neurons", ffn.name, len(tokens))
+                self._splits[ffn] = ONE_STAGE
+            return _all_kept(ffn.neurons)
+        try:
+            found = find_layer_thresholds(
+                gate,
+                up,
+                down_t(self._source, ffn),
+                target,
+                splits=self._splits.get(ffn, self._all_splits),
+                row_bytes=self._row_bytes,
+            )
+        except CalibrationError as error:
+            raise CalibrationError(f"[calibration {ffn.name}] {error}") from error
+        self._splits[ffn] = (found.split,)
+        logger.info(
+            "%s: CETT %.4f, gate passed %.3f, active %.3f",
+            ffn.name,
+            found.cett,
+            found.gate_passed,
+            found.active,
+        )
+        return found
+
+
+def _all_kept(neurons: int) -> LayerThresholds:
+    """Of an expert that the text says too little about."""
+    none = np.zeros(neurons, np.float32)
+    return LayerThresholds(
+        gate_threshold=none, threshold=none, cett=0.0, split=0.0, gate_passed=1.0, active=1.0, zeros=0.0
+    )
 
 
 def _meet_budget(
@@ -289,5 +322,6 @@ def _meet_budget(
         return value
 
     target = largest_cett_within(rise, config.ppl_budget)
-    draft.set_thresholds(tried[target])
-    return target, tried[target]
+    ffns = tried[target]
+    draft.set_thresholds(ffns)
+    return target, ffns

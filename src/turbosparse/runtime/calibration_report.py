@@ -84,7 +84,10 @@ class CalibrationReport:
 
     cett_target: float
     """CETT that the thresholds were found for."""
-    layers: list[LayerThresholds]
+    ffns: list[LayerThresholds]
+    """One per layer; with experts one per expert: layer by layer, its experts, then the shared one."""
+    ffn_tokens: list[int]
+    """Tokens that reached each of them. Experts with too few keep all of their neurons."""
     tokens: int
     """Tokens the thresholds were found on."""
     held_out_tokens: int
@@ -100,12 +103,28 @@ class CalibrationReport:
     @property
     def active_ratio(self) -> float:
         """Mean share of neurons whose row of down is read, on the calibration tokens."""
-        return float(np.mean([layer.active for layer in self.layers]))
+        return self.mean("active")
 
     @property
     def gate_passed(self) -> float:
         """Mean share of neurons whose row of up is read, on the calibration tokens."""
-        return float(np.mean([layer.gate_passed for layer in self.layers]))
+        return self.mean("gate_passed")
+
+    def mean(self, field: str) -> float:
+        """Average a number of the FFNs over tokens and neurons.
+
+        Parameters
+        ----------
+        field : str
+            Of `LayerThresholds`: ``cett``, ``gate_passed``, ``active`` or ``zeros``.
+
+        Returns
+        -------
+        float
+            Its mean.
+        """
+        weights = [n * len(ffn.threshold) for n, ffn in zip(self.ffn_tokens, self.ffns, strict=True)]
+        return float(np.average([getattr(ffn, field) for ffn in self.ffns], weights=weights))
 
     def as_metadata(self, config: CalibrationConfig) -> dict[str, Any]:
         """Give the keys of the model file: enough to repeat the calibration and to know what it gave.
@@ -134,7 +153,7 @@ class CalibrationReport:
         Returns
         -------
         dict
-            Numbers, strings, and lists with one number per layer.
+            Numbers, strings, and lists with one number per FFN.
         """
         return {
             "method": "cett" if config.ppl_budget is None else "cett-ppl",
@@ -146,11 +165,12 @@ class CalibrationReport:
             "window": config.window,
             "stages": config.stages,
             **({} if config.refine is None else {"refine": config.refine.neurons}),
-            "cett": [layer.cett for layer in self.layers],
-            "active_ratio": [layer.active for layer in self.layers],
-            "gate_passed": [layer.gate_passed for layer in self.layers],
-            "exact_zeros": [layer.zeros for layer in self.layers],
-            "split": [layer.split for layer in self.layers],
+            "cett": [ffn.cett for ffn in self.ffns],
+            "active_ratio": [ffn.active for ffn in self.ffns],
+            "gate_passed": [ffn.gate_passed for ffn in self.ffns],
+            "exact_zeros": [ffn.zeros for ffn in self.ffns],
+            "split": [ffn.split for ffn in self.ffns],
+            **({} if min(self.ffn_tokens) == max(self.ffn_tokens) else {"ffn_tokens": self.ffn_tokens}),
             "down_type": self.down_type,
             "ppl_source": self.ppl.source,
             "ppl_dense": self.ppl.dense,

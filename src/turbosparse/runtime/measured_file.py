@@ -4,8 +4,9 @@ What `turbosparse.measure` asks of a source, without knowing it: the serving col
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from os import PathLike
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,9 +16,10 @@ from numpy.typing import NDArray
 
 from turbosparse import _native
 from turbosparse.errors import ModelFileError
+from turbosparse.runtime.ffns import FFN, down_t, ffns_of, tokens_of_ffns
 from turbosparse.runtime.model_file import ModelFile
 from turbosparse.runtime.perplexity import second_half
-from turbosparse.runtime.sparse_file import SparseDraft, down_t
+from turbosparse.runtime.sparse_file import SparseDraft
 from turbosparse.sparsity.selection import NormThresholds, Selection
 from turbosparse.tokenizer import Tokenizer
 
@@ -31,23 +33,15 @@ class _FFNWatcher(Protocol):
     """What looks at captured arrays."""
 
     def on_ffn(self, unit: int, gate: NDArray[np.float32], up: NDArray[np.float32]) -> None:
-        """Look at f(gate) and g(up) of a layer, each [T, F]."""
+        """Look at f(gate) and g(up) of an FFN, each [T, F]."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class FileUnit:
-    """One layer's FFN."""
-
-    name: str
-    layer: int
-    neurons: int
-    expert: int | None = None
-    token_share: float = 1.0
+    def on_routing(self, layer: int, chosen: NDArray[np.int32]) -> None:
+        """Look at the experts of tokens, [T, k]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Thresholds:
-    """Thresholds of one layer, each [F]."""
+    """Thresholds of one FFN, each [F]."""
 
     gate_threshold: NDArray[np.float32]
     threshold: NDArray[np.float32]
@@ -73,7 +67,6 @@ class MeasuredFile:
 
     def __init__(self, path: str | PathLike[str], *, scratch: Path, threads: int = 0) -> None:
         self._file = ModelFile(path)
-        self._file.require_no_experts("measure")
         if self._file.activation is None or not self._file.gated:
             raise ModelFileError(f"[{path}] expected gated FFNs with a known activation, got others")
         self._engine = _native.Model(str(path), threads=threads)
@@ -85,10 +78,7 @@ class MeasuredFile:
         self._draft: SparseDraft | None = None
         self._drafted: tuple[Selection | None, _native.Model] | None = None
         self._session: tuple[_native.Model, _native.Session] | None = None
-        self.units = [
-            FileUnit(name=f"layer {layer}", layer=layer, neurons=self._info.intermediate_size)
-            for layer in range(self._info.num_hidden_layers)
-        ]
+        self.units = ffns_of(self._info)
 
     @property
     def description(self) -> dict[str, Any]:
@@ -108,10 +98,10 @@ class MeasuredFile:
             "activation": info.activation,
             "gated": True,
             "hidden_size": info.hidden_size,
-            "intermediate_size": info.intermediate_size,
+            "intermediate_size": max(info.intermediate_size, info.shared_intermediate_size),
             "num_hidden_layers": info.num_hidden_layers,
-            "num_experts": 0,
-            "experts_per_token": 0,
+            "num_experts": info.num_experts,
+            "experts_per_token": info.num_experts_per_tok,
             "weights": "/".join(dict.fromkeys(info.ffn_types)),
             "bytes": path.stat().st_size,
         }
@@ -164,25 +154,25 @@ class MeasuredFile:
         Returns
         -------
         int
-            0: the engine runs no mixtures.
+            0 where it has none.
         """
-        del layer
-        return 0
+        del layer  # all have as many
+        return self._info.num_experts
 
     def down_t(self, unit: int) -> NDArray[np.float32]:
-        """Give a layer's down projection, one row per neuron.
+        """Give a unit's down projection, one row per neuron.
 
         Parameters
         ----------
         unit : int
-            Index of the layer.
+            Index.
 
         Returns
         -------
         float32, shape (F, D)
             Dequantised from the file.
         """
-        return down_t(self._file, unit)
+        return down_t(self._file, self.units[unit])
 
     def capture(self, window: NDArray[np.int32], watcher: _FFNWatcher) -> None:
         """Run a window densely and show its FFNs.
@@ -195,14 +185,21 @@ class MeasuredFile:
             Sees every layer in pieces of the window.
         """
         session = self._session_of(self._engine, len(window))
-        layers = list(range(len(self.units)))
-        per_token = len(layers) * 8 * (self._info.intermediate_size + self._info.hidden_size)
+        layers = list(range(self._info.num_hidden_layers))
+        per_token = len(layers) * 8 * (self._info.layer_neurons + self._info.hidden_size)
         chunk = max(16, _CHUNK_BYTES // per_token)
         for begin in range(0, len(window), chunk):
             arrays = session.capture(window[begin : begin + chunk], layers)
-            for layer in layers:
-                gate, up = arrays[layer][:2]
-                watcher.on_ffn(layer, gate, up)
+            units = enumerate(self.units)
+            for layer, ffns in groupby(self.units, key=lambda ffn: ffn.layer):
+                gate, up, _, _, chosen = arrays.pop(0)
+                if chosen.shape[1]:
+                    watcher.on_routing(layer, chosen)
+                for piece, (unit, _) in zip(
+                    tokens_of_ffns(list(ffns), gate, up, chosen), units, strict=False
+                ):
+                    if len(piece.tokens):
+                        watcher.on_ffn(unit, piece.gate, piece.up)
 
     def supports(self, selection: Selection) -> bool:
         """Say whether the engine can leave out what a selection does.
@@ -248,7 +245,12 @@ class MeasuredFile:
             return
 
         def _choose(layer: int, gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.bool_]:
-            return selection.kept(layer, gate, gate * up)
+            kept = np.empty(gate.shape, np.bool_)
+            for unit, ffn in enumerate(self.units):
+                if ffn.layer == layer:
+                    own = slice(ffn.first_neuron, ffn.first_neuron + ffn.neurons)
+                    kept[:, own] = selection.kept(unit, gate[:, own], gate[:, own] * up[:, own])
+            return kept
 
         session = self._session_of(self._drafted_model(_NO_THRESHOLDS), len(window))
         yield from second_half(session, window, "predicted", choose=_choose)
@@ -277,23 +279,20 @@ class MeasuredFile:
             self._drafted = None  # frees the model before the next one is loaded
             if selection is not None:
                 assert isinstance(selection, NormThresholds)
-                info = self._info
-                self._draft.set_thresholds(
-                    _layer_thresholds(selection, info.num_hidden_layers, info.intermediate_size)
-                )
+                self._draft.set_thresholds(_thresholds(selection, self.units))
             self._drafted = selection, self._draft.load(self._threads)
         return self._drafted[1]
 
 
-def _layer_thresholds(selection: NormThresholds, layers: int, neurons: int) -> list[_Thresholds]:
+def _thresholds(selection: NormThresholds, ffns: Sequence[FFN]) -> list[_Thresholds]:
     """tau_i = eps / ||W_down[:, i]|| on the activation alone, as the definition of CETT has it."""
     thresholds = []
-    for layer in range(layers):
-        if layer not in selection.eps:
-            none = np.zeros(neurons, np.float32)
+    for unit, ffn in enumerate(ffns):
+        if unit not in selection.eps:
+            none = np.zeros(ffn.neurons, np.float32)
             thresholds.append(_Thresholds(gate_threshold=none, threshold=none))
             continue
-        norms = np.maximum(selection.down_norms[layer], 1e-30).astype(np.float64)
-        tau = np.minimum(selection.eps[layer] / norms, 3e38).astype(np.float32)
+        norms = np.maximum(selection.down_norms[unit], 1e-30).astype(np.float64)
+        tau = np.minimum(selection.eps[unit] / norms, 3e38).astype(np.float32)
         thresholds.append(_Thresholds(gate_threshold=np.zeros_like(tau), threshold=tau))
     return thresholds

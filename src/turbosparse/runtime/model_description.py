@@ -2,11 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 
+from turbosparse.runtime.ffns import ffns_of
 from turbosparse.runtime.model_file import KEY_ACTIVATION_PARAM, KEY_PREDICTOR, ModelFile
 from turbosparse.runtime.predictors import read_predictors
 
@@ -114,21 +116,32 @@ def _weights(file: ModelFile) -> dict[str, Any]:
 
 
 def _thresholds(file: ModelFile) -> Iterator[dict[str, Any]]:
-    """One entry per layer that has thresholds: the median of each stage."""
-    layers = file.metadata.get(f"{file.architecture}.block_count")
-    achieved = file.calibration()
-    for layer in range(layers if isinstance(layers, int) else 0):
-        if f"blk.{layer}.ffn_threshold" not in file.tensors:
+    """One entry per layer that has thresholds: the median of each stage, over all of its experts."""
+    if not any(".ffn_threshold" in name for name in file.tensors):
+        return
+    ffns, achieved = ffns_of(file), file.calibration()
+    tokens = achieved.get("ffn_tokens")
+    if not isinstance(tokens, list) or len(tokens) != len(ffns):
+        tokens = [1] * len(ffns)
+    for layer, numbered in groupby(enumerate(ffns), key=lambda item: item[1].layer):
+        stored = {at: thresholds for at, ffn in numbered if (thresholds := ffn.thresholds(file))}
+        if not stored:
             continue
-        down, gate = file.thresholds(layer), file.gate_thresholds(layer)
+        gate, down = (np.concatenate(stage) for stage in zip(*stored.values(), strict=True))
+        weights = {at: float(tokens[at] * ffns[at].neurons) for at in stored}
         yield {
             "layer": layer,
-            "median_threshold": None if down is None else float(np.median(down)),
-            "median_gate_threshold": None if gate is None else float(np.median(gate)),
-            "cett": _entry(achieved.get("cett"), layer),
-            "gate_passed": _entry(achieved.get("gate_passed"), layer),
-            "active_ratio": _entry(achieved.get("active_ratio"), layer),
+            "median_threshold": float(np.median(down)),
+            "median_gate_threshold": float(np.median(gate)),
+            **{name: _mean(achieved.get(name), weights) for name in ("cett", "gate_passed", "active_ratio")},
         }
+
+
+def _mean(values: Any, weights: Mapping[int, float]) -> float | None:
+    """Average some entries of a list, where it is one that has them."""
+    if not isinstance(values, list) or len(values) <= max(weights) or not any(weights.values()):
+        return None
+    return float(np.average([values[at] for at in weights], weights=list(weights.values())))
 
 
 def _predictor(file: ModelFile) -> dict[str, Any] | None:

@@ -169,6 +169,17 @@ class ModelFile:
         key = f"{self.architecture}.expert_count"
         return self.integer(key) if key in self.metadata else 0
 
+    @property
+    def num_experts_per_tok(self) -> int:
+        """Number of experts that a token is sent to; 0 where there are none."""
+        return self.integer(f"{self.architecture}.expert_used_count") if self.num_experts else 0
+
+    @property
+    def shared_intermediate_size(self) -> int:
+        """Number of neurons of the expert that all tokens share; 0 where there is none."""
+        key = f"{self.architecture}.expert_shared_feed_forward_length"
+        return self.integer(key) if self.num_experts and key in self.metadata else 0
+
     def require_no_experts(self, place: str) -> None:
         """Refuse a file with experts.
 
@@ -341,17 +352,19 @@ class ModelFile:
         self.tensor(name)
         return self._file.tensor_bytes(name)
 
-    def dequantised(self, name: str) -> NDArray[np.float32]:
+    def dequantised(self, name: str, *, expert: int | None = None) -> NDArray[np.float32]:
         """Give a tensor's values.
 
         Parameters
         ----------
         name : str
             Its name.
+        expert : int, optional
+            Of a tensor with a first dimension for experts, give this one's alone.
 
         Returns
         -------
-        float32, shape as stored
+        float32, shape as stored, without the experts' dimension where one is asked for
             Rows first; for F32 a view of the mapping where alignment allows, else a new array.
 
         Raises
@@ -360,7 +373,11 @@ class ModelFile:
             When the file has no such tensor, or its type cannot be dequantised.
         """
         tensor = self.tensor(name)
-        return dequantised(self._file.tensor_bytes(name), tensor.type_name, tensor.shape)
+        data = self._file.tensor_bytes(name)
+        if expert is None:
+            return dequantised(data, tensor.type_name, tensor.shape)
+        part = data.reshape(tensor.shape[0], -1)[expert]
+        return dequantised(part, tensor.type_name, tensor.shape[1:])
 
     def thresholds(self, layer: int) -> NDArray[np.float32] | None:
         """Give a layer's thresholds on \\|f(gate) * up\\|.
@@ -380,7 +397,7 @@ class ModelFile:
         ModelFileError
             When they have another type or shape, or are negative or not finite.
         """
-        return self._thresholds(f"blk.{layer}.ffn_threshold")
+        return self.threshold_values(f"blk.{layer}.ffn_threshold", self.intermediate_size)
 
     def gate_thresholds(self, layer: int) -> NDArray[np.float32] | None:
         """Give a layer's thresholds on \\|f(gate)\\|.
@@ -400,16 +417,40 @@ class ModelFile:
         ModelFileError
             When they have another type or shape, or are negative or not finite.
         """
-        return self._thresholds(f"blk.{layer}.ffn_gate_threshold")
+        return self.threshold_values(f"blk.{layer}.ffn_gate_threshold", self.intermediate_size)
 
-    def _thresholds(self, name: str) -> NDArray[np.float32] | None:
+    def threshold_values(
+        self, name: str, neurons: int, *, expert: int | None = None
+    ) -> NDArray[np.float32] | None:
+        """Give the thresholds of one FFN.
+
+        Parameters
+        ----------
+        name : str
+            Name of the tensor.
+        neurons : int
+            Neurons of the FFN.
+        expert : int, optional
+            Which expert's, where the tensor has those of all.
+
+        Returns
+        -------
+        float32, shape (F,), or None
+            None where there is no such tensor.
+
+        Raises
+        ------
+        ModelFileError
+            When they have another type or shape, or are negative or not finite.
+        """
         if name not in self._tensors:
             return None
         tensor = self._tensors[name]
-        expected = f"[{self.path}: {name}] expected {self.intermediate_size} F32 values of 0 or more"
-        if tensor.type_name != "F32" or tensor.shape != (self.intermediate_size,):
+        expected = f"[{self.path}: {name}] expected {neurons} F32 values of 0 or more"
+        experts = () if expert is None else (self.num_experts,)
+        if tensor.type_name != "F32" or tensor.shape != (*experts, neurons):
             raise ModelFileError(f"{expected}, got {tensor.type_name} of shape {tensor.shape}")
-        values = self.dequantised(name)
+        values = self.dequantised(name, expert=expert)
         wrong = np.flatnonzero(~(np.isfinite(values) & (values >= 0)))
         if wrong.size:
             raise ModelFileError(f"{expected}, got {values[wrong[0]]} for neuron {wrong[0]}")

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from turbosparse.errors import ModelFileError
@@ -26,7 +27,7 @@ from turbosparse.runtime.model_file_writer import TensorSource, quantised, write
 __all__ = ["copy_with", "transposed_down", "with_activation"]
 
 
-def transposed_down(source: ModelFile, layer: int, type_name: str) -> TensorSource:
+def transposed_down(source: ModelFile, layer: int, type_name: str, *, suffix: str = "") -> TensorSource:
     """Turn a layer's ``ffn_down`` into ``ffn_down_t``, one row per neuron.
 
     Parameters
@@ -37,26 +38,35 @@ def transposed_down(source: ModelFile, layer: int, type_name: str) -> TensorSour
         Index of the block.
     type_name : str
         Type to store: F32, F16, BF16, Q8_0 or Q4_0.
+    suffix : str, optional
+        ``_exps`` for the experts of the layer, ``_shexp`` for its shared one.
 
     Returns
     -------
     TensorSource
-        ``blk.N.ffn_down_t.weight`` of shape (F, D). Dequantised, transposed and quantised when it is written:
-        needs 12 bytes per weight of one layer at that moment.
+        ``blk.N.ffn_down_t.weight`` of shape (F, D), of experts (E, F, D). Dequantised, transposed and
+        quantised when it is written: needs 12 bytes per weight of one FFN at that moment.
 
     Raises
     ------
     ModelFileError
         When the layer has no such tensor, or D does not fit the type.
     """
-    name = f"blk.{layer}.ffn_down.weight"
-    shape = source.tensor(name).shape
+    name = f"blk.{layer}.ffn_down{suffix}.weight"
+    *experts, columns, neurons = source.tensor(name).shape
 
     def _read() -> NDArray[Any]:
-        return quantised(source.dequantised(name).T, type_name)
+        if not experts:
+            return quantised(source.dequantised(name).T, type_name)
+        return np.stack(
+            [quantised(source.dequantised(name, expert=e).T, type_name) for e in range(experts[0])]
+        )
 
     made = TensorSource(
-        name=f"blk.{layer}.ffn_down_t.weight", type_name=type_name, shape=(shape[1], shape[0]), read=_read
+        name=f"blk.{layer}.ffn_down_t{suffix}.weight",
+        type_name=type_name,
+        shape=(*experts, neurons, columns),
+        read=_read,
     )
     _ = made.nbytes  # refuses a type that does not fit before anything is written
     return made

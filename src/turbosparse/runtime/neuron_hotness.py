@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from turbosparse import _native
 from turbosparse.runtime.captures import Captures, default_memory_bytes
 from turbosparse.runtime.model_file import ModelFile
+from turbosparse.sparsity.thresholds import kept_neurons
 from turbosparse.tokenizer import Tokenizer
 
 __all__ = ["neuron_hotness"]
@@ -50,12 +51,9 @@ def neuron_hotness(
     windows = np.split(ids, range(window, len(ids), window))
     hotness: list[NDArray[np.float32]] = []
     captures = Captures(model, windows, memory_bytes=default_memory_bytes())
-    for layer, gate, up in captures.layers(progress):
-        size = np.abs(gate * up)
-        needed = size > 0
-        if (threshold := file.thresholds(layer)) is not None:
-            needed &= size >= threshold
-        if (gate_threshold := file.gate_thresholds(layer)) is not None:
-            needed &= np.abs(gate) >= gate_threshold
+    for ((ffn, _, gate, up),) in captures.layers(progress):
+        needed = gate * up != 0
+        if (thresholds := ffn.thresholds(file)) is not None:
+            needed &= kept_neurons(gate, up, *thresholds)[1]
         hotness.append(np.asarray(np.mean(needed, axis=0), np.float32))
     return hotness

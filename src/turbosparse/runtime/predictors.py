@@ -4,6 +4,7 @@ The definitions are in docs/format.md; ``turbosparse.predict`` fits predictors.
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbosparse.errors import ModelFileError
+from turbosparse.runtime.ffns import FFN, ffn_groups, ffns_of
 from turbosparse.runtime.model_file import KEY_ACTIVATION_PARAM, KEY_PREDICTOR, ModelFile
 from turbosparse.runtime.model_file_copy import copy_with, transposed_down, with_activation
 from turbosparse.runtime.model_file_writer import TensorSource
@@ -36,12 +38,13 @@ __all__ = [
 
 PredictorKind = Literal["low_rank", "sign"]
 PredictorInput = Literal["ffn_norm", "residual"]
-_PARTS = ("ffn_pred_a.weight", "ffn_pred_b.weight", "ffn_pred_hot")
+_HOT = "ffn_pred_hot"
+_TENSOR = re.compile(r"blk\.\d+\.ffn_pred_([ab](_exps|_shexp)?\.weight|hot(_exps|_shexp)?)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPredictor:
-    """The predictor of one layer, to be written."""
+    """The predictor of one FFN, to be written."""
 
     threshold: float
     """Neurons with a score of at least this are candidates."""
@@ -62,7 +65,7 @@ class Predictors:
     reads: PredictorInput
     """The state they are computed from: the FFN's input after its norm, or the residual before it."""
     layers: Sequence[LayerPredictor]
-    """One per layer."""
+    """One per layer; with experts one per expert: layer by layer, its experts, then the shared one."""
     record: Mapping[str, Any] = field(default_factory=dict)
     """For people: how they were fitted, what they reached; names without ``turbosparse.predictor.``."""
 
@@ -94,13 +97,17 @@ class CandidateQuality:
     """Share of the candidates that were worth computing."""
 
 
-def predictor_tensors(predictors: Predictors, *, type_name: str = "Q8_0") -> list[TensorSource]:
+def predictor_tensors(
+    predictors: Predictors, ffns: Sequence[FFN], *, type_name: str = "Q8_0"
+) -> list[TensorSource]:
     """Make the tensors of predictors.
 
     Parameters
     ----------
     predictors : Predictors
-        Of all layers.
+        Of all FFNs.
+    ffns : sequence of FFN
+        What they are for. Experts of a layer share tensors, so their predictors have one rank.
     type_name : str, optional
         Weight type of both matrices: F32, F16, BF16, Q8_0 or Q4_0.
 
@@ -115,13 +122,22 @@ def predictor_tensors(predictors: Predictors, *, type_name: str = "Q8_0") -> lis
         When a rank or D does not fit the type.
     """
     tensors = []
-    for layer, predictor in enumerate(predictors.layers):
-        for name, matrix in zip(_PARTS[:2], (predictor.a, predictor.b), strict=True):
-            if matrix is not None:
-                tensors.append(TensorSource.of_array(f"blk.{layer}.{name}", matrix, type_name))
+    own = dict(zip(ffns, predictors.layers, strict=True))
+    for group in ffn_groups(ffns):
+        first = group[0]
+        for part, matrices in (
+            ("pred_a", [own[ffn].a for ffn in group]),
+            ("pred_b", [own[ffn].b for ffn in group]),
+        ):
+            stored = [np.asarray(matrix) for matrix in matrices if matrix is not None]
+            if stored:
+                values = stored[0] if first.expert is None else np.stack(stored)
+                tensors.append(TensorSource.of_array(first.tensor(part), values, type_name))
                 _ = tensors[-1].nbytes  # refuses a rank that does not fit before anything is written
-        if predictor.hot is not None and len(predictor.hot):
-            name, hot = f"blk.{layer}.{_PARTS[2]}", np.asarray(predictor.hot, np.int32)
+        # Hot neurons of experts are numbered through, those of a shared expert by themselves.
+        hot = np.concatenate([ffn.first_neuron - first.first_neuron + _hot(own[ffn]) for ffn in group])
+        if len(hot):
+            name = f"blk.{first.layer}.{_HOT}{first.suffix}"
             tensors.append(TensorSource(name=name, type_name="I32", shape=hot.shape, read=hot.copy))
     return tensors
 
@@ -166,7 +182,7 @@ def add_predictors(
     path : str or os.PathLike
         The new file.
     predictors : Predictors
-        Of all layers.
+        Of all FFNs.
     type_name : str, optional
         Weight type of the predictors' matrices: F32, F16, BF16, Q8_0 or Q4_0.
     overwrite : bool, optional
@@ -182,13 +198,15 @@ def add_predictors(
     activation = source.activation
     if activation is None:
         raise ModelFileError(f"[{source.path}] expected a known activation, got none stated")
-    _check(source, predictors)
-    layers = range(source.num_hidden_layers)
-    tensors = predictor_tensors(predictors, type_name=type_name)
-    drop = {f"blk.{layer}.{part}" for layer in layers for part in _PARTS}
+    ffns = ffns_of(source)
+    _check(source, predictors, ffns)
+    tensors = predictor_tensors(predictors, ffns, type_name=type_name)
+    drop = {name for name in source.tensors if _TENSOR.fullmatch(name)}
     if not source.neuron_major_down:
-        tensors += [transposed_down(source, layer, default_down_type(source)) for layer in layers]
-        drop |= {f"blk.{layer}.ffn_down.weight" for layer in layers}
+        down_type = default_down_type(source)
+        for first, *_ in ffn_groups(ffns):
+            tensors.append(transposed_down(source, first.layer, down_type, suffix=first.suffix))
+            drop.add(first.tensor("down"))
     kept = {
         key: value for key, value in source.stored_metadata().items() if not key.startswith(KEY_PREDICTOR)
     }
@@ -275,16 +293,21 @@ def candidate_quality(counters: Mapping[str, Any], info: "ModelInfo") -> Candida
     )
 
 
-def _check(source: ModelFile, predictors: Predictors) -> None:
+def _hot(predictor: LayerPredictor) -> NDArray[np.int32]:
+    return np.asarray(predictor.hot if predictor.hot is not None else [], np.int32)
+
+
+def _check(source: ModelFile, predictors: Predictors, ffns: Sequence[FFN]) -> None:
     """Refuse predictors that the engine would refuse, before anything is written."""
-    source.require_no_experts("predictors")
-    layers, neurons, width = source.num_hidden_layers, source.intermediate_size, source.hidden_size
-    if len(predictors.layers) != layers:
+    width = source.hidden_size
+    if len(predictors.layers) != len(ffns):
+        each = "experts" if source.num_experts else "layers"
         got = len(predictors.layers)
-        raise ModelFileError(f"[predictors] expected one for each of {layers} layers, got {got}")
+        raise ModelFileError(f"[predictors] expected one for each of {len(ffns)} {each}, got {got}")
     sign = predictors.kind == "sign"
-    for layer, predictor in enumerate(predictors.layers):
-        place = f"predictor of layer {layer}"
+    ranks: dict[tuple[int, str], int] = {}
+    for ffn, predictor in zip(ffns, predictors.layers, strict=True):
+        place, neurons = f"predictor of {ffn.name}", ffn.neurons
         if not np.isfinite(predictor.threshold):
             raise ModelFileError(f"[{place}] expected a finite threshold, got {predictor.threshold}")
         shapes = tuple(None if matrix is None else matrix.shape for matrix in (predictor.a, predictor.b))
@@ -293,6 +316,8 @@ def _check(source: ModelFile, predictors: Predictors) -> None:
         if shapes != expected:
             wanted = "no matrices" if sign else f"matrices of shape (R, {width}) and ({neurons}, R)"
             raise ModelFileError(f"[{place}] expected {wanted}, got {shapes[0]} and {shapes[1]}")
-        hot = np.asarray(predictor.hot if predictor.hot is not None else [], np.int64)
+        if (other := ranks.setdefault((ffn.layer, ffn.suffix), rank)) != rank:
+            raise ModelFileError(f"[{place}] expected rank {other} as of its layer's experts, got {rank}")
+        hot = _hot(predictor).astype(np.int64)
         if hot.size and not (hot[0] >= 0 and hot[-1] < neurons and np.all(np.diff(hot) > 0)):
             raise ModelFileError(f"[{place}] expected ascending hot neurons below {neurons}, got others")

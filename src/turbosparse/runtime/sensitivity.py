@@ -28,7 +28,7 @@ def layer_divergences(
     model: "Model",
     window: NDArray[np.int32],
     captures: Captures,
-    layers: Sequence[LayerThresholds],
+    thresholds: Sequence[LayerThresholds],
     progress: Callable[[float], None] = lambda amount: None,
 ) -> NDArray[np.float64]:
     """Measure what each layer's thresholds alone do to the predictions.
@@ -41,8 +41,8 @@ def layer_divergences(
         Tokens, the first of which `captures` holds first too; at most 256 are used.
     captures : Captures
         Dense activations of those tokens.
-    layers : sequence of LayerThresholds
-        What is tried, one per layer.
+    thresholds : sequence of LayerThresholds
+        What is tried, one per FFN.
     progress : callable
         Called with shares of the work, 1 in all.
 
@@ -61,17 +61,21 @@ def layer_divergences(
     scored = slice(len(window) // 2, None)
 
     dense = log_softmax(session.forward(window, logits="all")[scored])
-    neurons = np.ones((len(layers), len(window), model.info.intermediate_size), np.bool_)
-    found = np.zeros(len(layers))
-    for layer, gate, up in captures.layers():
-        limits = (layers[layer].gate_threshold, layers[layer].threshold)
-        neurons[layer] = kept_neurons(gate[: len(window)], up[: len(window)], *limits)[1]
+    layers = model.info.num_hidden_layers
+    neurons = np.ones((layers, len(window), model.info.layer_neurons), np.bool_)
+    found = np.zeros(layers)
+    tried = iter(thresholds)
+    for layer, ffns in enumerate(captures.layers()):
+        for (ffn, tokens, gate, up), own in zip(ffns, tried, strict=False):
+            n = np.searchsorted(tokens, len(window))
+            kept = kept_neurons(gate[:n], up[:n], own.gate_threshold, own.threshold)[1]
+            neurons[layer, tokens[:n], ffn.first_neuron : ffn.first_neuron + ffn.neurons] = kept
         session.truncate(0)
         logits = session.forward(window, mode="predicted", logits="all", candidates=neurons)
         difference = dense - log_softmax(logits[scored])
         found[layer] = np.sum(np.exp(dense) * difference, axis=-1, dtype=np.float64).mean()
         neurons[layer] = True
-        progress(1 / len(layers))
+        progress(1 / layers)
     return found
 
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from turbosparse import _native
 from turbosparse.errors import ConfigError, ModelFileError
+from turbosparse.runtime.ffns import ffn_groups, ffns_of
 from turbosparse.runtime.model_file import (
     KEY_ACTIVATION_PARAM,
     KEY_CALIBRATION,
@@ -22,10 +23,11 @@ from turbosparse.runtime.model_file import (
 )
 from turbosparse.runtime.model_file_copy import copy_with, transposed_down, with_activation
 from turbosparse.runtime.model_file_writer import TensorSource
-from turbosparse.runtime.weight_parts import PART_TYPE, rest_name, weights_in_parts
+from turbosparse.runtime.weight_parts import PART_TYPE, weights_in_parts
 
-__all__ = ["Refinement", "SparseDraft", "default_down_type", "down_t", "packed_type", "row_bytes"]
+__all__ = ["Refinement", "SparseDraft", "default_down_type", "packed_type", "row_bytes"]
 
+_THRESHOLDS = ("ffn_gate_threshold", "ffn_threshold")
 _NATIVE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 
 
@@ -64,7 +66,7 @@ def default_down_type(source: ModelFile) -> str:
     of SmolLM2-135M in Q4_0 on 2,048 tokens of held-out text is 29.0, 31.3 with ffn_down_t in Q4_0 (+8 %), and
     28.9 with Q8_0.
     """
-    own = packed_type(source.tensor("blk.0.ffn_down.weight").type_name)
+    own = packed_type(source.tensor(ffns_of(source)[0].tensor("down")).type_name)
     return "Q8_0" if own == "Q4_0" else own
 
 
@@ -87,28 +89,6 @@ def row_bytes(type_name: str, columns: int) -> float:
     return float(columns * block_bytes / block)
 
 
-def down_t(source: ModelFile, layer: int) -> NDArray[np.float32]:
-    """Give a layer's down projection, one row per neuron, from either layout.
-
-    Parameters
-    ----------
-    source : ModelFile
-        File with ``ffn_down`` or ``ffn_down_t``.
-    layer : int
-        Index of the block.
-
-    Returns
-    -------
-    float32, shape (F, D)
-        Dequantised.
-    """
-    name = f"blk.{layer}.ffn_down_t.weight"
-    if name in source.tensors:
-        first, rest = source.dequantised(name), rest_name(name)
-        return first + source.dequantised(rest) if rest in source.tensors else first
-    return np.ascontiguousarray(source.dequantised(f"blk.{layer}.ffn_down.weight").T)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Refinement:
     """When threshold mode reads the second part of a weight."""
@@ -126,7 +106,7 @@ class Refinement:
 
 
 class ThresholdPair(Protocol):
-    """The thresholds of one layer."""
+    """The thresholds of one FFN."""
 
     @property
     def gate_threshold(self) -> NDArray[np.float32]:
@@ -173,27 +153,33 @@ class SparseDraft:
         activation = source.activation
         if activation is None or not source.gated:
             raise ModelFileError(f"[{source.path}] expected a gated FFN with a known activation, got another")
-        layers, neurons = range(source.num_hidden_layers), source.intermediate_size
-        zeros = np.zeros(neurons, np.float32)
-        tensors = [
-            TensorSource.of_array(f"blk.{layer}.{name}", zeros)
-            for layer in layers
-            for name in ("ffn_gate_threshold", "ffn_threshold")
-        ]
+        self._ffns = ffns_of(source)
+        groups = ffn_groups(self._ffns)
+        tensors = []
+        for group in groups:
+            experts = () if group[0].expert is None else (len(group),)
+            zeros = np.zeros((*experts, group[0].neurons), np.float32)
+            tensors += [
+                TensorSource.of_array(f"blk.{group[0].layer}.{name}{group[0].suffix}", zeros)
+                for name in _THRESHOLDS
+            ]
         drop = []
         if source.neuron_major_down:
-            self.down_type = source.tensor("blk.0.ffn_down_t.weight").type_name
+            self.down_type = source.tensor(self._ffns[0].tensor("down_t")).type_name
             if down_type not in (None, self.down_type):
                 raise ConfigError(
                     f"[calibration down_type] expected {self.down_type}, which the file has, got {down_type}"
                 )
         elif refine is not None:
             self.down_type = PART_TYPE
-            drop = [f"blk.{layer}.ffn_down.weight" for layer in layers]
+            drop = [group[0].tensor("down") for group in groups]
         else:
             self.down_type = down_type or default_down_type(source)
-            tensors += [transposed_down(source, layer, self.down_type) for layer in layers]
-            drop = [f"blk.{layer}.ffn_down.weight" for layer in layers]
+            tensors += [
+                transposed_down(source, group[0].layer, self.down_type, suffix=group[0].suffix)
+                for group in groups
+            ]
+            drop = [group[0].tensor("down") for group in groups]
         metadata = {
             key: value
             for key, value in source.stored_metadata().items()
@@ -215,22 +201,21 @@ class SparseDraft:
         )
         self.file = ModelFile(path)
 
-    def set_thresholds(self, layers: Sequence[ThresholdPair]) -> None:
+    def set_thresholds(self, thresholds: Sequence[ThresholdPair]) -> None:
         """Write thresholds into the draft.
 
         Parameters
         ----------
-        layers : sequence of ThresholdPair
-            One per layer, such as `LayerThresholds`.
+        thresholds : sequence of ThresholdPair
+            One per FFN, such as `LayerThresholds`, in the order of `turbosparse.runtime.ffns.ffns_of`.
         """
         with Path(self.file.path).open("r+b") as file:
-            for number, layer in enumerate(layers):
-                for name, values in (
-                    ("ffn_gate_threshold", layer.gate_threshold),
-                    ("ffn_threshold", layer.threshold),
-                ):
-                    file.seek(self.file.tensor(f"blk.{number}.{name}").offset)
-                    file.write(values.astype("<f4").tobytes())
+            for ffn, own in zip(self._ffns, thresholds, strict=True):
+                for name, values in zip(_THRESHOLDS, (own.gate_threshold, own.threshold), strict=True):
+                    data = values.astype("<f4").tobytes()
+                    start = self.file.tensor(f"blk.{ffn.layer}.{name}{ffn.suffix}").offset
+                    file.seek(start + (ffn.expert or 0) * len(data))
+                    file.write(data)
 
     def load(self, threads: int) -> _native.Model:
         """Load the draft as it is now.

@@ -1,0 +1,73 @@
+"""Measuring a mixture of experts: a model file in the engine, and the directory it was made from in torch."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.export.conftest import MakeDirectory
+from tests.measure.test_measurement import CONFIG, numbers
+from tests.measure.twins import TEXT
+from tests.tiny_model import TinyModel, make_tiny_model
+from turbosparse.cli.main import main
+from turbosparse.export.draft import TypeChoice
+from turbosparse.export.run import ExportConfig, export_model, plan_export
+from turbosparse.measure.hugging_face import open_hugging_face
+from turbosparse.measure.measurement import measure
+from turbosparse.runtime.calibration import calibrate
+from turbosparse.runtime.calibration_report import CalibrationConfig
+from turbosparse.runtime.measured_file import MeasuredFile
+from turbosparse.runtime.model_file import ModelFile
+
+
+@pytest.mark.parametrize(("model_type", "activation"), [("mixtral", "drelu"), ("qwen2_moe", None)])
+def test_engine_and_torch_agree(
+    model_type: str, activation: str | None, make_directory: MakeDirectory, tmp_path: Path
+) -> None:
+    directory, path = make_directory(model_type, activation=activation), tmp_path / "model.gguf"
+    config = ExportConfig(types=TypeChoice(weights="F32"), check=False)
+    export_model(plan_export(directory, config), path, TEXT, config)
+    file = MeasuredFile(path, scratch=tmp_path, threads=1)
+    ours, theirs = (measure(source, TEXT, CONFIG) for source in (file, open_hugging_face(directory)))
+    file.close()
+    assert [unit["name"] for unit in ours["units"]] == [unit["name"] for unit in theirs["units"]]
+    for part in ("overall", "units", "routing"):
+        expected, got = numbers(theirs[part]), numbers(ours[part])
+        assert expected.keys() == got.keys()
+        off = {
+            name: (value, expected[name])
+            for name, value in got.items()
+            if not math.isclose(value, expected[name], rel_tol=0.01, abs_tol=0.005)
+            and not (math.isnan(value) and math.isnan(expected[name]))
+        }
+        assert off == {}
+    for point, other in zip(ours["quality"], theirs["quality"], strict=True):
+        assert point["label"] == other["label"]
+        assert point["dense_perplexity"] == pytest.approx(other["dense_perplexity"], rel=1e-3)
+        # what is not a threshold, the engine chooses by the activations of the model computed whole
+        near, relative = (0.01, 0.05) if other["kind"].startswith("cett") else (0.5, 0.5)
+        assert point["perplexity"] == pytest.approx(other["perplexity"], rel=near)
+        assert point["mean_kl"] == pytest.approx(other["mean_kl"], rel=relative, abs=1e-3)
+
+
+def test_thresholds_are_carried_to_another_file(tmp_path: Path) -> None:
+    plain, sparse, out = (tmp_path / f"{name}.gguf" for name in ("plain", "sparse", "out"))
+    make_tiny_model(plain, TinyModel(experts=4, intermediate_size=64))
+    config = CalibrationConfig(cett=0.2, tokens=128, window=64, threads=1)
+    calibrate(plain, TEXT[:2000], sparse, config)
+    arguments = [
+        "export",
+        str(plain),
+        f"--output={out}",
+        f"--thresholds={sparse}",
+        "--type=Q8_0",
+        "--no-check",
+    ]
+    assert main(arguments) == 0
+    file = ModelFile(out)
+    assert file.modes == ["dense", "threshold"]
+    assert file.tensor("blk.0.ffn_down_t_exps.weight").type_name == "Q8_0"
+    name = "blk.1.ffn_gate_threshold_exps"
+    assert bytes(file.tensor_bytes(name)) == bytes(ModelFile(sparse).tensor_bytes(name))
+    make_tiny_model(tmp_path / "dense.gguf", TinyModel(intermediate_size=64))
+    assert main([*arguments[:1], str(tmp_path / "dense.gguf"), *arguments[2:], "--force"]) == 2
