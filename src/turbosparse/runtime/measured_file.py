@@ -190,16 +190,15 @@ class MeasuredFile:
         chunk = max(16, _CHUNK_BYTES // per_token)
         for begin in range(0, len(window), chunk):
             arrays = session.capture(window[begin : begin + chunk], layers)
-            units = enumerate(self.units)
+            unit = 0
             for layer, ffns in groupby(self.units, key=lambda ffn: ffn.layer):
                 gate, up, _, _, chosen = arrays.pop(0)
                 if chosen.shape[1]:
                     watcher.on_routing(layer, chosen)
-                for piece, (unit, _) in zip(
-                    tokens_of_ffns(list(ffns), gate, up, chosen), units, strict=False
-                ):
+                for piece in tokens_of_ffns(list(ffns), gate, up, chosen):
                     if len(piece.tokens):
                         watcher.on_ffn(unit, piece.gate, piece.up)
+                    unit += 1
 
     def supports(self, selection: Selection) -> bool:
         """Say whether the engine can leave out what a selection does.
