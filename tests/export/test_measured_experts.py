@@ -6,18 +6,30 @@ from pathlib import Path
 import pytest
 
 from tests.export.conftest import MakeDirectory
-from tests.measure.test_measurement import CONFIG, numbers
+from tests.measure.test_measurement import numbers
 from tests.measure.twins import TEXT
 from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse.cli.main import main
 from turbosparse.export.draft import TypeChoice
 from turbosparse.export.run import ExportConfig, export_model, plan_export
+from turbosparse.measure.config import MeasureConfig
 from turbosparse.measure.hugging_face import open_hugging_face
 from turbosparse.measure.measurement import measure
 from turbosparse.runtime.calibration import calibrate
 from turbosparse.runtime.calibration_report import CalibrationConfig
 from turbosparse.runtime.measured_file import MeasuredFile
 from turbosparse.runtime.model_file import ModelFile
+
+CONFIG = MeasureConfig(
+    tokens=256,
+    context=64,
+    quality_tokens=64,
+    sample_tokens=64,
+    cett_targets=(0.1, 0.3),
+    top_k=(0.5,),
+    ppl_budgets=(),
+    pair_neurons=8,
+)
 
 
 @pytest.mark.parametrize(("model_type", "activation"), [("mixtral", "drelu"), ("qwen2_moe", None)])
@@ -58,7 +70,7 @@ def test_thresholds_are_carried_to_another_file(tmp_path: Path) -> None:
         str(plain),
         f"--output={out}",
         f"--thresholds={sparse}",
-        "--type=Q8_0",
+        "--type=q8_0",
         "--no-check",
     ]
     assert main(arguments) == 0

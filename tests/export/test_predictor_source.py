@@ -106,7 +106,8 @@ def test_experts(tmp_path: Path) -> None:
     file = ModelFile(predicted)
     assert file.modes == ["dense", "exact", "predicted"]
     assert file.tensor("blk.1.ffn_pred_b_exps.weight").shape == (4, 64, 32)
-    found = load(predicted, threads=1).perplexity(text.read_text(encoding="utf-8")[:400], mode="predicted")
+    words = text.read_text(encoding="utf-8")[:400]
+    found = load(predicted, threads=1).perplexity(words, mode="predicted", context=64)
     assert np.isfinite(found.perplexity)
 
 

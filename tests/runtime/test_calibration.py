@@ -51,9 +51,9 @@ def test_thresholds_in_the_file_meet_the_target(plain: Path, stages: int) -> Non
     file = ModelFile(out)
     captures = Captures(_native.Model(str(plain), threads=1), windows_of(plain), memory_bytes=1 << 30)
     for layer, ((ffn, _, gate, up),) in enumerate(captures.layers()):
-        gate_threshold, threshold = file.gate_thresholds(layer), file.thresholds(layer)
-        assert gate_threshold is not None
-        assert threshold is not None
+        thresholds = ffn.thresholds(file)
+        assert thresholds is not None
+        gate_threshold, threshold = thresholds
         passed, kept = kept_neurons(gate, up, gate_threshold, threshold)
         error = dropped_error(gate * up, down_t(ModelFile(plain), ffn), kept)
         assert 0.19 <= error <= 0.2
@@ -159,7 +159,7 @@ def test_a_sparse_file_can_be_calibrated_again(plain: Path) -> None:
     direct = plain.with_name("direct.gguf")
     calibrate(plain, TEXT, direct, small(cett=0.05))
     assert ModelFile(again).calibration()["cett_target"] == pytest.approx(0.05)
-    new, expected = ModelFile(again).thresholds(1), ModelFile(direct).thresholds(1)
+    new, expected = (ModelFile(path).threshold_values("blk.1.ffn_threshold", 160) for path in (again, direct))
     assert new is not None
     assert expected is not None
     np.testing.assert_allclose(new, expected, rtol=0.02)

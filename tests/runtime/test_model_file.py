@@ -159,10 +159,10 @@ def test_copy_replaces_drops_and_adds_beside_the_block(tmp_path: Path, tiny: Mod
     np.testing.assert_allclose(
         made.dequantised("blk.1.ffn_down_t.weight"), down.T, atol=np.abs(down).max() / 127
     )
-    thresholds = made.thresholds(1)
+    thresholds = made.threshold_values("blk.1.ffn_threshold", made.intermediate_size)
     assert thresholds is not None
     assert np.all(thresholds == np.float32(0.1))
-    assert made.gate_thresholds(1) is None
+    assert made.threshold_values("blk.1.ffn_gate_threshold", made.intermediate_size) is None
     np.testing.assert_array_equal(
         made.tensor_bytes("blk.1.ffn_up.weight"), tiny.tensor_bytes("blk.1.ffn_up.weight")
     )

@@ -379,46 +379,6 @@ class ModelFile:
         part = data.reshape(tensor.shape[0], -1)[expert]
         return dequantised(part, tensor.type_name, tensor.shape[1:])
 
-    def thresholds(self, layer: int) -> NDArray[np.float32] | None:
-        """Give a layer's thresholds on \\|f(gate) * up\\|.
-
-        Parameters
-        ----------
-        layer : int
-            Index of the block.
-
-        Returns
-        -------
-        float32, shape (F,), or None
-            None where the layer has none.
-
-        Raises
-        ------
-        ModelFileError
-            When they have another type or shape, or are negative or not finite.
-        """
-        return self.threshold_values(f"blk.{layer}.ffn_threshold", self.intermediate_size)
-
-    def gate_thresholds(self, layer: int) -> NDArray[np.float32] | None:
-        """Give a layer's thresholds on \\|f(gate)\\|.
-
-        Parameters
-        ----------
-        layer : int
-            Index of the block.
-
-        Returns
-        -------
-        float32, shape (F,), or None
-            None where the layer has none.
-
-        Raises
-        ------
-        ModelFileError
-            When they have another type or shape, or are negative or not finite.
-        """
-        return self.threshold_values(f"blk.{layer}.ffn_gate_threshold", self.intermediate_size)
-
     def threshold_values(
         self, name: str, neurons: int, *, expert: int | None = None
     ) -> NDArray[np.float32] | None:
