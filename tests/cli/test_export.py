@@ -35,7 +35,7 @@ def test_a_name_is_found_where_none_is_given(
 ) -> None:
     directory = make_directory()
     monkeypatch.chdir(directory.parent)
-    assert main(["export", "model", "--type", "f16", "--no-check"]) == 0
+    assert main(["export", "model", "--type", "F16", "--no-check"]) == 0
     assert capsys.readouterr().out.startswith("wrote model-f16.gguf (")
     assert main(["export", "model", "--type", "f16", "--no-check"]) == 2
     assert "expected a new file" in capsys.readouterr().err

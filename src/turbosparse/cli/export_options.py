@@ -26,19 +26,32 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="Hugging Face directory, or a model file (GGUF)")
     add("-o", "--output", type=Path, metavar="OUT.gguf", help="file to write (default: MODEL-TYPE.gguf)")
-    add("--type", choices=TYPES, help="weight type (default: q8_0; a model file keeps its own)")
+    add(
+        "--type",
+        type=str.lower,
+        choices=TYPES,
+        help="weight type (default: q8_0; a model file keeps its own)",
+    )
     add(
         "--down-type",
+        type=str.lower,
         choices=TYPES,
         help="of down projections (default: --type, sparse ones at least q8_0)",
     )
     add(
         "--embedding-type",
+        type=str.lower,
         choices=TYPES,
         help="of embedding and output (default: --type, at least q8_0)",
     )
     add("--predictor", type=Path, metavar="DIR", help="add predictors that `fit-predictor` left there")
-    add("--predictor-type", choices=TYPES, default="q8_0", help="of predictors (default: q8_0)")
+    add(
+        "--predictor-type",
+        type=str.lower,
+        choices=TYPES,
+        default="q8_0",
+        help="of predictors (default: q8_0)",
+    )
     add(
         "--thresholds",
         type=Path,

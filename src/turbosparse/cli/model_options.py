@@ -50,6 +50,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_modes: bool = 
     group.add_argument("--isa", metavar="NAME", help="instruction set: scalar, avx2 ...; default: the best")
     group.add_argument(
         "--transcode",
+        type=str.upper,
         choices=TRANSCODE,
         default="Q8_0",
         help="what weights without a native kernel become while loading (default: Q8_0)",
