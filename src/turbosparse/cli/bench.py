@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         record = result_record(rows, rooflines, command=command_line(args), files=files)
         record["profiles"] = [profile.as_record() for profile in profiles]
         if args.output is not None:
-            name = "-".join(path.stem for path in models) or "roofline"
+            name = "-".join(path.stem for path in models) or args.shape or "roofline"
             path = unused_path(args.output, name + ("-vs-llama.cpp" if args.against else ""))
             path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             console(stderr=True).print(f"wrote {path}", markup=False)

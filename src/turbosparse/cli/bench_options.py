@@ -97,8 +97,11 @@ def bench_config(args: argparse.Namespace) -> "BenchConfig":
     from turbosparse.bench.benchmark import BenchConfig
     from turbosparse.bench.runners import require_llama_cpp
 
-    if args.output is not None and not args.output.is_dir():
-        raise ConfigError(f"[bench --output] expected a folder, got {args.output}")
+    if args.output is not None:
+        try:
+            args.output.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"[bench --output] expected a folder, got {args.output}") from error
     if not args.models and args.shape is None and not args.roofline:
         raise ConfigError("[bench] expected a MODEL, a --shape or --roofline, got none of them")
     if args.against:
