@@ -1,16 +1,20 @@
 """The benchmark on tiny models, with our engine alone and with a stand-in for llama.cpp."""
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.bench.test_synthetic import MODEL
 from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse import _native
 from turbosparse.bench import benchmark, runners
 from turbosparse.bench.benchmark import BenchConfig, Row, bench_model, runs_per_model
 from turbosparse.bench.filled_sessions import FilledSessions
+from turbosparse.bench.one_at_a_time import bench_one_at_a_time
 from turbosparse.bench.record import as_table, describe_machine, result_record, unused_path
 from turbosparse.errors import ConfigError, EngineError
 from turbosparse.tokenizer import Tokenizer
@@ -136,6 +140,26 @@ def test_against_llama_cpp(sparse: Path, tmp_path: Path) -> None:
     assert base.active_ratio is None
     ours = rows["turbosparse", "dense", "tg4"]
     assert ours.ratio_to_baseline == pytest.approx(ours.tok_per_s / 1000, rel=0.5)
+
+
+@pytest.mark.usefixtures("fake_llama_cpp")
+def test_one_at_a_time_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels: list[str] = []
+
+    @contextmanager
+    def progress(label: str) -> Iterator[Callable[[float], None]]:
+        labels.append(label)
+        yield lambda amount: None
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    config = BenchConfig(
+        threads=(1,), prompt_tokens=0, generated_tokens=4, rounds=2, modes=("exact",), against_llama_cpp=True
+    )
+    ours, theirs = bench_one_at_a_time(MODEL, config, progress=progress)
+    assert (ours.backend, ours.mode, theirs.backend) == ("turbosparse", "exact", "llama.cpp")
+    assert ours.ratio_to_baseline == pytest.approx(ours.tok_per_s / 1000, rel=0.5)
+    assert not list((tmp_path / "turbosparse" / "synthetic").iterdir())
+    assert labels == ["making the synthetic model", "timing it", "making the plain model", "timing llama.cpp"]
 
 
 @pytest.mark.usefixtures("fake_llama_cpp")

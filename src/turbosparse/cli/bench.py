@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         console().print(roofline_table(rooflines), markup=False, soft_wrap=True)
     rows: list[Row] = []
     if synthetic is not None and args.one_at_a_time:
-        rows = bench_one_at_a_time(synthetic, config)
+        rows = bench_one_at_a_time(synthetic, config, progress=lambda label: progress(None, label))
     with progress(sum(runs_per_model(config, path) for path in models), "timing") as advance:
         for path in models:
             rows += bench_model(path, config, progress=lambda: advance(1))

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from turbosparse.models.gated_ffn import GatedExperts, gated_ffns
 from turbosparse.predict.inputs import InputTap
+from turbosparse.predict.layers import FFNLayer
 
-__all__ = ["CapturedInputs", "capture_inputs"]
+__all__ = ["CapturedFFNs", "CapturedInputs", "capture_inputs"]
 
 FFN_INPUT = "ffn_norm"
 
@@ -52,6 +53,30 @@ class CapturedInputs:
             return np.empty((0, self.hidden_size), np.float16)
         flat: NDArray[np.float16] = np.memmap(path, dtype=np.float16, mode="r")
         return flat.reshape(-1, self.hidden_size)
+
+
+class CapturedFFNs(Protocol):
+    """The FFNs of a model, and what they read on a text."""
+
+    @property
+    def layers(self) -> Mapping[str, FFNLayer]:
+        """The FFNs by name; experts have their number behind it."""
+
+    def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
+        """Write what FFNs and their predictors read.
+
+        Parameters
+        ----------
+        directory : Path
+            Where the files go.
+        inputs : sequence of str
+            What predictors read, of `turbosparse.predict.inputs.INPUTS`.
+
+        Returns
+        -------
+        mapping of str to CapturedInputs
+            For each of `layers`.
+        """
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from turbosparse.errors import ConfigError
 from turbosparse.measure.hugging_face import HuggingFaceModel
 from turbosparse.models.gated_ffn import GatedFFN, gated_ffns
-from turbosparse.predict.capture import CapturedInputs, capture_inputs
+from turbosparse.predict.capture import CapturedFFNs, CapturedInputs, capture_inputs
 from turbosparse.predict.config import PredictorConfig
 from turbosparse.predict.fit import fit_low_rank, rows_of
 from turbosparse.predict.layers import BYTES_PER_WEIGHT, FFNLayer, layers_of
@@ -22,7 +22,7 @@ from turbosparse.sparsity.cett import activation_ratio, neuron_output_norms
 from turbosparse.sparsity.quality import cut_windows
 from turbosparse.sparsity.recall import recall_curve
 
-__all__ = ["CapturedFFNs", "predictability", "recall_curves"]
+__all__ = ["predictability", "recall_curves"]
 
 logger = logging.getLogger(__name__)
 
@@ -31,30 +31,6 @@ _HELD_OUT = 512  # tokens the curves are drawn on, the last ones
 _STEPS = 300
 _TYPE = "F16"  # of a low-rank predictor's weights; a sign is a bit
 _INPUT = "ffn_norm"
-
-
-class CapturedFFNs(Protocol):
-    """FFNs and what they read; `turbosparse.predict.source.PredictorSource` is one."""
-
-    @property
-    def layers(self) -> Mapping[str, FFNLayer]:
-        """The FFNs by name."""
-
-    def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
-        """Write what FFNs read.
-
-        Parameters
-        ----------
-        directory : Path
-            Where the files go.
-        inputs : sequence of str
-            Of `turbosparse.predict.inputs.INPUTS`.
-
-        Returns
-        -------
-        mapping of str to CapturedInputs
-            For each of `layers`.
-        """
 
 
 class _TorchFFNs:

@@ -15,11 +15,11 @@ from turbosparse.errors import DataError
 from turbosparse.measure.held_out_loss import batch_of
 from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
 from turbosparse.models.registry import activation_of, load_model
-from turbosparse.predict.capture import CapturedInputs, capture_inputs
+from turbosparse.predict.capture import CapturedFFNs, CapturedInputs, capture_inputs
 from turbosparse.predict.config import PredictorConfig
 from turbosparse.predict.end_to_end import Evaluation, PlacedPredictor, evaluate
 from turbosparse.predict.finetune import finetune
-from turbosparse.predict.layers import FFNLayer, layers_of
+from turbosparse.predict.layers import layers_of
 
 __all__ = ["HuggingFaceSource", "PredictorSource", "TextPart"]
 
@@ -30,28 +30,8 @@ _EVALUATION_SEQUENCES = 32  # at most, per source of text
 _PROBE_SEQUENCES = 2
 
 
-class PredictorSource(Protocol):
+class PredictorSource(CapturedFFNs, Protocol):
     """A model, seen by a predictor fit."""
-
-    @property
-    def layers(self) -> Mapping[str, FFNLayer]:
-        """The FFNs by name; experts have their number behind it."""
-
-    def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
-        """Write what FFNs and their predictors read.
-
-        Parameters
-        ----------
-        directory : Path
-            Where the files go.
-        inputs : sequence of str
-            What predictors read, of `turbosparse.predict.inputs.INPUTS`.
-
-        Returns
-        -------
-        mapping of str to CapturedInputs
-            For each of `layers`.
-        """
 
     def evaluate(
         self, configurations: Sequence[Mapping[str, PlacedPredictor]], part: TextPart
@@ -138,7 +118,7 @@ class HuggingFaceSource:
             )
 
     def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
-        """Write what FFNs and their predictors read; see `PredictorSource`."""
+        """Write what FFNs and their predictors read; see `CapturedFFNs`."""
         return capture_inputs(self.model, (batch_of([row]) for row in self.rows), directory, inputs)
 
     def evaluate(

@@ -1,6 +1,6 @@
 """Ask a model many short questions and write its answers as chats, one JSON line each.
 
-    python examples/chats_from_model.py model.gguf corpora/wikipedia_passages.txt corpora/model_chat.jsonl
+    python examples/chat_from_model.py model.gguf corpora/wikipedia_passages.txt corpora/model_chat.jsonl
 
 A model that is made sparse by distillation learns most about its own way of answering from its own answers.
 Every question has its own seed, and a file that is there already goes on behind its last line.
