@@ -156,7 +156,8 @@ def test_every_shape_can_be_asked_for() -> None:
         ({"sparsity": 0.6, "precision": 0.4}, r"\[bench --precision\] expected 0.48 to 0.98, got 0.4"),
         ({"rank": 100}, r"\[bench --rank\] expected a multiple of 64 from 0 to 896 for small, got 100"),
         ({"rank": 960}, r"\[bench --rank\] expected a multiple of 64 from 0 to 896 for small, got 960"),
-        ({"layers": 4}, r"\[bench --layers\] expected 0 to 3, got 4"),
+        ({"layers": 4}, r"\[bench --layers\] expected 1 to 3, got 4"),
+        ({"layers": 0}, r"\[bench --layers\] expected 1 to 3, got 0"),
     ],
 )
 def test_settings_out_of_range(settings: dict[str, float], message: str) -> None:

@@ -165,8 +165,8 @@ class SyntheticModel:
     """Share of the active neurons that are candidates, 0.5 to 0.98."""
     precision: float = 0.95
     """Share of the candidates that are active, 0.98 at most; at least 0.2 and 1.2 times the active share."""
-    layers: int = 0
-    """Fewer layers than the shape has; 0 for all of them."""
+    layers: int | None = None
+    """At least 1 and at most what the shape has; None for all of them."""
     hot_share: float = HOT_NEURONS
     """Share of all activations that the hot neurons of an FFN have, `HOT_NEURONS` (no skew) to 0.95."""
     bundled: bool = False
@@ -180,7 +180,7 @@ class SyntheticModel:
         _check("sparsity", self.sparsity, 0.5, 0.99)
         _check("recall", self.recall, 0.5, 0.98)
         _check("precision", self.precision, max(0.2, round(1.2 * (1 - self.sparsity), 4)), 0.98)
-        _check("layers", self.layers, 0, self.shape.num_hidden_layers)
+        _check("layers", self.num_hidden_layers, 1, self.shape.num_hidden_layers)
         _check("hot-share", self.hot_share, HOT_NEURONS, 0.95)
         hot_active = (1 - self.sparsity) * self.hot_share / HOT_NEURONS
         if self.hot_share > HOT_NEURONS and hot_active > _MOST_ACTIVE:
@@ -198,7 +198,7 @@ class SyntheticModel:
     @property
     def num_hidden_layers(self) -> int:
         """Number of layers that the model has."""
-        return self.layers or self.shape.num_hidden_layers
+        return self.shape.num_hidden_layers if self.layers is None else self.layers
 
     def file_stem(self, *, plain: bool) -> str:
         """Name the model's file.
