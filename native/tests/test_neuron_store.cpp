@@ -20,14 +20,14 @@ namespace {
 using test::TinyGguf;
 const std::vector<std::int32_t> kIds{3, 41, 7, 7, 19, 0, 33, 12, 25, 49};
 
-/// The model as a file of its own.
+/// A model as a file of its own.
 class TempModel {
  public:
-  TempModel() {
+  explicit TempModel(const TinyGguf& model = TinyGguf::bundled_model()) {
     std::string folder = (std::filesystem::temp_directory_path() / "turbosparse-XXXXXX").string();
     if (::mkdtemp(folder.data()) == nullptr) std::abort();
     folder_ = folder;
-    const std::vector<std::byte> bytes = TinyGguf::bundled_model().bytes();
+    const std::vector<std::byte> bytes = model.bytes();
     std::ofstream(path(), std::ios::binary)
         .write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
   }
@@ -88,8 +88,8 @@ std::vector<float> run(Session& session, Mode mode, bool stepwise) {
   return logits;
 }
 
-void test_same_numbers() {
-  const TempModel file;
+void test_same_numbers(const TinyGguf& tiny) {
+  const TempModel file(tiny);
   for (const int threads : {1, 3}) {
     Session memory(std::make_shared<const Model>(file.path(), threads, "", WeightType::kQ8_0), 16);
     Session disk(load_small(file, threads, std::make_shared<int>(1 << 30), EIO), 16);
@@ -112,8 +112,8 @@ void test_same_numbers() {
   }
 }
 
-void test_faults() {
-  const TempModel file;
+void test_faults(const TinyGguf& tiny) {
+  const TempModel file(tiny);
   for (const int error : {EIO, kEndOfFile}) {
     const auto reads_left = std::make_shared<int>(1 << 30);
     const std::shared_ptr<Model> model = load_small(file, 2, reads_left, error);
@@ -308,8 +308,11 @@ void test_budget() {
 }  // namespace turbosparse
 
 int main() {
-  turbosparse::test_same_numbers();
-  turbosparse::test_faults();
+  using turbosparse::test::TinyGguf;
+  for (const TinyGguf& tiny : {TinyGguf::bundled_model(), TinyGguf::bundled_expert_model()}) {
+    turbosparse::test_same_numbers(tiny);
+    turbosparse::test_faults(tiny);
+  }
   turbosparse::test_guesses();
   turbosparse::test_reads_on_their_way();
   turbosparse::test_budget();

@@ -102,9 +102,8 @@ class TinyGguf {
     return file;
   }
 
-  /// The model with gate, up and down_t in bundles, clusters of four neurons.
-  static TinyGguf bundled_model() {
-    TinyGguf file = model();
+  /// A model with gate, up and down_t in bundles, clusters of four neurons.
+  static TinyGguf bundled(TinyGguf file) {
     file.alignment = 4096;
     file.keys["general.alignment"] = std::uint32_t{4096};
     file.keys["turbosparse.bundle.parts"] = std::vector<std::string>{"gate", "up", "down_t"};
@@ -112,11 +111,20 @@ class TinyGguf {
     file.keys["turbosparse.bundle.bytes"] = std::uint32_t{1024};
     file.keys["turbosparse.bundle.cluster"] = std::uint32_t{4};
     for (const std::string block : {"blk.0.", "blk.1."}) {
-      for (const char* part : {"gate", "up", "down_t"}) file.shapes.erase(block + "ffn_" + part + ".weight");
-      file.shapes[block + "ffn_bundles"] = {96, 1024};
+      for (const std::string end : {"", "_exps", "_shexp"}) {
+        const auto found = file.shapes.find(block + "ffn_gate" + end + ".weight");
+        if (found == file.shapes.end()) continue;
+        Shape shape = found->second;
+        shape.back() = 1024;
+        for (const char* part : {"gate", "up", "down_t"})
+          file.shapes.erase(block + "ffn_" + part + end + ".weight");
+        file.shapes[block + "ffn_bundles" + end] = shape;
+      }
     }
     return file;
   }
+  static TinyGguf bundled_model() { return bundled(model()); }
+  static TinyGguf bundled_expert_model() { return bundled(expert_model()); }
 
   std::map<std::string, Value> keys;
   std::map<std::string, Shape> shapes;

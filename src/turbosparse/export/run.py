@@ -11,9 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from turbosparse.errors import ConfigError
 from turbosparse.export.check import (
     KL_LIMITS,
@@ -36,7 +33,7 @@ from turbosparse.runtime.model_file_writer import (
     model_file_bytes,
     write_model_file,
 )
-from turbosparse.runtime.neuron_hotness import neuron_hotness
+from turbosparse.runtime.neuron_hotness import Hotness, neuron_hotness
 from turbosparse.runtime.texts import CALIBRATION, read_text
 from turbosparse.tokenizer import Tokenizer
 
@@ -168,7 +165,7 @@ def plan_export(source: Path, config: ExportConfig) -> ExportPlan:
             metadata,
             tensors,
             gate_apart=config.bundles.gate_apart,
-            hotness=_hotness(source, config.bundles.hotness_tokens, config.threads),
+            hotness=_hotness(source, config.bundles, config.threads),
         )
     return ExportPlan(source=source, metadata=metadata, tensors=tensors, type_name=type_name)
 
@@ -234,21 +231,23 @@ def export_model(
     return ExportReport(output=target, check=check)
 
 
-def _hotness(source: Path, tokens: int, threads: int) -> list[NDArray[np.float32]] | None:
+def _hotness(source: Path, bundles: Bundles, threads: int) -> Hotness | None:
     """How hot the neurons are, where the source can tell."""
-    if tokens == 0:
+    if bundles.hotness_tokens == 0:
         return None
-    if source.is_dir() or ModelFile(source).modes == ["dense"] or _has_experts(ModelFile(source)):
+    if source.is_dir() or ModelFile(source).modes == ["dense"]:
         logger.warning(
-            "neurons keep their order: only a model file without experts that can skip neurons tells which "
-            "are hot; export one first, then put it into bundles"
+            "neurons keep their order: only a model file that can skip neurons tells which are hot; "
+            "export one first, then put it into bundles"
         )
         return None
-    return neuron_hotness(ModelFile(source), read_text(CALIBRATION), tokens=tokens, threads=threads)
-
-
-def _has_experts(file: ModelFile) -> bool:
-    return any("_exps." in name for name in file.tensors)
+    return neuron_hotness(
+        ModelFile(source),
+        read_text(CALIBRATION),
+        tokens=bundles.hotness_tokens,
+        gate_apart=bundles.gate_apart,
+        threads=threads,
+    )
 
 
 def _ignore(share: float) -> None:

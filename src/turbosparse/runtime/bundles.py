@@ -27,10 +27,11 @@ _PART_ALIGNMENT = 16
 _PARTS = ("gate", "up", "down_t")
 _NATIVE_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 # Tensors whose rows belong to neurons and that stay outside of the bundles.
-_PER_NEURON = ("ffn_gate.weight", "ffn_threshold", "ffn_gate_threshold", "ffn_pred_b.weight")
+_PER_NEURON = re.compile(
+    r"blk\.(\d+)\.(?:ffn_gate|ffn_threshold|ffn_gate_threshold|ffn_pred_b|ffn_pred_hot)(_exps|_shexp|)(?:\.weight)?"
+)
 # The FFN of a block, its experts, and its shared expert.
 _FFN_TENSOR = re.compile(r"blk\.(\d+)\.ffn_(gate|up|down_t)(_exps|_shexp|)\.weight")
-_BLOCK_TENSOR = re.compile(r"blk\.(\d+)\.(ffn_.*)")
 
 
 def bundled(
@@ -38,7 +39,7 @@ def bundled(
     tensors: Sequence[TensorSource],
     *,
     gate_apart: bool = False,
-    hotness: Sequence[NDArray[np.floating[Any]]] | None = None,
+    hotness: Mapping[tuple[int, str], NDArray[np.floating[Any]]] | None = None,
 ) -> tuple[dict[str, Any], list[TensorSource]]:
     """Put the rows of each neuron side by side.
 
@@ -51,8 +52,9 @@ def bundled(
     gate_apart : bool
         Keep ``ffn_gate`` a tensor of its own, which stays in memory: modes without a predictor compute the
         gate of every neuron.
-    hotness : sequence of float array, shape (F,), optional
-        Per layer, the share of tokens that need each neuron; neurons are sorted by it.
+    hotness : mapping of float arrays, shape (F,) or (E, F), optional
+        By layer and suffix (``""``, ``"_exps"`` or ``"_shexp"``), the share of tokens that need each neuron;
+        the neurons of an FFN or expert are sorted by it.
 
     Returns
     -------
@@ -81,24 +83,32 @@ def bundled(
         f"{KEY_BUNDLE}bytes": row_bytes,
         f"{KEY_BUNDLE}cluster": cluster,
     }
-    orders = [np.argsort(-np.asarray(values), kind="stable") for values in hotness or ()]
+    orders = {key: _order(values) for key, values in (hotness or {}).items()}
     made: list[TensorSource] = []
     for tensor in tensors:
         if match := _FFN_TENSOR.fullmatch(tensor.name):
-            number, part, group = int(match[1]), match[2], match[3]
-            order = orders[number] if orders and not group else None
+            key, part = (int(match[1]), match[3]), match[2]
             if part == "down_t":
-                rows = [groups[number, group][name] for name in types]
-                made.append(_bundles(f"blk.{number}.{BUNDLES}{group}", rows, row_bytes, order))
-                if hotness is not None and order is not None:
-                    values = np.asarray(hotness[number], np.float32)[order]
-                    made.append(TensorSource.of_array(f"blk.{number}.ffn_hotness", values))
+                rows = [groups[key][name] for name in types]
+                made.append(_bundles(f"blk.{key[0]}.{BUNDLES}{key[1]}", rows, row_bytes, orders.get(key)))
+                if hotness is not None:
+                    values = np.asarray(hotness[key], np.float32)
+                    in_order = values.reshape(-1)[orders[key]].reshape(values.shape)
+                    made.append(TensorSource.of_array(f"blk.{key[0]}.ffn_hotness{key[1]}", in_order))
                 continue
             if part in types:
                 continue
-        match = _BLOCK_TENSOR.fullmatch(tensor.name)
-        made.append(_reordered(tensor, match[2], orders[int(match[1])]) if match and orders else tensor)
+        match = _PER_NEURON.fullmatch(tensor.name)
+        order = orders.get((int(match[1]), match[2])) if match else None
+        made.append(tensor if order is None else _reordered(tensor, order))
     return keys, made
+
+
+def _order(hotness: NDArray[np.floating[Any]]) -> NDArray[np.intp]:
+    """The neurons of each FFN by hotness, those of experts numbered through: e F + i."""
+    of_ffns = hotness.reshape(-1, hotness.shape[-1])
+    order = np.argsort(-of_ffns, axis=1, kind="stable")
+    return (order + np.arange(len(of_ffns))[:, None] * of_ffns.shape[1]).reshape(-1)
 
 
 def _check_model(metadata: Mapping[str, Any], tensors: Sequence[TensorSource]) -> None:
@@ -170,15 +180,13 @@ def _bundles(
     return TensorSource(name=name, type_name="I8", shape=shape, read=read)
 
 
-def _reordered(tensor: TensorSource, part: str, order: NDArray[np.intp]) -> TensorSource:
+def _reordered(tensor: TensorSource, order: NDArray[np.intp]) -> TensorSource:
     """The tensor with its neurons in their new places."""
-    if part not in (*_PER_NEURON, "ffn_pred_hot"):
-        return tensor
 
     def read() -> NDArray[Any]:
         data = np.ascontiguousarray(tensor.read()).view(np.uint8)
-        if part != "ffn_pred_hot":
-            return data.reshape(tensor.shape[0], -1)[order]
+        if "ffn_pred_hot" not in tensor.name:
+            return data.reshape(len(order), -1)[order].reshape(data.shape)
         places = np.empty(len(order), np.int32)
         places[order] = np.arange(len(order), dtype=np.int32)
         return np.sort(places[data.reshape(-1).view(np.int32)])
