@@ -49,16 +49,20 @@ def test_a_sweep_leaves_a_report(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["study"]["study"] == kind
 
 
-def test_tasks_are_asked_at_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("model", ["tiny.gguf", "hf"])
+def test_tasks_are_asked_at_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """By the real harness, on a local file; leaving out nothing changes no score."""
     pytest.importorskip("lm_eval")
     from tests.bench.test_tasks import write_task
 
-    make_hf_model("llama", max_position_embeddings=64).save_pretrained(tmp_path / "model")
-    make_tokenizer().save_pretrained(tmp_path / "model")
+    if model == "hf":
+        make_hf_model("llama", max_position_embeddings=64).save_pretrained(tmp_path / model)
+        make_tokenizer().save_pretrained(tmp_path / model)
+    else:
+        make_tiny_model(tmp_path / model, TinyModel(activation="silu"))
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     asked = [f"task_folder={write_task(tmp_path, monkeypatch)}", 'tasks=["tiny"]', "top_k=[1.0, 0.2]"]
-    command = ["study", "trade-off", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt")]
+    command = ["study", "trade-off", str(tmp_path / model), "--text", str(tmp_path / "text.txt")]
     settings = [part for setting in asked for part in ("--set", setting)]
     assert main([*command, "-o", str(tmp_path / "out"), *SMALL, *settings]) == 0
     record = json.loads((tmp_path / "out" / "study.json").read_text(encoding="utf-8"))

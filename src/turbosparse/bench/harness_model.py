@@ -13,14 +13,14 @@ from lm_eval.api.registry import register_model
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from numpy.typing import NDArray
 
-from turbosparse.errors import TokenizerError
+from turbosparse.errors import ConfigError, TokenizerError
 from turbosparse.runtime.engine import Model, load
 from turbosparse.runtime.sampling import SamplingConfig
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-    from turbosparse._native import Mode
+    from turbosparse._native import Choose, Mode
 
 __all__ = ["EngineHarnessModel"]
 
@@ -47,6 +47,9 @@ class EngineHarnessModel(TemplateLM):
     advance : callable, optional
         Told how many requests are done.
     """
+
+    choose: "Choose | None" = None
+    """In mode predicted, what takes the place of predictors (see `Session.forward`); no text is made then."""
 
     def __init__(
         self,
@@ -134,7 +137,8 @@ class EngineHarnessModel(TemplateLM):
         return total, greedy
 
     def _forward(self, ids: list[int], logits: Any) -> NDArray[np.float32]:
-        return self._session.forward(np.asarray(ids, dtype=np.int32), mode=self.mode, logits=logits)
+        tokens = np.asarray(ids, dtype=np.int32)
+        return self._session.forward(tokens, mode=self.mode, logits=logits, choose=self.choose)
 
     def loglikelihood_rolling(
         self, requests: "Iterable[Instance]", disable_tqdm: bool = False
@@ -158,6 +162,8 @@ class EngineHarnessModel(TemplateLM):
 
     def generate_until(self, requests: "Iterable[Instance]", disable_tqdm: bool = False) -> list[str]:
         """Continue texts until one of their stop texts."""
+        if self.choose is not None:
+            raise ConfigError("[tasks] expected tasks with given answers, got one that generates text")
         answers = []
         for request in requests:
             context, settings = request.args

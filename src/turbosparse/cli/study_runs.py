@@ -1,7 +1,8 @@
 """What `turbosparse study` runs: models opened in their column, tasks asked, training estimated."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,24 +64,51 @@ def _sweep(kind: str, config: SweepStudy, text: str) -> dict[str, Any]:
 
 
 def _task_scorer(source: "Source", config: SweepStudy) -> Any:
-    from turbosparse.bench.harness_torch import harness_around
     from turbosparse.bench.tasks import TaskSettings, evaluate
-    from turbosparse.measure.hugging_face import HuggingFaceModel
 
-    if not isinstance(source, HuggingFaceModel):
-        raise ConfigError("[tasks] expected a Hugging Face model, got a model file; see turbosparse eval")
     settings = TaskSettings(
         tasks=config.tasks,
         include_path=Path(config.task_folder) if config.task_folder else None,
         limit=config.task_limit or None,
     )
-    harness = harness_around(source.model, source.tokenizer)
+    harness = _harness_of(source, config.threads)
 
     def ask(selection: "Selection | None") -> Sequence[Mapping[str, Any]]:
-        with source.thinned(selection):
-            return [dataclasses.asdict(score) for score in evaluate(harness, settings)]
+        with harness(selection) as model:
+            return [dataclasses.asdict(score) for score in evaluate(model, settings)]
 
     return ask
+
+
+def _harness_of(
+    source: "Source", threads: int
+) -> "Callable[[Selection | None], AbstractContextManager[Any]]":
+    """Give what opens a source as a model of lm-evaluation-harness that leaves out what a selection does."""
+    from turbosparse.runtime.measured_file import MeasuredFile
+
+    if isinstance(source, MeasuredFile):
+        from turbosparse.bench.harness_model import EngineHarnessModel
+
+        @contextmanager
+        def engine(selection: "Selection | None") -> Iterator[Any]:
+            file = source.thinned(selection)
+            model = EngineHarnessModel(str(file.path), mode=file.mode, threads=threads or None)
+            model.choose = file.choose
+            yield model
+
+        return engine
+    from turbosparse.bench.harness_torch import harness_around
+    from turbosparse.measure.hugging_face import HuggingFaceModel
+
+    assert isinstance(source, HuggingFaceModel)
+    harness = harness_around(source.model, source.tokenizer)
+
+    @contextmanager
+    def torch(selection: "Selection | None") -> Iterator[Any]:
+        with source.thinned(selection):
+            yield harness
+
+    return torch
 
 
 def _train(kind: str, config: FromScratchStudy | RelufyStudy, text: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,10 @@ from turbosparse.runtime.sparse_file import SparseDraft
 from turbosparse.sparsity.selection import NormThresholds, Selection
 from turbosparse.tokenizer import Tokenizer
 
-__all__ = ["MeasuredFile"]
+if TYPE_CHECKING:
+    from turbosparse._native import Choose, Mode
+
+__all__ = ["MeasuredFile", "ThinnedFile"]
 
 _CHUNK_BYTES = 256 << 20  # of captured arrays at once
 _NO_THRESHOLDS = NormThresholds(label="all", eps={}, down_norms={})
@@ -45,6 +48,17 @@ class _Thresholds:
 
     gate_threshold: NDArray[np.float32]
     threshold: NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ThinnedFile:
+    """How the engine leaves out what a selection does."""
+
+    path: Path
+    """A file of the same weights, with the thresholds that are asked for."""
+    mode: "Mode"
+    choose: "Choose | None" = None
+    """For `Session.forward`: what takes the place of predictors."""
 
 
 class MeasuredFile:
@@ -238,12 +252,33 @@ class MeasuredFile:
         Thresholds on norms are the engine's own. Any other selection is asked layer by layer, and sees what
         was left out of the layers before.
         """
-        if selection is None or isinstance(selection, NormThresholds):
-            session = self._session_of(self._drafted_model(selection), len(window))
-            yield from second_half(session, window, "dense" if selection is None else "threshold")
-            return
+        model, thinned = self._thinned(selection)
+        session = self._session_of(model, len(window))
+        yield from second_half(session, window, thinned.mode, choose=thinned.choose)
 
-        def _choose(layer: int, gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.bool_]:
+    def thinned(self, selection: Selection | None) -> ThinnedFile:
+        """Say how others can leave out what a selection does.
+
+        Parameters
+        ----------
+        selection : Selection or None
+            Neurons to compute; all if None.
+
+        Returns
+        -------
+        ThinnedFile
+            To be loaded before the next call: the file's thresholds change with each.
+        """
+        return self._thinned(selection)[1]
+
+    def _thinned(self, selection: Selection | None) -> tuple[_native.Model, ThinnedFile]:
+        if selection is None or isinstance(selection, NormThresholds):
+            model = self._drafted_model(selection)
+            return model, ThinnedFile(
+                path=self._draft_path(), mode="dense" if selection is None else "threshold"
+            )
+
+        def choose(layer: int, gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.bool_]:
             kept = np.empty(gate.shape, np.bool_)
             for unit, ffn in enumerate(self.units):
                 if ffn.layer == layer:
@@ -251,8 +286,8 @@ class MeasuredFile:
                     kept[:, own] = selection.kept(unit, gate[:, own], gate[:, own] * up[:, own])
             return kept
 
-        session = self._session_of(self._drafted_model(_NO_THRESHOLDS), len(window))
-        yield from second_half(session, window, "predicted", choose=_choose)
+        model = self._drafted_model(_NO_THRESHOLDS)
+        return model, ThinnedFile(path=self._draft_path(), mode="predicted", choose=choose)
 
     def close(self) -> None:
         """Remove the draft."""
@@ -268,12 +303,14 @@ class MeasuredFile:
         self._session[1].truncate(0)
         return self._session[1]
 
+    def _draft_path(self) -> Path:
+        assert self._folder is not None
+        return Path(self._folder.name) / "draft.gguf"
+
     def _drafted_model(self, selection: Selection | None) -> _native.Model:
         if self._draft is None:
             self._folder = tempfile.TemporaryDirectory(prefix=".turbosparse-", dir=self._scratch)
-            self._draft = SparseDraft(
-                self._file, Path(self._folder.name) / "draft.gguf", None, lambda share: None
-            )
+            self._draft = SparseDraft(self._file, self._draft_path(), None, lambda share: None)
         if self._drafted is None or (selection is not None and selection is not self._drafted[0]):
             self._drafted = None  # frees the model before the next one is loaded
             if selection is not None:
