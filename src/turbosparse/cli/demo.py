@@ -13,14 +13,15 @@ from typing import TYPE_CHECKING
 
 from turbosparse.cli.console import add_json_option, console, print_json, progress
 from turbosparse.cli.demo_report import demo_record, show_answers, show_layers, show_quality
-from turbosparse.cli.demo_runs import answer, judge
+from turbosparse.cli.demo_runs import answer, is_chat, judge
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = ["add_arguments", "run"]
 
-PROMPT = "Explain in simple words how a computer stores a file on a disk."
+QUESTION = "Explain in simple words how a computer stores a file on a disk."
+BEGINNING = "Backups are one of the main responsibilities of an administrator. A good backup"
 CETT = 0.1  # costs SmolLM2 6.5 % of perplexity on the held-out text; 0.2 costs 32 %
 CALIBRATION_TOKENS = 1024
 
@@ -35,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add = parser.add_argument
     add("--model", type=Path, metavar="FILE", help="another GGUF file instead of the default model")
-    add("--prompt", default=PROMPT, help="what to ask")
+    add("--prompt", help="what to ask, or the beginning that a model without a chat template goes on with")
     add("--cett", type=float, help=f"find thresholds for this error of every layer; without any: {CETT}")
     add("-n", "--max-tokens", type=int, default=96, help="length of the answers")
     add("-t", "--threads", type=int, help="threads (default: physical cores, at most 8)")
@@ -68,8 +69,9 @@ def run(args: argparse.Namespace) -> int:
     model = turbosparse.load(path, threads=args.threads)
     judged = judge(model)
     show_layers(out, judged)
-    answers = answer(model, args.prompt, args.max_tokens)
-    show_answers(out, model, args.prompt, answers)
+    prompt = args.prompt or (QUESTION if is_chat(model) else BEGINNING)
+    answers = answer(model, prompt, args.max_tokens)
+    show_answers(out, model, prompt, answers)
     show_quality(out, model, judged)
     out.print(
         f"\nDone in {time.monotonic() - begin:.0f} s. All modes run on one file and the same weights:\n"

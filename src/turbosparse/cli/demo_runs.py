@@ -10,10 +10,27 @@ if TYPE_CHECKING:
     from turbosparse.runtime.generation import GenerationStats
     from turbosparse.runtime.perplexity import ModeComparison
 
-__all__ = ["answer", "judge"]
+__all__ = ["answer", "is_chat", "judge"]
 
 ROUNDS = 3
 JUDGED_TOKENS = 2048
+REPETITION_PENALTY = 1.2  # a small model without chats in its training goes round in circles otherwise
+
+
+def is_chat(model: "Model") -> bool:
+    """Say whether a model answers, rather than going on with a text.
+
+    Parameters
+    ----------
+    model : Model
+        Any.
+
+    Returns
+    -------
+    bool
+        Whether its file has a chat template.
+    """
+    return "tokenizer.chat_template" in model.metadata
 
 
 def judge(model: "Model") -> "dict[Mode, ModeComparison]":
@@ -56,7 +73,7 @@ def answer(model: "Model", prompt: str, max_tokens: int) -> "dict[Mode, list[tup
     model : Model
         What answers.
     prompt : str
-        What is asked.
+        What is asked, or gone on with.
     max_tokens : int
         Length of the answers.
 
@@ -65,13 +82,21 @@ def answer(model: "Model", prompt: str, max_tokens: int) -> "dict[Mode, list[tup
     dict of str to list of (str, GenerationStats)
         Text and statistics of each round, by mode.
     """
-    modes = model.info.modes
+    from turbosparse.runtime.sampling import SamplingConfig
+
+    modes, chat = model.info.modes, is_chat(model)
+    sampling = SamplingConfig() if chat else SamplingConfig(repetition_penalty=REPETITION_PENALTY)
     found: dict[Mode, list[tuple[str, GenerationStats]]] = {mode: [] for mode in modes}
     with progress((ROUNDS + 1) * len(modes), "generating") as advance:
         for _ in range(ROUNDS + 1):
             for mode in modes:
                 answer = model.generate(
-                    prompt, max_tokens=max_tokens, mode=mode, chat=True, cache=model.new_cache()
+                    prompt,
+                    max_tokens=max_tokens,
+                    mode=mode,
+                    chat=chat,
+                    sampling=sampling,
+                    cache=model.new_cache(),
                 )
                 found[mode].append((answer.read(), answer.stats))
                 advance(1)

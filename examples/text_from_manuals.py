@@ -1,0 +1,102 @@
+"""Turn manuals in HTML into training text: one file, three blank lines between pages, nothing said twice.
+
+    pip install beautifulsoup4 lxml
+    python examples/text_from_manuals.py manuals.txt /usr/share/doc/debian-* --without held_out_book.txt
+
+Navigation, tables of contents and other languages than English are left out, as is every paragraph that was
+there before (manuals come as one page and as many, and repeat their notices) and every paragraph that shares
+thirteen words in a row with a text of ``--without``, so that a held-out text stays unseen.
+"""
+
+import argparse
+import gzip
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from bs4 import BeautifulSoup, Tag, XMLParsedAsHTMLWarning
+
+BLOCKS = ["p", "li", "dt", "dd", "h1", "h2", "h3", "h4", "h5", "h6", "pre", "td", "th", "title"]
+NOT_TEXT = ["script", "style", "nav", "header", "footer", "form", "head", "svg", "noscript"]
+PAGES = re.compile(r"(\.html?|\.html?\.en|\.page)(\.gz)?$")
+OTHER_LANGUAGE = r"(?:^|[/._-])(?!en)[a-z]{2}(?:[-_][A-Za-z]{2,4})?(?=/|\.html)"
+SKIPPED = re.compile(rf"{OTHER_LANGUAGE}|genindex|search\.html|/toc\.html|changelog")
+OVERLAP = 13
+"""Words in a row: what GPT-3's authors used to tell that a text was seen."""
+SHORTEST_PAGE = 600
+"""Characters; what is shorter is hardly prose."""
+SHORTEST_CELL = 60
+"""Characters of a table's cell that reads as a sentence."""
+
+
+def main() -> None:
+    """Read pages, write text."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+")
+    parser.add_argument("--without", type=Path, action="append", default=[], help="must stay unseen")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)
+    unseen = {run for path in options.without for run in _runs(path.read_text(encoding="utf-8"))}
+    said: set[str] = set()
+    pages = paragraphs = overlapping = 0
+    with options.target.open("w", encoding="utf-8") as file:
+        for folder in options.folders:
+            for path in sorted(p for p in folder.rglob("*") if p.is_file() and PAGES.search(p.name)):
+                if SKIPPED.search(str(path.relative_to(folder))):
+                    continue
+                kept = []
+                for block in blocks(path):
+                    key = " ".join(_words(block))
+                    if len(key) >= 40 and key in said:
+                        continue
+                    said.add(key)
+                    if not unseen.isdisjoint(_runs(block)):
+                        overlapping += 1
+                        continue
+                    kept.append(block)
+                text = "\n\n".join(kept)
+                if len(text) >= SHORTEST_PAGE:
+                    file.write(text + "\n\n\n")
+                    pages += 1
+                    paragraphs += len(kept)
+    print(
+        f"{pages} pages, {paragraphs} paragraphs, {options.target.stat().st_size / 1e6:.1f} MB; "
+        f"{overlapping} paragraphs left out for sharing {OVERLAP} words with a text of --without"
+    )
+
+
+def blocks(path: Path) -> Iterator[str]:
+    """Give the paragraphs, items, headings and listings of one page in order."""
+    data = path.read_bytes()
+    soup = BeautifulSoup(gzip.decompress(data) if path.suffix == ".gz" else data, "lxml")
+    for element in soup.find_all(NOT_TEXT):
+        element.decompose()
+    for element in soup.find_all(BLOCKS):
+        if not isinstance(element, Tag) or element.find(BLOCKS) is not None:
+            continue
+        if element.name == "pre":
+            text = element.get_text().strip("\n")
+        else:
+            text = " ".join(element.get_text().split())
+        if element.name in ("td", "th") and len(text) < SHORTEST_CELL:
+            continue
+        links = sum(len(link.get_text()) for link in element.find_all("a"))
+        if text.strip() and links <= 0.6 * len(text):
+            yield text.replace("\n\n\n", "\n\n")
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
+
+
+def _runs(text: str) -> Iterator[tuple[str, ...]]:
+    words = _words(text)
+    return (tuple(words[i : i + OVERLAP]) for i in range(len(words) - OVERLAP + 1))
+
+
+if __name__ == "__main__":
+    main()
