@@ -185,29 +185,46 @@ void bench_signs(const KernelTable& k, const Shape& shape, int threads) {
   report("signs", k, "bits", shape.name, threads, {weights, bytes}, times);
 }
 
-/// One token's attention over 4,000 positions with the heads of a 7B model: 32 on 8, of width 128.
-void bench_attention(const KernelTable& k, int threads) {
+/// One token's attention over 4,000 positions with the heads of a 7B model, 32 on 8, of width 128: keys and
+/// values as halves, or in tiles of 8 bits.
+void bench_attention(const KernelTable& k, bool halves, int threads) {
   constexpr std::int64_t kPositions = 4000, kWidth = 128, kGroup = 4, kKvHeads = 8;
   constexpr std::int64_t kHead = kPositions * kWidth;  // values of keys, and as many of values
-  const std::size_t copies = kCopiesBytes / (kKvHeads * kHead * 4);
-  std::vector<std::uint16_t> cache(copies * kKvHeads * 2 * kHead);
-  const std::vector<float> some = normal_floats(kHead, 6), q = normal_floats(kGroup * kWidth, 7);
-  for (std::size_t i = 0; i < copies * kKvHeads * 2; ++i) k.to_half(some.data(), kHead, &cache[i * kHead]);
+  constexpr std::int64_t kTiled = kPositions / kBlock * cached_tile_bytes(kWidth);
+  const std::int64_t head_bytes = halves ? 2 * kHead : kTiled;
+  const auto copies =
+      static_cast<std::size_t>(kCopiesBytes) / static_cast<std::size_t>(kKvHeads * 2 * head_bytes);
+  std::vector<std::byte> one(static_cast<std::size_t>(head_bytes)), cache;
+  const std::vector<float> some = normal_floats(kHead, 6);
+  const OwnedInput q(kGroup, kWidth, 7);
+  if (halves) k.to_half(some.data(), kHead, reinterpret_cast<std::uint16_t*>(one.data()));
+  for (std::int64_t p = 0; p < kPositions && !halves; ++p)
+    store_key_q8(k, some.data() + p * kWidth, kWidth, p, one.data());
+  cache.reserve(copies * kKvHeads * 2 * one.size());
+  for (std::size_t i = 0; i < copies * kKvHeads * 2; ++i) cache.insert(cache.end(), one.begin(), one.end());
   std::vector<float> scores[2], out[2];
   for (int t = 0; t < threads; ++t) {
     scores[t].resize(kGroup * kPositions);
-    out[t].resize(q.size());
+    out[t].resize(q.x.size());
   }
   const bench::Times times = bench::measure(threads, kSeconds, [&](int t, std::size_t i) {
     for (std::int64_t head = kKvHeads * t / threads; head < kKvHeads * (t + 1) / threads; ++head) {
-      const std::uint16_t* keys =
-          &cache[(i % copies * kKvHeads + static_cast<std::size_t>(head)) * 2 * kHead];
-      k.attend(q.data(), kGroup, keys, keys + kHead, kPositions, kWidth, kWidth, 0.1F, scores[t].data(),
-               out[t].data());
+      const std::byte* keys =
+          cache.data() + (i % copies * kKvHeads + static_cast<std::size_t>(head)) * 2 * one.size();
+      const std::byte* values = keys + one.size();
+      if (halves) {
+        k.attend(q.x.data(), kGroup, reinterpret_cast<const std::uint16_t*>(keys),
+                 reinterpret_cast<const std::uint16_t*>(values), kPositions, kWidth, kWidth, 0.1F,
+                 scores[t].data(), out[t].data());
+      } else {
+        k.attend_q8(q.view, kGroup, keys, values, kPositions, kWidth, 0.1F, scores[t].data(), out[t].data());
+      }
     }
   });
   constexpr double kValues = 2.0 * kKvHeads * kHead;
-  report("attend", k, "F16", "7B, 4000 positions", threads, {kValues * kGroup, kValues * 2}, times);
+  const double bytes = 2.0 * kKvHeads * static_cast<double>(head_bytes);
+  report("attend", k, halves ? "F16" : "Q8_0", "7B, 4000 positions", threads, {kValues * kGroup, bytes},
+         times);
 }
 
 }  // namespace
@@ -220,9 +237,11 @@ int main(int argc, char** argv) {
   if (argc > 2) filter.isa = argv[2];
   if (argc > 3) filter.type = argv[3];
   for (const KernelTable* k : test::tables()) {
-    const bool wanted = Filter::matches(filter.kernel, "attend") && Filter::matches(filter.type, "F16");
-    if (!wanted || !Filter::matches(filter.isa, k->isa)) continue;
-    for (const int threads : {1, 2}) bench_attention(*k, threads);
+    if (!Filter::matches(filter.kernel, "attend") || !Filter::matches(filter.isa, k->isa)) continue;
+    for (const bool halves : {true, false}) {
+      if (!Filter::matches(filter.type, halves ? "F16" : "Q8_0")) continue;
+      for (const int threads : {1, 2}) bench_attention(*k, halves, threads);
+    }
   }
   for (const Shape& shape : kShapes) {
     for (const KernelTable* k : test::tables()) {

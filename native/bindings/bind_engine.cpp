@@ -263,15 +263,16 @@ void bind_engine(nb::module_& m) {
           "__init__",
           [](ModelView* self, const std::filesystem::path& path, int threads, const std::string& isa,
              const std::string& transcode, std::size_t memory_budget, std::int64_t context,
-             const std::string& io) {
-            new (self) ModelView{load(path, threads, isa, transcode, {memory_budget, context, io})};
+             const std::string& io, const std::string& kv_cache) {
+            new (self) ModelView{load(path, threads, isa, transcode, {memory_budget, context, io, kv_cache})};
           },
           nb::arg("path"), nb::kw_only(), nb::arg("threads") = 0, nb::arg("isa") = "",
           nb::arg("transcode") = "Q8_0", nb::arg("memory_budget") = 0, nb::arg("context") = 0,
-          nb::arg("io") = "")
+          nb::arg("io") = "", nb::arg("kv_cache") = "")
       .def_prop_ro("info", [](const ModelView& self) { return InfoView{self.model}; })
       .def_prop_ro("threads", [](const ModelView& self) { return self.model->pool.size(); })
       .def_prop_ro("isa", [](const ModelView& self) { return self.model->kernels.isa; })
+      .def_prop_ro("kv_cache", [](const ModelView& self) { return kv_type_name(self.model->kv_type); })
       .def(
           "session",
           [](const ModelView& self, std::int64_t context) { return new Session(self.model, context); },

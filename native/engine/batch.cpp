@@ -41,7 +41,7 @@ void place_token(const Step& step, const LayerWeights& w, std::int64_t layer, st
   const std::int64_t C = config.head_dim;
   const std::int64_t K = config.num_key_value_heads;
   Scratch& s = step.scratch;
-  float* q = s.q.data() + t * w.q.rows;
+  float* q = s.q.row(t, w.q.rows);
   float* k = s.k.data() + t * w.k.rows;
   float* v = s.v.data() + t * w.v.rows;
   if (!w.q_bias.empty()) kernels.add(w.q_bias.data(), w.q.rows, q);
@@ -53,6 +53,7 @@ void place_token(const Step& step, const LayerWeights& w, std::int64_t layer, st
   }
   place_heads(step, w.q_norm, layer, t, config.num_attention_heads, q);
   place_heads(step, w.k_norm, layer, t, K, k);
+  if (step.cache.quantized()) s.q.quantize(kernels, t, w.q.rows, 0, w.q.rows);
   for (std::int64_t head = 0; head < K; ++head) {
     step.cache.store(kernels, layer, head, step.position + t, k + head * C, v + head * C);
   }
@@ -68,7 +69,7 @@ void attend_all(const Step& step, std::int64_t layer, int index) {
   for (std::int64_t head = 0; head < config.num_key_value_heads; ++head) {
     for (std::int64_t t = (index + head) % threads; t < step.T; t += threads) {
       const std::int64_t first = head * group;
-      step.cache.attend(step.kernels(), layer, head, step.scratch.q.data() + (t * H + first) * C, group,
+      step.cache.attend(step.kernels(), layer, head, step.scratch.q.view((t * H + first) * C), group,
                         step.position + t + 1, step.thread(index).scores.data(),
                         step.scratch.input.row(t, H * C) + first * C);
     }
@@ -82,7 +83,7 @@ void attention(Step& step, const LayerWeights& w, std::int64_t layer, int index)
   if (w.has_router() && step.config().router.reads_layer_input)
     route_tokens(step, w, layer, s.x.data(), tokens, index);
   step.finish(index, Part::kNorm);
-  project(step, w.q, s.input.view(), step.T, s.q.data(), index);
+  project(step, w.q, s.input.view(), step.T, s.q.row(0, 0), index);
   project(step, w.k, s.input.view(), step.T, s.k.data(), index);
   project(step, w.v, s.input.view(), step.T, s.v.data(), index);
   step.finish(index, Part::kQkv);

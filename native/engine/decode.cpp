@@ -27,7 +27,7 @@ void project_to_residual(const Step& step, const Matrix& w, const Input& input, 
 /// Normalises queries and keys as a whole, each on one thread.
 void normalize_qk(const Step& step, const LayerWeights& w, int index) {
   const float eps = step.config().rms_norm_eps;
-  float* q = step.scratch.q.data();
+  float* q = step.scratch.q.row(0, 0);
   float* k = step.scratch.k.data();
   if (index == 0) step.kernels().rms_norm(q, w.q_norm.data(), w.q.rows, eps, q);
   if (index == step.thread_count() - 1) step.kernels().rms_norm(k, w.k_norm.data(), w.k.rows, eps, k);
@@ -51,11 +51,12 @@ void attend(const Step& step, const LayerWeights& w, std::int64_t layer, int ind
   const std::int64_t group = config.num_attention_heads / config.num_key_value_heads;
   Scratch& s = step.scratch;
   const Range heads = split(config.num_attention_heads, 1, index, step.thread_count());
-  place_heads(step, w.q_norm, layer, 0, heads.size(), s.q.data() + heads.begin * C);
+  place_heads(step, w.q_norm, layer, 0, heads.size(), s.q.row(0, 0) + heads.begin * C);
+  if (step.cache.quantized()) s.q.quantize(step.kernels(), 0, w.q.rows, heads.begin * C, heads.end * C);
   for (std::int64_t head = heads.begin; head < heads.end;) {
     const std::int64_t end = std::min(heads.end, (head / group + 1) * group);
-    step.cache.attend(step.kernels(), layer, head / group, s.q.data() + head * C, end - head,
-                      step.position + 1, step.thread(index).scores.data(), s.input.row(0, 0) + head * C);
+    step.cache.attend(step.kernels(), layer, head / group, s.q.view(head * C), end - head, step.position + 1,
+                      step.thread(index).scores.data(), s.input.row(0, 0) + head * C);
     head = end;
   }
 }
@@ -72,7 +73,7 @@ void decode_layer(Step& step, std::int64_t layer, int index) noexcept {
   normalize(step, w.attn_norm, quantized, attention_stage(layer), 0, input, 0, index);
   step.thread(index).watch.lap(Part::kNorm);
   if (w.has_router() && step.config().router.reads_layer_input) score_experts(step, w, s.x.data(), index);
-  project(step, w.q, w.q_bias, input.view(), s.q.data(), index);
+  project(step, w.q, w.q_bias, input.view(), s.q.row(0, 0), index);
   project(step, w.k, w.k_bias, input.view(), s.k.data(), index);
   project(step, w.v, w.v_bias, input.view(), s.v.data(), index);
   step.finish(index, Part::kQkv);

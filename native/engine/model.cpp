@@ -18,6 +18,17 @@ std::string mebibytes(std::size_t bytes) {
   return std::to_string((bytes + kMebibyte - 1) / kMebibyte) + " MiB";
 }
 
+/// See kv_cache.h.
+KvType chosen_kv_type(const std::string& name, const ModelConfig& config, WeightType weights) {
+  if (name.empty()) return weights == WeightType::kF32 ? KvType::kF32 : KvType::kF16;
+  const KvType type = parse_kv_type(name);
+  if (type == KvType::kQ8 && config.head_dim % kBlock != 0) {
+    throw ConfigError("[kv cache] expected f16 or f32 for heads of " + std::to_string(config.head_dim) +
+                      " values (q8_0 takes a multiple of " + std::to_string(kBlock) + "), got " + name);
+  }
+  return type;
+}
+
 bool has_zeros(Activation activation) {
   return activation != Activation::kSilu && activation != Activation::kGelu;
 }
@@ -41,6 +52,7 @@ Model::Model(const std::string& path, int threads, const std::string& isa, Weigh
   auto loaded = std::make_unique<Weights>(file, config, kernels, pool, transcode, memory.budget > 0);
   Weights& mutable_weights = *loaded;
   weights = std::move(loaded);
+  kv_type = chosen_kv_type(memory.kv_cache, config, weights->layers[0].k.type);
   if (memory.budget > 0) {
     limit(path, mutable_weights, memory);
   } else if (mutable_weights.bundles) {

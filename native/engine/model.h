@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "engine/kv_cache.h"
 #include "engine/model_config.h"
 #include "engine/neuron_store.h"
 #include "engine/weights.h"
@@ -27,11 +28,12 @@ struct MemoryOptions {
   std::size_t budget = 0;    // bytes of everything: weights, sessions, neurons; 0: no limit
   std::int64_t context = 0;  // of a session that has to fit
   std::string io;            // "io_uring", "pread" or "mmap"; "": the best that works
+  std::string kv_cache;      // "f32", "f16" or "q8_0"; "": f32 where weights are F32, else f16
 };
 
 class Model {
  public:
-  /// Throws ModelFileError, ConfigError (threads, isa, a budget that is too small).
+  /// Throws ModelFileError, ConfigError (threads, isa, a budget that is too small, a cache that cannot be).
   Model(const std::string& path, int threads, const std::string& isa, WeightType transcode,
         const MemoryOptions& memory = {});
 
@@ -48,6 +50,7 @@ class Model {
   const KernelTable& kernels;
   mutable ThreadPool pool;
   std::unique_ptr<const Weights> weights;
+  KvType kv_type = KvType::kF16;       // of the sessions
   std::unique_ptr<NeuronStore> store;  // null in a file without bundles; belongs to the job of the pool
   std::string io_note;                 // why neurons are not read as they might be, or ""
 

@@ -23,9 +23,6 @@ std::int64_t checked_context(const Model& model, std::int64_t context) {
   return context;
 }
 
-/// See kv_cache.h.
-bool has_float_cache(const Model& model) { return model.weights->layers[0].k.type == WeightType::kF32; }
-
 std::string stage_name(const ModelConfig& config, std::int64_t stage) {
   if (stage == 0) return "token embedding";
   if (stage > attention_stage(config.num_hidden_layers)) return "output projection";
@@ -99,14 +96,14 @@ Session::Reservation::Reservation(const Model& model, std::int64_t context)
 Session::Reservation::~Reservation() { model_.reserve(-bytes_); }
 
 std::int64_t Session::bytes(const Model& model, std::int64_t context) {
-  return KvCache::bytes(model.config, context, has_float_cache(model)) +
+  return KvCache::bytes(model.config, context, model.kv_type) +
          Scratch::bytes(model, context, std::min(context, kChunk));
 }
 
 Session::Session(std::shared_ptr<const Model> model, std::int64_t context)
     : model_(std::move(model)),
       reservation_(*model_, checked_context(*model_, context)),
-      cache_(model_->config, context, has_float_cache(*model_)) {
+      cache_(model_->config, context, model_->kv_type) {
   reset_counters();
 }
 

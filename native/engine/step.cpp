@@ -128,7 +128,7 @@ ThreadScratch::ThreadScratch(const Model& model, std::int64_t context, std::int6
 Scratch::Scratch(const Model& model, std::int64_t context, std::int64_t tokens)
     : capacity(tokens),
       x(count(tokens, model.config.hidden_size)),
-      q(count(tokens, model.config.num_attention_heads * model.config.head_dim)),
+      q(tokens, model.config.num_attention_heads * model.config.head_dim),
       k(count(tokens, model.config.num_key_value_heads * model.config.head_dim)),
       v(k.size()),
       slot(round_up(model.weights->widest_ffn)),
@@ -175,11 +175,12 @@ std::int64_t Scratch::bytes(const Model& model, std::int64_t context, std::int64
   const std::int64_t rank = largest_rank(*model.weights);
   const std::int64_t expert_input = config.router.experts > 0 ? D : 0;
   const std::int64_t residual = config.predictor.reads_residual ? D : 0;
-  const std::int64_t heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim;
+  const std::int64_t heads = 2 * config.num_key_value_heads * config.head_dim;
   const std::int64_t floats =
       2 * D + heads + (model.weights->has_rests ? 3 : 2) * F + config.rotary_dim + config.router.experts;
   // An InputBuffer has a float and an 8-bit integer per value, a scale and a sum per block.
-  const std::int64_t inputs = widest(config) + F + residual + rank + expert_input;
+  const std::int64_t queries = config.num_attention_heads * config.head_dim;
+  const std::int64_t inputs = widest(config) + queries + F + residual + rank + expert_input;
   const std::int64_t rows = std::max(tokens, slots(config));
   const std::int64_t per_token = floats * kFloat + inputs * (kFloat + 1) + 2 * blocks(inputs) * kFloat;
   const std::int64_t per_thread = context * kFloat + F * (kFloat + 3 * kIndex) +

@@ -148,7 +148,7 @@ struct Scratch {
   static std::int64_t bytes(const Model& model, std::int64_t context, std::int64_t capacity);
   std::int64_t capacity;
   AlignedVector<float> x;     // [T, D] residual stream
-  AlignedVector<float> q;     // [T, H * C]
+  InputBuffer q;              // [T, H * C], its 8-bit form where the cache has 8 bits
   AlignedVector<float> k, v;  // [T, K * C]
   // Decoding, the FFNs of the token lie in slots beside one another, `slot` neurons each.
   std::int64_t slot;                        // F of the widest FFN, rounded up to cache lines

@@ -7,6 +7,7 @@
 #include <limits>
 #include <type_traits>
 
+#include "kernels/cached_tile.h"
 #include "kernels/vector_ops.inl"
 #include "kernels/weights.inl"
 
@@ -33,9 +34,9 @@ inline typename Float::V load_last_cached(const Cached* p, std::int64_t n) {
 
 /// Sums side by side: enough to hide the latency of fma, few enough for sixteen registers.
 inline constexpr int kSums = 8;
-/// Positions that all heads go through before the next ones: their halves stay in the L1 cache, also where
-/// two threads share it. A multiple of kSums.
-inline constexpr std::int64_t kTilePositions = 32;
+// Positions that all heads go through before the next ones, kTilePositions: their halves stay in the L1
+// cache, also where two threads share it.
+static_assert(kTilePositions % kSums == 0);
 
 /// scores[h * scores_stride + p] = q[h] . k[p] * scale for kHeads heads and `count` positions.
 template <class Float, int kHeads, class Cached>
@@ -157,16 +158,11 @@ inline void add_values(const float* scores, std::int64_t scores_stride, const Ca
 }
 
 /// Calls f(first position, count, first head, std::integral_constant of how many) for tiles of positions and,
-/// within each, for groups of heads; positions of the next tile are fetched meanwhile.
-template <class Cached, class F>
-inline void for_tiles(const Cached* cached, std::int64_t heads, std::int64_t n, std::int64_t C,
-                      std::int64_t kv_stride, F f) {
+/// within each, for groups of heads.
+template <class F>
+inline void for_tiles(std::int64_t n, std::int64_t heads, F f) {
   for (std::int64_t p = 0; p < n; p += kTilePositions) {
     const std::int64_t count = std::min(kTilePositions, n - p);
-    for (std::int64_t i = 0; i < count; ++i) {
-      prefetch<Fetch::kFar>(reinterpret_cast<const std::byte*>(cached + (p + i + kTilePositions) * kv_stride),
-                            C * static_cast<std::int64_t>(sizeof(Cached)));
-    }
     std::int64_t h = 0;
     for (; h + 4 <= heads; h += 4) f(p, count, h, std::integral_constant<int, 4>{});
     if (heads - h == 3) f(p, count, h, std::integral_constant<int, 3>{});
@@ -175,17 +171,28 @@ inline void for_tiles(const Cached* cached, std::int64_t heads, std::int64_t n, 
   }
 }
 
+/// Fetches the rows of the next tile of positions.
+template <class Cached>
+inline void prefetch_rows(const Cached* next, std::int64_t count, std::int64_t C, std::int64_t kv_stride) {
+  for (std::int64_t i = 0; i < count; ++i) {
+    prefetch<Fetch::kFar>(reinterpret_cast<const std::byte*>(next + i * kv_stride),
+                          C * static_cast<std::int64_t>(sizeof(Cached)));
+  }
+}
+
 template <class Isa, class Cached>
 void attend(const float* q, std::int64_t heads, const Cached* k, const Cached* v, std::int64_t n,
             std::int64_t C, std::int64_t kv_stride, float scale, float* scores, float* out) noexcept {
   using Float = typename Isa::Float;
-  for_tiles(k, heads, n, C, kv_stride, [=](std::int64_t p, std::int64_t count, std::int64_t h, auto some) {
+  for_tiles(n, heads, [=](std::int64_t p, std::int64_t count, std::int64_t h, auto some) {
+    if (h == 0) prefetch_rows(k + (p + kTilePositions) * kv_stride, count, C, kv_stride);
     attention_scores<Float, some()>(q + h * C, k + p * kv_stride, count, C, kv_stride, scale,
                                     scores + h * n + p, n);
   });
   for (std::int64_t h = 0; h < heads; ++h) softmax<Float>(n, scores + h * n);
   std::fill_n(out, heads * C, 0.0f);
-  for_tiles(v, heads, n, C, kv_stride, [=](std::int64_t p, std::int64_t count, std::int64_t h, auto some) {
+  for_tiles(n, heads, [=](std::int64_t p, std::int64_t count, std::int64_t h, auto some) {
+    if (h == 0) prefetch_rows(v + (p + kTilePositions) * kv_stride, count, C, kv_stride);
     add_values<Float, some()>(scores + h * n + p, n, v + p * kv_stride, count, C, kv_stride, out + h * C);
   });
 }

@@ -15,6 +15,13 @@
 //                   group g, byte j = q[2g][j] | q[2g+1][j] << 4 where q is 0..15 and the weight is
 //                   (q - 8) * scale; with an odd number of blocks the missing one holds q = 8.
 // Planar scales let eight blocks be finished with one vector conversion and one vector product.
+//
+// Cached keys or values in 8 bits (of a head of C values, C % 32 == 0) lie in tiles of 32 positions, so that
+// four factors of 16 sums are one read, whatever the products run over: columns for keys, positions for
+// values.
+//   keys    2 halves of 16 positions: [C / 4][16 positions][4 columns] int8; then the scales
+//   values  C / 16 strips of 16 columns: [8][16 columns][4 positions] int8; then the scales
+//   scales  [C / 32][32 positions] fp16, of 32 columns of a position each
 #pragma once
 
 #include <cstddef>
@@ -125,7 +132,20 @@ struct KernelTable {
   /// The same with keys and values that are float.
   void (*attend_f32)(const float* q, std::int64_t heads, const float* k, const float* v, std::int64_t n,
                      std::int64_t C, std::int64_t kv_stride, float scale, float* scores, float* out) noexcept;
+  /// The same with keys and values in tiles of 8 bits and `q` in int8 form, row h for head h. What is past
+  /// position n of the last tile counts for nothing. The shares of softmax, times the scales of the values,
+  /// are rounded to int8 in blocks of 32 positions: the error is that of gemm_t.
+  void (*attend_q8)(const Input& q, std::int64_t heads, const std::byte* k, const std::byte* v,
+                    std::int64_t n, std::int64_t C, float scale, float* scores, float* out) noexcept;
 };
+
+/// Bytes of 32 cached positions in 8 bits.
+constexpr std::int64_t cached_tile_bytes(std::int64_t C) { return kBlock * (C + C / kBlock * 2); }
+/// Writes the key, or the value, of a head's position into its tiles. C % 32 == 0.
+void store_key_q8(const KernelTable& kernels, const float* key, std::int64_t C, std::int64_t position,
+                  std::byte* tiles) noexcept;
+void store_value_q8(const KernelTable& kernels, const float* value, std::int64_t C, std::int64_t position,
+                    std::byte* tiles) noexcept;
 
 /// 64-bit words that hold the signs of n values.
 constexpr std::int64_t sign_words(std::int64_t n) { return (n + 63) / 64; }

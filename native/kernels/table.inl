@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/attention.inl"
+#include "kernels/attention_q8.inl"
 #include "kernels/axpy.inl"
 #include "kernels/gemm.inl"
 #include "kernels/gemm_t.inl"
@@ -74,11 +75,11 @@ void gemm_t(const Matrix& w, const float* a, std::int64_t a_stride, std::int64_t
 
 template <class Isa>
 constexpr KernelTable make_table() {
-  return {Isa::kName,        quantize_q8<Isa>,      dequantize_row<Isa>, gemv<Isa>,
-          gemv_rows<Isa>,    axpy_rows<Isa>,        gemm<Isa>,           gemm_t<Isa>,
-          sign_bits<Isa>,    sign_differences<Isa>, rms_norm<Isa>,       add<Isa>,
-          rope<Isa>,         activate<Isa>,         to_half<Isa>,        attend<Isa, std::uint16_t>,
-          attend<Isa, float>};
+  return {Isa::kName,         quantize_q8<Isa>,      dequantize_row<Isa>, gemv<Isa>,
+          gemv_rows<Isa>,     axpy_rows<Isa>,        gemm<Isa>,           gemm_t<Isa>,
+          sign_bits<Isa>,     sign_differences<Isa>, rms_norm<Isa>,       add<Isa>,
+          rope<Isa>,          activate<Isa>,         to_half<Isa>,        attend<Isa, std::uint16_t>,
+          attend<Isa, float>, attend_q8<Isa>};
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "kernels/cached_tile.h"
 #include "kernels/packed.h"
 #include "kernels/tables.h"
 
@@ -178,25 +179,30 @@ void to_half(const float* x, std::int64_t n, std::uint16_t* out) noexcept {
 float cached(std::uint16_t value) { return half_to_float(value); }
 float cached(float value) { return value; }
 
-template <class Cached>
-void attend_one(const float* q, const Cached* k, const Cached* v, std::int64_t n, std::int64_t C,
-                std::int64_t kv_stride, float scale, float* scores, float* out) noexcept {
+/// scores = softmax(scores)
+void softmax(std::int64_t n, float* scores) noexcept {
   float largest = -std::numeric_limits<float>::infinity();
-  for (std::int64_t p = 0; p < n; ++p) {
-    float sum = 0.0f;
-    for (std::int64_t c = 0; c < C; ++c) sum = std::fma(q[c], cached(k[p * kv_stride + c]), sum);
-    scores[p] = sum * scale;
-    largest = std::max(largest, scores[p]);
-  }
+  for (std::int64_t p = 0; p < n; ++p) largest = std::max(largest, scores[p]);
   float total = 0.0f;
   for (std::int64_t p = 0; p < n; ++p) {
     scores[p] = std::exp(scores[p] - largest);
     total += scores[p];
   }
+  for (std::int64_t p = 0; p < n; ++p) scores[p] /= total;
+}
+
+template <class Cached>
+void attend_one(const float* q, const Cached* k, const Cached* v, std::int64_t n, std::int64_t C,
+                std::int64_t kv_stride, float scale, float* scores, float* out) noexcept {
+  for (std::int64_t p = 0; p < n; ++p) {
+    float sum = 0.0f;
+    for (std::int64_t c = 0; c < C; ++c) sum = std::fma(q[c], cached(k[p * kv_stride + c]), sum);
+    scores[p] = sum * scale;
+  }
+  softmax(n, scores);
   std::fill_n(out, C, 0.0f);
   for (std::int64_t p = 0; p < n; ++p) {
-    const float share = scores[p] / total;
-    for (std::int64_t c = 0; c < C; ++c) out[c] = std::fma(share, cached(v[p * kv_stride + c]), out[c]);
+    for (std::int64_t c = 0; c < C; ++c) out[c] = std::fma(scores[p], cached(v[p * kv_stride + c]), out[c]);
   }
 }
 
@@ -208,13 +214,63 @@ void attend(const float* q, std::int64_t heads, const Cached* k, const Cached* v
   }
 }
 
+float cached_scale(const std::byte* tile, std::int64_t p, std::int64_t b, std::int64_t C) {
+  return half_to_float(load_unaligned<std::uint16_t>(tile + cached_scale_offset(p, b, C)));
+}
+
+/// Products of head h with the key at position p of a tile.
+float score_q8(const Input& q, std::int64_t h, const std::byte* tile, std::int64_t p, std::int64_t C) {
+  float sum = 0.0f;
+  for (std::int64_t b = 0; b < C / kBlock; ++b) {
+    int products = 0;
+    for (std::int64_t c = b * kBlock; c < (b + 1) * kBlock; ++c)
+      products += std::to_integer<std::int8_t>(tile[key_offset(p, c, C)]) * q.q[h * C + c];
+    sum += static_cast<float>(products) * (cached_scale(tile, p, b, C) * q.scale[h * C / kBlock + b]);
+  }
+  return sum;
+}
+
+/// out[c] += sum over the first `count` positions of a tile of shares[p] * value[p][c]
+void add_values_q8(const float* shares, const std::byte* tile, std::int64_t count, std::int64_t C,
+                   float* out) {
+  for (std::int64_t b = 0; b < C / kBlock; ++b) {
+    float scaled[kTilePositions] = {};
+    for (std::int64_t p = 0; p < count; ++p) scaled[p] = shares[p] * cached_scale(tile, p, b, C);
+    std::int8_t q[kTilePositions];
+    float scale;
+    std::int32_t q_sum;
+    quantize_q8(scaled, kTilePositions, q, &scale, &q_sum);
+    for (std::int64_t c = b * kBlock; c < (b + 1) * kBlock; ++c) {
+      int products = 0;
+      for (std::int64_t p = 0; p < count; ++p)
+        products += std::to_integer<std::int8_t>(tile[value_offset(p, c)]) * q[p];
+      out[c] = std::fma(static_cast<float>(products), scale, out[c]);
+    }
+  }
+}
+
+void attend_q8(const Input& q, std::int64_t heads, const std::byte* k, const std::byte* v, std::int64_t n,
+               std::int64_t C, float scale, float* scores, float* out) noexcept {
+  const std::int64_t tile_bytes = cached_tile_bytes(C);
+  for (std::int64_t h = 0; h < heads; ++h, scores += n, out += C) {
+    for (std::int64_t p = 0; p < n; ++p)
+      scores[p] = scale * score_q8(q, h, k + p / kTilePositions * tile_bytes, p % kTilePositions, C);
+    softmax(n, scores);
+    std::fill_n(out, C, 0.0f);
+    for (std::int64_t p = 0; p < n; p += kTilePositions) {
+      const std::byte* tile = v + p / kTilePositions * tile_bytes;
+      add_values_q8(scores + p, tile, std::min(kTilePositions, n - p), C, out);
+    }
+  }
+}
+
 }  // namespace
 
 constinit const KernelTable kScalarTable = {
-    "scalar",     quantize_q8,      dequantize_row, gemv,
-    gemv_rows,    axpy_rows,        gemm,           gemm_t,
-    sign_bits,    sign_differences, rms_norm,       add,
-    rope,         activate,         to_half,        attend<std::uint16_t>,
-    attend<float>};
+    "scalar",      quantize_q8,      dequantize_row, gemv,
+    gemv_rows,     axpy_rows,        gemm,           gemm_t,
+    sign_bits,     sign_differences, rms_norm,       add,
+    rope,          activate,         to_half,        attend<std::uint16_t>,
+    attend<float>, attend_q8};
 
 }  // namespace turbosparse

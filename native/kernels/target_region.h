@@ -16,6 +16,7 @@
 #include <arm_neon.h>
 #endif
 
+#include "kernels/cached_tile.h"
 #include "kernels/gemm_sizes.h"
 #include "kernels/packed.h"
 #include "kernels/tables.h"

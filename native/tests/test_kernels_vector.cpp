@@ -5,6 +5,7 @@
 
 #include "check.h"
 #include "kernel_cases.h"
+#include "kernels/cached_tile.h"
 #include "util/error.h"
 
 namespace turbosparse {
@@ -129,6 +130,75 @@ void check_attend(const KernelTable& k, std::int64_t n, std::int64_t C, std::int
   check("attend_f32");
 }
 
+/// Keys and values of n positions in tiles of 8 bits; what no position was written to is NaN and 0x80.
+struct Tiles {
+  Tiles(const KernelTable& k, const std::vector<float>& keys_and_values, std::int64_t n, std::int64_t C)
+      : bytes((n + kTilePositions - 1) / kTilePositions * cached_tile_bytes(C)),
+        memory(static_cast<std::size_t>(2 * bytes), std::byte{0x80}) {
+    for (std::int64_t tile = 0; tile < 2 * bytes; tile += cached_tile_bytes(C))
+      std::fill_n(memory.begin() + tile + kTilePositions * C, 2 * C, std::byte{0x7e});
+    for (std::int64_t p = 0; p < n; ++p) {
+      store_key_q8(k, keys_and_values.data() + p * C, C, p, memory.data());
+      store_value_q8(k, keys_and_values.data() + (n + p) * C, C, p, memory.data() + bytes);
+    }
+  }
+  const std::byte* keys() const { return memory.data(); }
+  const std::byte* values() const { return memory.data() + bytes; }
+  std::int64_t bytes;
+  std::vector<std::byte> memory;
+};
+
+/// The twin against the formula in floats: rounding to 8 bits, of queries, keys, values and shares, is the
+/// only difference. Each of them is off by 1/127/sqrt(12) of the largest of 32, that is by 0.6 % of their
+/// size.
+void check_attend_q8_formula() {
+  constexpr std::int64_t kPositions = 257, kWidth = 64, kHeads = 4;
+  const std::vector<float> kv = normal_floats(2 * kPositions * kWidth, 13);
+  const OwnedInput q(kHeads, kWidth, 14);
+  std::vector<float> scores(kHeads * kPositions), expected(q.x.size()), out(q.x.size());
+  scalar().attend_f32(q.x.data(), kHeads, kv.data(), kv.data() + kPositions * kWidth, kPositions, kWidth,
+                      kWidth, 0.125F, scores.data(), expected.data());
+  const Tiles tiles(scalar(), kv, kPositions, kWidth);
+  scalar().attend_q8(q.view, kHeads, tiles.keys(), tiles.values(), kPositions, kWidth, 0.125F, scores.data(),
+                     out.data());
+  CHECK(relative_error(out, expected) < 0.02, "attend_q8: %g", relative_error(out, expected));
+}
+
+void check_attend_q8(const KernelTable& k, std::int64_t n, std::int64_t C, std::int64_t heads) {
+  const OwnedInput q(heads, C, 8);
+  const Tiles tiles(k, normal_floats(2 * n * C, 9), n, C);
+  CHECK(tiles.memory == Tiles(scalar(), normal_floats(2 * n * C, 9), n, C).memory, "%s: tiles", k.isa);
+  std::vector<float> scores(static_cast<std::size_t>(heads * n)), expected(q.x.size()), out(q.x.size());
+  scalar().attend_q8(q.view, heads, tiles.keys(), tiles.values(), n, C, 0.3F, scores.data(), expected.data());
+  k.attend_q8(q.view, heads, tiles.keys(), tiles.values(), n, C, 0.3F, scores.data(), out.data());
+  // Shares differ by a few eps, so that some of them may be rounded to the next of 127 steps.
+  CHECK(relative_error(out, expected) < 2e-3, "%s attend_q8 n %lld C %lld heads %lld: %g", k.isa,
+        static_cast<long long>(n), static_cast<long long>(C), static_cast<long long>(heads),
+        relative_error(out, expected));
+  std::vector<float> one(static_cast<std::size_t>(C));
+  const std::int64_t last = (heads - 1) * C;
+  const Input alone{nullptr, q.q.data() + last, q.scale.data() + last / kBlock,
+                    q.q_sum.data() + last / kBlock};
+  k.attend_q8(alone, 1, tiles.keys(), tiles.values(), n, C, 0.3F, scores.data(), one.data());
+  CHECK(std::equal(one.begin(), one.end(), out.begin() + last), "%s: a head depends on others", k.isa);
+}
+
+/// A NaN in a key, or in a value, must show; in a position that is not asked for it must not.
+void check_attend_q8_nan(const KernelTable& k) {
+  constexpr std::int64_t kPositions = 40, kWidth = 32;
+  const OwnedInput q(1, kWidth, 8);
+  for (const std::int64_t broken : {0, 1}) {
+    std::vector<float> kv(2 * kPositions * kWidth, 1.0F);
+    kv[static_cast<std::size_t>((broken * kPositions + 35) * kWidth)] = kNan;
+    const Tiles tiles(k, kv, kPositions, kWidth);
+    float scores[kPositions], out[kWidth];
+    k.attend_q8(q.view, 1, tiles.keys(), tiles.values(), kPositions, kWidth, 0.3F, scores, out);
+    CHECK(std::isnan(out[0]), "%s: NaN must show (%lld)", k.isa, static_cast<long long>(broken));
+    k.attend_q8(q.view, 1, tiles.keys(), tiles.values(), 35, kWidth, 0.3F, scores, out);
+    CHECK(std::fabs(out[0] - 1.0F) < 0.01F, "%s: %g", k.isa, static_cast<double>(out[0]));
+  }
+}
+
 void check_signs(const KernelTable& k, std::int64_t n) {
   std::vector<float> x = normal_floats(n, 11);
   const float odd[] = {0.0f, -0.0f, kNan, kInf, -kInf, 1e-45f, -1e-45f};
@@ -190,6 +260,12 @@ void check_table(const KernelTable& k) {
     }
   }
   check_attend(k, 33, 8, 37);  // more heads than are kept at a time
+  for (const std::int64_t n : {1, 7, 16, 31, 32, 33, 64, 257}) {
+    for (const std::int64_t C : {32, 64, 96, 128, 256}) {
+      for (const std::int64_t heads : {1, 2, 3, 4, 7}) check_attend_q8(k, n, C, heads);
+    }
+  }
+  check_attend_q8_nan(k);
   check_attend_properties(k);
 }
 
@@ -216,6 +292,7 @@ void check_choice() {
 
 int main() {
   turbosparse::check_choice();
+  turbosparse::check_attend_q8_formula();
   for (const turbosparse::KernelTable* table : turbosparse::test::tables()) turbosparse::check_table(*table);
   return turbosparse::test::report();
 }

@@ -123,10 +123,12 @@ class Model:
         memory_budget: int = 0,
         context: int = 0,
         io: str = "",
+        kv_cache: str = "",
     ) -> None:
         """`threads` 0 means physical cores, at most 8. `memory_budget`: bytes that weights, neurons and
         sessions may take, a session of `context` positions among them; 0 means no limit. `io` is "io_uring",
-        "pread" or "mmap", "" the best that works.
+        "pread" or "mmap", "" the best that works. `kv_cache`, what sessions keep of keys and values, is
+        "f32", "f16" or "q8_0", "" f32 for a model whose weights are F32, else f16.
         """
     @property
     def info(self) -> ModelInfo: ...
@@ -134,6 +136,9 @@ class Model:
     def threads(self) -> int: ...
     @property
     def isa(self) -> str: ...
+    @property
+    def kv_cache(self) -> Literal["f32", "f16", "q8_0"]:
+        """What sessions keep keys and values as."""
     def session(self, context: int) -> Session:
         """A new empty KV cache with room for `context` positions."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse._native import Model, Session
+from turbosparse.errors import ConfigError
 from turbosparse.runtime.reference import FfnTrace, ReferenceEngine
 
 if TYPE_CHECKING:
@@ -106,18 +107,51 @@ def test_types_without_kernel_are_transcoded(tmp_path: Path, transcode: str) -> 
     assert model.info.ffn_types == [transcode]
     bound = {"F32": 1e-5, "Q8_0": 0.06, "Q4_0": 0.5}[transcode]
     logits = model.session(64).forward(IDS, logits="all")
-    cache_dtype = np.float32 if transcode == "F32" else np.float16
-    assert distance(logits, ReferenceEngine(path, cache_dtype=cache_dtype).forward(IDS)) < bound
+    kv_cache: Literal["f32", "f16"] = "f32" if transcode == "F32" else "f16"
+    assert distance(logits, ReferenceEngine(path, kv_cache=kv_cache).forward(IDS)) < bound
 
 
 @pytest.mark.parametrize("weight_type", ["Q4_K", "Q5_K", "Q6_K"])
 def test_k_quants_are_read_exactly(tmp_path: Path, weight_type: str) -> None:
     path = tmp_path / "model.gguf"
     make_tiny_model(path, TinyModel(weight_type=weight_type, hidden_size=256, intermediate_size=512))
-    expected = ReferenceEngine(path, cache_dtype=np.float32).forward(IDS)
+    expected = ReferenceEngine(path, kv_cache="f32").forward(IDS)
     logits = Model(str(path), transcode="F32").session(64).forward(IDS, logits="all")
     assert distance(logits, expected) < 1e-5
     assert distance(Model(str(path)).session(64).forward(IDS, logits="all"), expected) < 0.1
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_8_bit_cache(tmp_path: Path, threads: int) -> None:
+    path = tmp_path / "model.gguf"
+    make_tiny_model(path, TinyModel(hidden_size=128, num_attention_heads=4, num_key_value_heads=2))
+    model = Model(str(path), threads=threads, kv_cache="q8_0")
+    ids = np.tile(IDS, 5)[:100]  # more than three tiles of positions
+    expected = ReferenceEngine(path, kv_cache="q8_0").forward(ids)
+    whole = model.session(100).forward(ids, logits="all")
+    # Queries and the shares of values are rounded to 8 bits too: as large an error again.
+    bound = 1.5 * distance(expected, ReferenceEngine(path, kv_cache="f32").forward(ids))
+    assert distance(whole, expected) < bound < 0.03
+    assert distance(step_by_step(model.session(100), ids, "dense"), expected) < bound
+    assert np.array_equal(whole, Model(str(path), kv_cache="q8_0").session(100).forward(ids, logits="all"))
+    session = model.session(100)
+    session.forward(ids[::-1].copy())
+    session.truncate(0)  # what was there before does not matter
+    assert np.array_equal(session.forward(ids, logits="all"), whole)
+
+
+def test_cache_types(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    make_tiny_model(path, TinyModel())
+    assert Model(str(path)).kv_cache == "f32"
+    halves = Model(str(path), kv_cache="f16")
+    assert halves.kv_cache == "f16"
+    logits = halves.session(64).forward(IDS, logits="all")
+    assert distance(logits, ReferenceEngine(path, kv_cache="f16").forward(IDS)) < 1e-5
+    with pytest.raises(ConfigError, match=r"heads of 16 values \(q8_0 takes a multiple of 32\), got q8_0"):
+        Model(str(path), kv_cache="q8_0")
+    with pytest.raises(ConfigError, match=r"\[kv cache\] expected f32, f16 or q8_0, got q4_0"):
+        Model(str(path), kv_cache="q4_0")
 
 
 @pytest.mark.parametrize("activation", ZERO_ACTIVATIONS)

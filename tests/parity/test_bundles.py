@@ -108,6 +108,20 @@ def test_a_budget_that_holds_everything_reads_nothing(bundles: Path) -> None:
     assert sum(model.session(CONTEXT).counters["disk_bytes"]) == 0
 
 
+def test_a_cache_of_8_bits_takes_less_of_the_budget(tmp_path: Path) -> None:
+    plain = tmp_path / "plain.gguf"
+    make_tiny_model(plain, dataclasses.replace(WIDE, hidden_size=128, context_length=4096))
+
+    def least(kv_cache: str) -> int:
+        with pytest.raises(ConfigError, match="at least") as error:
+            _native.Model(str(plain), memory_budget=1 << 20, context=4096, kv_cache=kv_cache)
+        return int(re.search(r"(\d+) MiB for a context of 4096", str(error.value))[1])  # type: ignore[index]
+
+    info = _native.Model(str(plain)).info
+    halves = info.num_hidden_layers * 4096 * 2 * info.num_key_value_heads * info.head_dim * 2 / (1 << 20)
+    assert least("f16") - least("q8_0") == pytest.approx(halves * (1 - 8.5 / 16), abs=1)
+
+
 def test_a_plain_file_needs_its_whole_size(plain: Path) -> None:
     with pytest.raises(ConfigError, match="layout bundled"):
         _native.Model(str(plain), memory_budget=1 << 20, context=CONTEXT)

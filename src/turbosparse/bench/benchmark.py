@@ -68,6 +68,8 @@ class BenchConfig:
     """Bytes that the kernel allows each side, in cgroups; 0 for no limit."""
     io: str = ""
     """How neurons beyond the budget are read; empty means the best that works."""
+    kv_cache: str = ""
+    """What both engines keep keys and values as; empty means f16, or in ours f32 where weights are F32."""
 
     def __post_init__(self) -> None:
         _check("rounds", self.rounds, 1, 1000)
@@ -103,6 +105,8 @@ class Row:
     mode: str
     quant: str
     """Weight types of the FFN as they are computed with."""
+    kv_cache: str
+    """What keys and values are kept as."""
     tok_per_s: float
     """Median over rounds."""
     tok_per_s_sd: float
@@ -234,7 +238,7 @@ def _limited_baseline(
     if config.memory_limit:
         limit = stack.enter_context(MemoryLimit("llama.cpp", config.memory_limit))
         drop_cached_pages(path)  # they would count for whoever read them first
-    return stack.enter_context(LlamaCppRunner(path, threads, context, limit))
+    return stack.enter_context(LlamaCppRunner(path, threads, context, limit, kv_cache=config.kv_cache))
 
 
 def _bench_threads(
@@ -290,6 +294,7 @@ def _rows(
             test=timing.case.name,
             mode=timing.runner.mode,
             quant="+".join(model.info.ffn_types if ours and model else _file_ffn_types(tensors)),
+            kv_cache=model.kv_cache if ours and model else config.kv_cache or "f16",
             tok_per_s=timing.median,
             tok_per_s_sd=timing.deviation,
             ratio_to_dense=median_ratio(timing, _find(peers, "turbosparse", "dense")) if ours else None,
@@ -365,6 +370,7 @@ def load_for(path: Path, config: BenchConfig, threads: int) -> tuple[_native.Mod
         memory_budget=config.memory_budget,
         context=_longest(cases),
         io=config.io,
+        kv_cache=config.kv_cache,
     )
     return model, cases
 

@@ -22,8 +22,10 @@ import llama_cpp.llama_cpp as api
 
 __all__ = ["main"]
 
+KV_TYPES = {"f32": api.GGML_TYPE_F32, "f16": api.GGML_TYPE_F16, "q8_0": api.GGML_TYPE_Q8_0}
 
-def main(path: str, threads: int, context: int, *, mapped: bool) -> None:
+
+def main(path: str, threads: int, context: int, kv_cache: str, *, mapped: bool) -> None:
     """Load the model, then answer requests until the input ends.
 
     Parameters
@@ -34,6 +36,8 @@ def main(path: str, threads: int, context: int, *, mapped: bool) -> None:
         Threads for prompts and for single tokens.
     context : int
         Positions of the KV cache.
+    kv_cache : {"f32", "f16", "q8_0"}
+        What keys and values are kept as.
     mapped : bool
         Leave the weights in the mapped file, where copies in another order would not fit into memory.
     """
@@ -53,6 +57,7 @@ def main(path: str, threads: int, context: int, *, mapped: bool) -> None:
     params.n_batch = context
     params.n_threads = threads
     params.n_threads_batch = threads
+    params.type_k = params.type_v = KV_TYPES[kv_cache]
     contexts: dict[tuple[int, ...], Any] = {}  # by what is in the cache
     _answer({"ready": True})
     for line in sys.stdin:
@@ -86,6 +91,6 @@ def _answer(message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 4:  # a cgroup that limits memory; joined before the model is opened
-        Path(sys.argv[4]).write_text("0", encoding="ascii")
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), mapped=len(sys.argv) > 4)
+    if len(sys.argv) > 5:  # a cgroup that limits memory; joined before the model is opened
+        Path(sys.argv[5]).write_text("0", encoding="ascii")
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], mapped=len(sys.argv) > 5)

@@ -234,16 +234,26 @@ class LlamaCppRunner:
         Positions of the KV cache.
     limit : MemoryLimit, optional
         What its process may hold, cached pages of the file among it.
+    kv_cache : {"", "f32", "f16", "q8_0"}
+        What keys and values are kept as; empty means f16.
     """
 
     backend = "llama.cpp"
     mode = "dense"
 
-    def __init__(self, path: Path, threads: int, context: int, limit: MemoryLimit | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        threads: int,
+        context: int,
+        limit: MemoryLimit | None = None,
+        *,
+        kv_cache: str = "",
+    ) -> None:
         require_llama_cpp()
         group = [] if limit is None else [str(limit.processes)]
         self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(path), str(threads), str(context), *group],
+            [sys.executable, str(WORKER), str(path), str(threads), str(context), kv_cache or "f16", *group],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

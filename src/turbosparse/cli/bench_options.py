@@ -123,6 +123,7 @@ def bench_config(args: argparse.Namespace) -> "BenchConfig":
         memory_budget=budget,
         memory_limit=budget + FOR_THE_INTERPRETER if budget and args.against else 0,
         io=args.io or "",
+        kv_cache=args.kv_cache or "",
     )
 
 
@@ -202,6 +203,8 @@ def command_line(args: argparse.Namespace) -> str:
         words += ["--memory-budget", args.memory_budget]
     if args.io:
         words += ["--io", args.io]
+    if args.kv_cache:
+        words += ["--kv-cache", args.kv_cache]
     if args.one_at_a_time:
         words += ["--one-at-a-time"]
     if args.roofline:

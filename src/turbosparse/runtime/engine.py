@@ -45,6 +45,7 @@ def load(
     transcode: Transcode = "Q8_0",
     memory_budget: int | None = None,
     io: str | None = None,
+    kv_cache: str | None = None,
 ) -> "Model":
     """Open a model file.
 
@@ -67,6 +68,10 @@ def load(
         Python itself takes, some 60 MB, is not counted.
     io : {"io_uring", "pread", "mmap"}, optional
         How they are read; by default the best that works here.
+    kv_cache : {"f16", "q8_0", "f32"}, optional
+        What keys and values of earlier tokens are kept as. q8_0 is 8-bit integers with a scale for every 32:
+        half the memory, and faster at long contexts, for a small loss. By default f16, or f32 where the
+        weights are F32.
 
     Returns
     -------
@@ -91,6 +96,7 @@ def load(
         memory_budget=memory_budget or 0,
         context=context or default_context(metadata),
         io=io or "",
+        kv_cache=kv_cache or "",
     )
     for source, target in engine.info.transcoded.items():
         logger.info("%s: %s has no native kernel; transcoded to %s while loading", path, source, target)

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from gguf.quants import dequantize
-from numpy.typing import DTypeLike, NDArray
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
+from numpy.typing import NDArray
 
 from turbosparse._native import GgufFile
 from turbosparse.errors import ModelFileError
@@ -29,6 +30,7 @@ __all__ = ["FfnTrace", "ReferenceEngine"]
 
 Array = NDArray[np.float32]
 Mode = Literal["dense", "exact", "threshold", "predicted"]
+KvCache = Literal["f32", "f16", "q8_0"]
 PREFIX = "turbosparse-"
 
 
@@ -54,6 +56,16 @@ def _rms_norm(x: Array, weight: Array, eps: float) -> Array:
     return np.asarray(
         x / np.sqrt(np.mean(x * x, axis=-1, keepdims=True) + np.float32(eps)) * weight, np.float32
     )
+
+
+def _as_cached(x: Array, kind: KvCache) -> Array:
+    """What is left of keys or values in the cache."""
+    if kind == "f32":
+        return x
+    if kind == "f16":
+        return x.astype(np.float16).astype(np.float32)
+    stored = quantize(np.ascontiguousarray(x), GGMLQuantizationType.Q8_0)
+    return np.asarray(dequantize(stored, GGMLQuantizationType.Q8_0), np.float32).reshape(x.shape)
 
 
 def _keys_under(prefix: str, metadata: dict[str, Any]) -> dict[str, Any]:
@@ -162,9 +174,9 @@ class ReferenceEngine:
     ----------
     path : str or path-like
         GGUF file of an architecture that the engine knows (or turbosparse- before it).
-    cache_dtype : float16 or float32, optional
-        What the KV cache holds; by default what the native engine keeps, which is float32 where the weights
-        of keys are F32, else float16.
+    kv_cache : {"f32", "f16", "q8_0"}, optional
+        What the KV cache holds; by default what the native engine keeps, which is f32 where the weights of
+        keys are F32, else f16.
 
     Raises
     ------
@@ -176,7 +188,7 @@ class ReferenceEngine:
     All weights are held as float32: four bytes per weight.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, cache_dtype: DTypeLike | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, kv_cache: KvCache | None = None) -> None:
         file = GgufFile(path)
         metadata = file.metadata
         self._shape = _Shape.read(metadata)
@@ -198,7 +210,7 @@ class ReferenceEngine:
             values = dequantize(raw.reshape(*tensor.shape[:-1], -1) if tensor.type > 1 else raw, tensor.type)
             self._weights[tensor.name] = np.asarray(values, np.float32).reshape(tensor.shape)
         exact = file.tensor("blk.0.attn_k.weight").type_name == "F32"
-        self._cache_dtype = np.dtype(cache_dtype or (np.float32 if exact else np.float16))
+        self._kv_cache: KvCache = kv_cache or ("f32" if exact else "f16")
         self._keys: list[NDArray[Any]] = []
         self._values: list[NDArray[Any]] = []
         self.truncate(0)
@@ -223,7 +235,7 @@ class ReferenceEngine:
             Tokens to keep; 0 empties the cache.
         """
         shape = (0, self._shape.kv_heads, self._shape.head_dim)
-        empty = [np.zeros(shape, self._cache_dtype)] * self._shape.layers
+        empty = [np.zeros(shape, np.float32)] * self._shape.layers
         self._keys = [keys[:position] for keys in self._keys or empty]
         self._values = [values[:position] for values in self._values or empty]
 
@@ -380,9 +392,9 @@ class ReferenceEngine:
         q, k, v = (self._project(layer, name, x) for name in ("q", "k", "v"))  # [T, H | K, C]
         if shape.unrotated_layers == 0 or layer % shape.unrotated_layers:
             q, k = self._rotate(q, positions), self._rotate(k, positions)
-        k = k.astype(self._cache_dtype)
+        k = _as_cached(k, self._kv_cache)
         self._keys[layer] = np.concatenate([self._keys[layer], k])
-        self._values[layer] = np.concatenate([self._values[layer], v.astype(self._cache_dtype)])
+        self._values[layer] = np.concatenate([self._values[layer], _as_cached(v, self._kv_cache)])
         group = shape.heads // shape.kv_heads
         keys = np.repeat(self._keys[layer].astype(np.float32), group, axis=1)  # [positions, H, C]
         values = np.repeat(self._values[layer].astype(np.float32), group, axis=1)
