@@ -4,6 +4,7 @@ token by token and together, however they are read.
 
 import dataclasses
 import os
+import re
 from pathlib import Path
 
 import numpy as np
