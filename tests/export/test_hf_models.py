@@ -16,6 +16,8 @@ from turbosparse.export.run import ExportConfig, export_model, plan_export
 from turbosparse.models.registry import load_model
 from turbosparse.runtime.model_file import ModelFile
 from turbosparse.runtime.texts import HELD_OUT, read_text
+from turbosparse.sparsify.recipe import recipe_from_dict
+from turbosparse.sparsify.upcycling import start_of, upcycle
 
 TEXT = read_text(HELD_OUT)[:2000]
 F32 = TypeChoice(weights="F32")
@@ -53,6 +55,23 @@ def assert_same_function(directory: Path, file: Path) -> None:
         greedy.append(int(logits[-1].argmax()))
         logits = session.forward(np.array(greedy[-1:], np.int32))
     assert greedy == tokens[0, 16:].tolist()
+
+
+def test_an_upcycled_mixture_runs_as_the_dense_model(make_directory: MakeDirectory, tmp_path: Path) -> None:
+    dense = make_directory(tie_word_embeddings=True)
+    recipe = recipe_from_dict(
+        {
+            "model": str(dense),
+            "output": str(tmp_path / "run"),
+            "upcycle": {"num_experts": 4},
+            "data": {"sources": [{"path": "text.txt"}]},
+            "stages": [{"name": "one", "tokens": 1, "loss": {"logits": 1.0}, "learning_rate": 1e-3}],
+        }
+    )
+    upcycle(recipe)
+    file = export(Path(start_of(recipe)), unchecked())
+    assert "blk.0.ffn_gate_exps.weight" in ModelFile(file).tensors
+    assert_same_function(dense, file)
 
 
 @pytest.mark.parametrize("activation", [None, "drelu"])

@@ -8,6 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from turbosparse.models.registry import register
 from turbosparse.sparsify.recipe import Recipe, StageConfig
+from turbosparse.sparsify.upcycling import mixture_config
 
 __all__ = ["StageEstimate", "estimate_run", "measure_flops"]
 
@@ -76,6 +77,8 @@ def estimate_run(recipe: Recipe, *, flops: float, processes: int = 1) -> list[St
     """
     register()
     config = AutoConfig.from_pretrained(recipe.model)
+    if recipe.upcycle is not None:
+        config = mixture_config(config, recipe.upcycle)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     total = sum(parameter.numel() for parameter in model.parameters())
@@ -83,12 +86,14 @@ def estimate_run(recipe: Recipe, *, flops: float, processes: int = 1) -> list[St
     # The head multiplies, the input embedding only looks up; tied ones are counted once already.
     multiplied = total if config.tie_word_embeddings else total - vocabulary * hidden
     ffn = sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name or ".experts." in name)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    idle = experts - experts * config.num_experts_per_tok // config.num_experts if experts else 0
     estimates = []
     for stage in recipe.stages:
         length = recipe.data_of(stage).sequence_length
         steps = stage.steps(length)
         tokens = steps * stage.batch_sequences * length
-        per_token = _flops_per_token(stage, multiplied, ffn, vocabulary * hidden)
+        per_token = _flops_per_token(stage, multiplied - idle, ffn - idle, vocabulary * hidden)
         trainable = ffn if stage.loss.is_regression_only or stage.trainable == "ffn" else total
         memory = total * _PARAMETER_BYTES + trainable * _OPTIMIZER_BYTES
         if stage.loss.needs_teacher or stage.loss.ffn_output:

@@ -42,7 +42,8 @@ def model_card(recipe: Recipe, stage: StageConfig, *, metrics_file: Path, drawn:
     parts = [
         f"---\n{front.to_yaml()}\n---",
         f"# {base} with {recipe.activation}",
-        f"{base}, the activation of its feed-forward layers replaced by {recipe.activation} and trained on "
+        f"{base}{_experts(recipe)}, the activation of its feed-forward layers replaced by "
+        f"{recipe.activation} and trained on "
         f"{sum(_tokens(recipe, done) for done in stages):,} tokens with turbosparse, so that most neurons "
         "are zero for each token and need not be computed.",
         *_quality(_evaluations(metrics_file, stage.name)),
@@ -77,6 +78,16 @@ def model_card(recipe: Recipe, stage: StageConfig, *, metrics_file: Path, drawn:
         "Settings, versions and the SHA-256 of every local source are in the run's `run.json`.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _experts(recipe: Recipe) -> str:
+    if recipe.upcycle is None:
+        return ""
+    experts = recipe.upcycle
+    return (
+        f", each feed-forward layer made {experts.num_experts} experts of which a token uses "
+        f"{experts.num_experts_per_tok}"
+    )
 
 
 def _tokens(recipe: Recipe, stage: StageConfig) -> int:

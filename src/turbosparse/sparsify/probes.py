@@ -1,19 +1,34 @@
-"""What watches the FFNs while they train: counts of zeros, L1, and regression against the original FFNs."""
+"""What watches the FFNs while they train: zeros, load of experts, L1, and regression against the original."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from turbosparse.measure.divergence import relative_error
 from turbosparse.models.gated_ffn import GatedExperts, GatedFFN, gated_ffns
+from turbosparse.sparsify.routing import load_entropy
 
-__all__ = ["LayerProbe", "ProbeSet"]
+__all__ = ["LayerCounts", "LayerProbe", "ProbeSet"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerCounts:
+    """What a probe has counted."""
+
+    zeros: int = 0
+    """Intermediate values that are exactly zero."""
+    values: int = 0
+    """All intermediate values."""
+    load: Tensor | None = None
+    """Tokens that each expert got, [E]; None where there are no experts."""
 
 
 class LayerProbe:
-    """Watches one FFN: counts exact zeros and, where asked, keeps the parts of the loss that arise here."""
+    """Watches one FFN: counts zeros and tokens of experts, keeps the parts of the loss that arise here."""
 
     def __init__(self) -> None:
         self.reference: GatedFFN | GatedExperts | None = None
@@ -25,6 +40,7 @@ class LayerProbe:
         self.errors: list[Tensor] = []
         self._zeros: Tensor | None = None
         self._values = 0
+        self._load: Tensor | None = None
 
     def on_intermediate(self, intermediate: Tensor) -> None:
         """Count zeros of the input of the down projection, [..., F], and keep its mean magnitude."""
@@ -40,6 +56,9 @@ class LayerProbe:
 
     def run(self, ffn: GatedFFN | GatedExperts, x: Tensor, *routing: Tensor) -> Tensor:
         """Run the FFN and compare it with the reference on the same input."""
+        if self.watching and isinstance(ffn, GatedExperts):
+            load = torch.bincount(routing[0].flatten(), minlength=ffn.num_experts)
+            self._load = load if self._load is None else self._load + load
         if self.reference is None or not torch.is_grad_enabled():
             output: Tensor = ffn.compute(x, *routing)
             return output
@@ -54,15 +73,16 @@ class LayerProbe:
         expected = expected.to(output.dtype)
         return expected + 0.0 * output if self.linked else expected
 
-    def take_counts(self) -> tuple[int, int]:
-        """Return the numbers of zeros and of values since the last call."""
-        counts = (0 if self._zeros is None else int(self._zeros), self._values)
-        self._zeros, self._values = None, 0
+    def take_counts(self) -> LayerCounts:
+        """Return what was counted since the last call."""
+        zeros = 0 if self._zeros is None else int(self._zeros)
+        counts = LayerCounts(zeros=zeros, values=self._values, load=self._load)
+        self._zeros, self._values, self._load = None, 0, None
         return counts
 
-    def put_counts(self, counts: tuple[int, int]) -> None:
+    def put_counts(self, counts: LayerCounts) -> None:
         """Go on counting from what `take_counts` returned."""
-        self._zeros, self._values = torch.tensor(counts[0]), counts[1]
+        self._zeros, self._values, self._load = torch.tensor(counts.zeros), counts.values, counts.load
 
 
 class ProbeSet:
@@ -127,21 +147,36 @@ class ProbeSet:
             probe.l1, probe.errors = [], []
         return _mean(l1), _mean(errors), [error.detach() for error in errors]
 
-    def take_zeros(self) -> list[float]:
-        """Return the share of exact zeros per layer since the last call."""
-        return [zeros / max(values, 1) for zeros, values in self.take_counts()]
+    def take_metrics(self) -> dict[str, Any]:
+        """Return the share of exact zeros, and the entropy of the load of experts, since the last call.
 
-    def take_counts(self) -> list[tuple[int, int]]:
-        """Return the numbers of zeros and of values per layer since the last call."""
+        Returns
+        -------
+        dict
+            ``zeros`` (where there are any) and ``routing_entropy`` (where there are experts): means over the
+            layers; ``zeros_per_layer`` and ``routing_entropy_per_layer``.
+        """
+        counts = self.take_counts()
+        zeros = [layer.zeros / max(layer.values, 1) for layer in counts]
+        entropies = [load_entropy(layer.load) for layer in counts if layer.load is not None]
+        metrics: dict[str, Any] = {}
+        for name, shares in (("zeros", zeros if any(zeros) else []), ("routing_entropy", entropies)):
+            if shares:
+                metrics[name] = sum(shares) / len(shares)
+                metrics[f"{name}_per_layer"] = [round(share, 5) for share in shares]
+        return metrics
+
+    def take_counts(self) -> list[LayerCounts]:
+        """Return what was counted in each layer since the last call."""
         return [probe.take_counts() for probe in self]
 
-    def put_counts(self, counts: list[tuple[int, int]]) -> None:
+    def put_counts(self, counts: list[LayerCounts]) -> None:
         """Go on counting from what `take_counts` returned.
 
         Parameters
         ----------
-        counts : list of tuple of int
-            Zeros and values per layer.
+        counts : list of LayerCounts
+            One per layer.
         """
         for probe, count in zip(self, counts, strict=True):
             probe.put_counts(count)

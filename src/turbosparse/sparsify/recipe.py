@@ -11,6 +11,7 @@ from turbosparse.data.config import DataConfig
 from turbosparse.errors import ConfigError
 from turbosparse.models.activations import parse_activation
 from turbosparse.sparsify.fresh_model import FreshModel
+from turbosparse.sparsify.upcycling import Upcycling
 
 __all__ = [
     "LossWeights",
@@ -47,14 +48,15 @@ class LossWeights:
     """Relative squared error of each layer's hidden state against the original model's."""
     activation_l1: float = 0.0
     """Mean |intermediate state| of the FFNs, ramped up over ``l1_ramp_tokens``."""
+    router_balance: float = 0.0
+    """In a mixture, how unevenly each router uses its experts: 1 is balanced. 0.01 is usual."""
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
             _check(value >= 0, f"loss.{item.name}", "a weight of at least 0", value)
-        _check(
-            any(dataclasses.astuple(self)), "loss", "at least one weight above 0", dataclasses.asdict(self)
-        )
+        taught = {name: value for name, value in vars(self).items() if name != "router_balance"}
+        _check(any(taught.values()), "loss", "at least one weight above 0", taught)
 
     @property
     def needs_teacher(self) -> bool:
@@ -145,6 +147,13 @@ class StageConfig:
         )
         _check(self.l1_ramp in RAMPS, f"{place}.l1_ramp", f"one of {', '.join(RAMPS)}", self.l1_ramp)
         _check(self.temperature > 0, f"{place}.temperature", "a temperature above 0", self.temperature)
+        fixed = self.trainable == "ffn" or self.loss.is_regression_only
+        _check(
+            not (fixed and self.loss.router_balance),
+            f"{place}.loss.router_balance",
+            "0 where only FFNs are trained, which leaves the routers as they are",
+            self.loss.router_balance,
+        )
         _check(0 <= self.beta1 < 1, f"{place}.beta1", "0 to 1", self.beta1)
         _check(0 <= self.beta2 < 1, f"{place}.beta2", "0 to 1", self.beta2)
         for name in (
@@ -204,6 +213,8 @@ class Recipe:
     """Start from random weights of the model's configuration instead of its own."""
     fresh: FreshModel | None = None
     """Start from random weights of this shape, with a tokenizer trained on the data where none is named."""
+    upcycle: Upcycling | None = None
+    """Make a mixture of experts of the model first, whose experts start as copies of its FFNs."""
     initial_fit_tokens: int = 16_384
     """Before training, choose which halves of neurons a swap to dReLU keeps, and refit down projections to
     the original outputs by least squares, on so many tokens in one pass; 0 leaves the weights as they are."""
@@ -234,6 +245,9 @@ class Recipe:
             _check(bool(self.model), "model", "a directory or model id, or [fresh]", self.model)
         else:
             _check(not self.model, "model", "none beside [fresh]", self.model)
+        if self.upcycle is not None:
+            fresh = self.fresh is not None or self.from_scratch
+            _check(not fresh, "upcycle", "a trained model", "random weights")
         _check(bool(self.output), "output", "a directory", self.output)
         parse_activation(self.activation)
         _check(self.initial_fit_tokens >= 0, "initial_fit_tokens", "at least 0", self.initial_fit_tokens)

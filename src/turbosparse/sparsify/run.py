@@ -13,6 +13,7 @@ from turbosparse.sparsify.host_memory import keep_freed_memory
 from turbosparse.sparsify.recipe import Recipe, StageConfig
 from turbosparse.sparsify.sharding import set_up_single_process
 from turbosparse.sparsify.stage import MODEL_DIRECTORY, Stage
+from turbosparse.sparsify.upcycling import start_of, upcycle
 
 __all__ = ["RunResult", "run_recipe"]
 
@@ -63,6 +64,7 @@ def run_recipe(recipe: Recipe, *, control: bool = False, from_checkpoint: Path |
     output = Path(recipe.output)
     output.mkdir(parents=True, exist_ok=True)
     recipe = start_fresh(recipe)
+    upcycle(recipe)
     stages = list(recipe.stages)
     if from_checkpoint is not None:
         stages = _stages_from(stages, from_checkpoint)
@@ -72,7 +74,7 @@ def run_recipe(recipe: Recipe, *, control: bool = False, from_checkpoint: Path |
         if not (directory / MODEL_DIRECTORY).is_dir():
             finished = Stage(recipe, stage, directory, previous, from_checkpoint, control=control).train()
             if not finished:
-                return RunResult(finished=False, model=previous or Path(recipe.model))
+                return RunResult(finished=False, model=previous or Path(start_of(recipe)))
         from_checkpoint = None
         previous = directory / MODEL_DIRECTORY
     assert previous is not None

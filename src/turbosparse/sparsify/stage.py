@@ -36,6 +36,7 @@ from turbosparse.sparsify.recipe import Recipe, StageConfig, recipe_to_dict
 from turbosparse.sparsify.sharding import fsdp_arguments, shard_teacher
 from turbosparse.sparsify.stream import DATA_STATE_FILE, SequenceStream
 from turbosparse.sparsify.trainer import StageTrainer
+from turbosparse.sparsify.upcycling import start_of
 from turbosparse.sparsify.weight_average import WeightAverage
 
 __all__ = ["MODEL_DIRECTORY", "Stage"]
@@ -198,7 +199,8 @@ class Stage:
                 "[from_scratch] expected next_token and activation_l1 losses only, got one of a teacher"
             )
         dtype = torch.bfloat16 if _has_bf16() and self.recipe.precision != "fp32" else torch.float32
-        teacher = load_model(self.recipe.model, dtype=dtype)
+        # An upcycled mixture starts as the dense model, which is cheaper; FFNs are compared one by one.
+        teacher = load_model(start_of(self.recipe) if loss.ffn_output else self.recipe.model, dtype=dtype)
         replace_ffns(teacher, activation_of(teacher), activation_of(teacher))
         return teacher.requires_grad_(False).to(device)
 
@@ -213,7 +215,7 @@ class Stage:
             config = AutoConfig.from_pretrained(recipe.model)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
-            model = load_model(recipe.model, dtype=torch.float32)
+            model = load_model(start_of(recipe), dtype=torch.float32)
         activation = parse_activation(recipe.activation)
         if self.control or (recipe.from_scratch and activation == activation_of(model)):
             replace_ffns(model, activation_of(model), activation_of(model))
@@ -253,10 +255,7 @@ class Stage:
         }
         with trainer.probes.watch(), self._averaged():
             record |= self._perplexities(trainer, model)
-        zeros = trainer.probes.take_zeros()
-        if any(zeros):
-            record["zeros"] = sum(zeros) / len(zeros)
-            record["zeros_per_layer"] = [round(share, 5) for share in zeros]
+        record |= trainer.probes.take_metrics()
         trainer.probes.put_counts(training_counts)
         model.train(was_training)
         self._report(trainer, record)
@@ -282,8 +281,10 @@ class Stage:
             for name, value in record.items()
             if name.startswith("perp")
         )
-        zeros = f"; zeros {record['zeros']:.1%}" if "zeros" in record else ""
-        _LOG.info("[%s] held-out perplexity: %s%s", record["event"], text, zeros)
+        found = f"; zeros {record['zeros']:.1%}" if "zeros" in record else ""
+        if "routing_entropy" in record:
+            found += f"; routing entropy {record['routing_entropy']:.3f}"
+        _LOG.info("[%s] held-out perplexity: %s%s", record["event"], text, found)
 
     def _step_tokens(self) -> int:
         return self.stage.batch_sequences * self.data.sequence_length

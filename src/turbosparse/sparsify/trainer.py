@@ -15,11 +15,12 @@ from torch.nn import functional
 from transformers import Trainer
 
 from turbosparse.data.encoding import IGNORED_LABEL
-from turbosparse.errors import TrainingError
+from turbosparse.errors import ConfigError, TrainingError
 from turbosparse.measure.divergence import logit_divergence, relative_error
 from turbosparse.sparsify.checkpoints import COMPLETE_FILE, checkpoint_steps, sync_files
 from turbosparse.sparsify.probes import ProbeSet
 from turbosparse.sparsify.recipe import StageConfig
+from turbosparse.sparsify.routing import balance_loss
 from turbosparse.sparsify.schedules import learning_rate_factor, ramp
 from turbosparse.sparsify.stream import SequenceStream
 from turbosparse.sparsify.weight_average import WeightAverage
@@ -85,6 +86,12 @@ class StageTrainer(Trainer):
         before = getattr(self.model.config, "turbosparse_training", {})  # what stages before this one did
         self._tokens_before = int(before.get("tokens", 0))
         loss = stage.loss
+        self._experts_per_token = int(getattr(self.model.config, "num_experts_per_tok", 0))
+        if loss.router_balance and not self._experts_per_token:
+            raise ConfigError(
+                f"[stages.{stage.name}.loss.router_balance] expected a mixture of experts, got a model of "
+                f"type {self.model.config.model_type}"
+            )
         if loss.activation_l1:
             self.probes.keep_l1()
         if loss.ffn_output:
@@ -118,6 +125,7 @@ class StageTrainer(Trainer):
                 **model_inputs,
                 output_hidden_states=loss.hidden_states > 0,
                 logits_to_keep=1 if loss.is_regression_only else 0,
+                **({"output_router_logits": True} if loss.router_balance else {}),
             )
         learnt = labels != IGNORED_LABEL
         items = learnt.sum() if num_items_in_batch is None else num_items_in_batch
@@ -136,6 +144,9 @@ class StageTrainer(Trainer):
                 reduction="sum",
             )
             parts["next_token"] = (loss.next_token, cross_entropy * per_item)
+        if loss.router_balance:
+            balance = balance_loss(outputs.router_logits, experts_per_token=self._experts_per_token)
+            parts["router_balance"] = (loss.router_balance, balance / self._accumulation)
         l1, ffn_error, layer_errors = self.probes.take_losses()
         if l1 is not None:
             weight = loss.activation_l1 * ramp(
@@ -251,10 +262,7 @@ class StageTrainer(Trainer):
             metrics["perplexity"] = math.exp(min(metrics["loss_next_token"], 700.0))
         if self._layer_errors is not None:
             metrics["ffn_error_per_layer"] = [round(float(error) / steps, 5) for error in self._layer_errors]
-        zeros = self.probes.take_zeros()
-        if zeros:
-            metrics["zeros"] = sum(zeros) / len(zeros)
-            metrics["zeros_per_layer"] = [round(share, 5) for share in zeros]
+        metrics |= self.probes.take_metrics()
         before, tokens_before = self._clock
         if self._parts_steps:
             metrics["tokens_per_second"] = (tokens - tokens_before) / max(now - before, 1e-9)
