@@ -122,7 +122,7 @@ def _quality(found: dict[str, dict[str, Any]]) -> list[str]:
         )
         rows.append((name.removeprefix("perplexity_"), *ratio))
     text = ["## Held-out perplexity", _table(("text", "original", "this model", "ratio"), rows)]
-    if "zeros" in here:
+    if here.get("zeros"):
         text.append(f"{here['zeros']:.1%} of all neurons are exactly zero on these texts.")
     return text
 

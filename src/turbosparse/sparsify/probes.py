@@ -153,14 +153,14 @@ class ProbeSet:
         Returns
         -------
         dict
-            ``zeros`` (where there are any) and ``routing_entropy`` (where there are experts): means over the
-            layers; ``zeros_per_layer`` and ``routing_entropy_per_layer``.
+            ``zeros`` and, where there are experts, ``routing_entropy``: means over the layers;
+            ``zeros_per_layer`` and ``routing_entropy_per_layer``.
         """
         counts = self.take_counts()
         zeros = [layer.zeros / max(layer.values, 1) for layer in counts]
         entropies = [load_entropy(layer.load) for layer in counts if layer.load is not None]
         metrics: dict[str, Any] = {}
-        for name, shares in (("zeros", zeros if any(zeros) else []), ("routing_entropy", entropies)):
+        for name, shares in (("zeros", zeros), ("routing_entropy", entropies)):
             if shares:
                 metrics[name] = sum(shares) / len(shares)
                 metrics[f"{name}_per_layer"] = [round(share, 5) for share in shares]

@@ -281,7 +281,7 @@ class Stage:
             for name, value in record.items()
             if name.startswith("perp")
         )
-        found = f"; zeros {record['zeros']:.1%}" if "zeros" in record else ""
+        found = f"; zeros {record['zeros']:.1%}" if record.get("zeros") else ""
         if "routing_entropy" in record:
             found += f"; routing entropy {record['routing_entropy']:.3f}"
         _LOG.info("[%s] held-out perplexity: %s%s", record["event"], text, found)
