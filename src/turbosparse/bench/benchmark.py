@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from turbosparse import _native
 from turbosparse.bench.filled_sessions import FilledSessions
 from turbosparse.bench.memory_limit import MemoryLimit, drop_cached_pages
-from turbosparse.bench.roofline import available_cpus, stream_bandwidth
+from turbosparse.bench.roofline import stream_bandwidth
 from turbosparse.bench.rounds import Case, Timing, alternate, median_ratio
 from turbosparse.bench.runners import EngineRunner, LlamaCppRunner, Runner, Usage
 from turbosparse.bench.shapes import SYNTHETIC
 from turbosparse.errors import ConfigError
+from turbosparse.runtime.cpus import available_cpus
 from turbosparse.runtime.engine import preferred_mode
 from turbosparse.runtime.memory import forget_peak, peak_resident_bytes
 from turbosparse.runtime.model_file import ModelFile

@@ -1,11 +1,10 @@
 """How fast this machine reads memory: what decoding, which reads every needed weight once, is measured by."""
 
-import os
 from dataclasses import dataclass
 
 from turbosparse import _native
 
-__all__ = ["ONE_IN", "Roofline", "available_cpus", "measure_roofline", "stream_bandwidth"]
+__all__ = ["ONE_IN", "Roofline", "measure_roofline", "stream_bandwidth"]
 
 ONE_IN = 10
 """Of rows, every tenth is read: as of a FFN that is 90 % sparse."""
@@ -63,14 +62,3 @@ def stream_bandwidth(threads: int) -> float:
         Bytes per second.
     """
     return _native.read_bandwidth(threads, _BUFFER_BYTES)
-
-
-def available_cpus() -> int:
-    """Count the logical CPUs that this process may use.
-
-    Returns
-    -------
-    int
-        At least 1.
-    """
-    return len(os.sched_getaffinity(0))

@@ -17,6 +17,7 @@ from turbosparse import _native
 from turbosparse.errors import ConfigError, ContextLengthError, TextError
 from turbosparse.runtime import perplexity as _perplexity
 from turbosparse.runtime.chat_template import ChatTemplate, Message
+from turbosparse.runtime.cpus import check_threads
 from turbosparse.runtime.generation import Generation
 from turbosparse.runtime.prefix_cache import PrefixCache
 from turbosparse.runtime.sampling import Sampler, SamplingConfig
@@ -54,7 +55,7 @@ def load(
     path : str or path
         A GGUF file.
     threads : int, optional
-        Threads that compute, 1 or more; by default the physical cores, at most 8.
+        Threads that compute, 1 to the CPUs of this process; by default the physical cores, at most 8.
     context : int, optional
         Tokens that a prompt and its answer may have together; by default what the model was trained for, at
         most 4096.
@@ -85,12 +86,11 @@ def load(
     ConfigError
         If a setting is out of its range, or the budget too small.
     """
-    if threads is not None and threads < 1:
-        raise ConfigError(f"[threads] expected 1 or more, got {threads}")
+    count = check_threads(threads)
     metadata = _native.GgufFile(fspath(path)).metadata
     engine = _native.Model(
         fspath(path),
-        threads=threads or 0,
+        threads=count,
         isa=isa or "",
         transcode=transcode,
         memory_budget=memory_budget or 0,
