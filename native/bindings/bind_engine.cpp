@@ -17,6 +17,7 @@
 #include "bindings/bindings.h"
 #include "engine/bandwidth.h"
 #include "engine/session.h"
+#include "io/read_bursts.h"
 #include "util/error.h"
 #include "util/thread_pool.h"
 
@@ -213,6 +214,37 @@ nb::object memory(const InfoView& self) {
   return std::move(out);
 }
 
+nb::dict plan_memory(const std::filesystem::path& path, int threads, const std::string& transcode,
+                     std::size_t memory_budget, std::int64_t context, const std::string& kv_cache) {
+  const MemoryPlan plan =
+      Model::plan(path.string(), threads, parse_transcode(transcode), {memory_budget, context, "", kv_cache});
+  nb::dict out;
+  out["dense"] = plan.dense;
+  out["gates"] = plan.gates;
+  out["predictors"] = plan.predictors;
+  out["per_neuron"] = plan.per_neuron;
+  out["cache"] = plan.cache;
+  out["scratch"] = plan.scratch;
+  out["all_neurons"] = plan.all_neurons;
+  out["buffers"] = plan.buffers;
+  out["fewest_neurons"] = plan.fewest_neurons;
+  out["kept_clusters"] = plan.clusters.kept;
+  out["pinned_clusters"] = plan.clusters.pinned;
+  out["least"] = plan.least();
+  out["everything"] = plan.everything();
+  return out;
+}
+
+nb::tuple read_bursts(const std::filesystem::path& path, const std::string& io, std::size_t read_bytes,
+                      std::uint64_t begin, std::uint64_t end, std::size_t reads, double seconds) {
+  BurstTime found;
+  {
+    const nb::gil_scoped_release release;
+    found = time_read_bursts(path.string(), io, {begin, end, read_bytes, reads}, seconds);
+  }
+  return nb::make_tuple(found.seconds, found.reader);
+}
+
 void bind_info(nb::module_& m) {
   const auto size = [](std::int64_t ModelConfig::* field) {
     return [field](const InfoView& self) { return self.model->config.*field; };
@@ -277,6 +309,11 @@ void bind_engine(nb::module_& m) {
           "session",
           [](const ModelView& self, std::int64_t context) { return new Session(self.model, context); },
           nb::arg("context"), nb::rv_policy::take_ownership);
+  m.def("plan_memory", &plan_memory, nb::arg("path"), nb::kw_only(), nb::arg("threads") = 0,
+        nb::arg("transcode") = "Q8_0", nb::arg("memory_budget"), nb::arg("context"),
+        nb::arg("kv_cache") = "");
+  m.def("time_read_bursts", &read_bursts, nb::arg("path"), nb::kw_only(), nb::arg("io") = "",
+        nb::arg("read_bytes"), nb::arg("begin"), nb::arg("end"), nb::arg("reads"), nb::arg("seconds") = 0.5);
   m.def("available_isas", &available_isas);
   m.def("thread_count", &thread_count, nb::arg("requested"));
   m.def(

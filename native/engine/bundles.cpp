@@ -84,8 +84,8 @@ BundleLayout read_bundle_layout(const GgufFile& file, std::int64_t hidden_size, 
   return layout;
 }
 
-std::vector<FfnBundles> split_bundles(const GgufTensor& tensor, const BundleLayout& layout, std::int64_t ffns,
-                                      std::int64_t neurons) {
+std::vector<FfnBundles> split_bundles(const GgufFile& file, const GgufTensor& tensor,
+                                      const BundleLayout& layout, std::int64_t ffns, std::int64_t neurons) {
   const std::size_t bytes = static_cast<std::size_t>(neurons) * layout.file_bytes;
   const std::int64_t row = tensor.shape.back();
   if (tensor.type != kGgmlI8 || row != static_cast<std::int64_t>(layout.file_bytes) ||
@@ -100,7 +100,7 @@ std::vector<FfnBundles> split_bundles(const GgufTensor& tensor, const BundleLayo
   }
   std::vector<FfnBundles> all;
   for (std::size_t i = 0; i < static_cast<std::size_t>(ffns); ++i) {
-    all.push_back({tensor.offset + i * bytes, tensor.data.subspan(i * bytes, bytes), neurons, {}});
+    all.push_back({tensor.offset + i * bytes, tensor.data.subspan(i * bytes, bytes), &file, neurons, {}});
   }
   return all;
 }

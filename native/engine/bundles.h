@@ -36,6 +36,7 @@ struct BundleLayout {
 struct FfnBundles {
   std::uint64_t offset = 0;
   std::span<const std::byte> data;
+  const GgufFile* file = nullptr;  // that data is a part of
   std::int64_t neurons = 0;
   std::vector<float> hotness;  // [neurons] share of tokens that need it, descending; or empty
 };
@@ -52,7 +53,7 @@ bool has_bundles(const GgufFile& file);
 BundleLayout read_bundle_layout(const GgufFile& file, std::int64_t hidden_size, bool gated);
 /// The bundles of `ffns` FFNs of `neurons` neurons each, one after the other. Throws ModelFileError where the
 /// tensor does not match the model.
-std::vector<FfnBundles> split_bundles(const GgufTensor& tensor, const BundleLayout& layout, std::int64_t ffns,
-                                      std::int64_t neurons);
+std::vector<FfnBundles> split_bundles(const GgufFile& file, const GgufTensor& tensor,
+                                      const BundleLayout& layout, std::int64_t ffns, std::int64_t neurons);
 
 }  // namespace turbosparse

@@ -44,56 +44,90 @@ Mode parse_mode(const std::string& name) {
 
 const char* mode_name(Mode mode) { return kModeNames[static_cast<std::size_t>(mode)]; }
 
+Model::Model(const std::shared_ptr<const GgufFile>& file, int threads, const std::string& isa,
+             WeightType transcode, const MemoryOptions& memory, bool unmapped)
+    : config(read_model_config(*file)), kernels(kernel_table(isa)), pool(thread_count(threads)) {
+  auto found = std::make_unique<Weights>(file, config, transcode, unmapped);
+  own_ = found.get();
+  weights = std::move(found);
+  kv_type = chosen_kv_type(memory.kv_cache, config, weights->layers[0].k.type);
+}
+
 Model::Model(const std::string& path, int threads, const std::string& isa, WeightType transcode,
              const MemoryOptions& memory)
-    : kernels(kernel_table(isa)), pool(thread_count(threads)) {
-  const std::shared_ptr<const GgufFile> file = GgufFile::open(path);
-  config = read_model_config(*file);
-  auto loaded = std::make_unique<Weights>(file, config, kernels, pool, transcode, memory.budget > 0);
-  Weights& mutable_weights = *loaded;
-  weights = std::move(loaded);
-  kv_type = chosen_kv_type(memory.kv_cache, config, weights->layers[0].k.type);
+    : Model(GgufFile::open(path), threads, isa, transcode, memory, memory.budget > 0) {
   if (memory.budget > 0) {
-    limit(path, mutable_weights, memory);
-  } else if (mutable_weights.bundles) {
-    store =
-        std::make_unique<NeuronStore>(mutable_weights.bundles->layout, mutable_weights.bundles->ffns, pool);
+    limit(path, memory);
+  } else {
+    own_->load(kernels, pool);
+    if (const auto& bundles = weights->bundles)
+      store = std::make_unique<NeuronStore>(bundles->layout, bundles->ffns, pool);
   }
-  if (store && store->resident()) mutable_weights.take_neurons(*store);
-  if (memory.budget > 0) file->release_all();  // what was copied from the mapping is held already
+  if (store && store->resident()) own_->take_neurons(*store);
+  own_ = nullptr;
+}
+
+MemoryPlan Model::plan(const std::string& path, int threads, WeightType transcode,
+                       const MemoryOptions& memory) {
+  return Model(GgufFile::open(path), threads, "", transcode, memory, true).plan(memory);
+}
+
+MemoryPlan Model::plan(const MemoryOptions& memory) const {
+  const auto bytes = [](const Matrix& m) { return m.row_bytes * static_cast<std::size_t>(m.rows); };
+  const auto& bundles = weights->bundles;
+  MemoryPlan plan;
+  for (const LayerWeights& layer : weights->layers) {
+    for (const FfnWeights& ffn : layer.ffns) {
+      if (bundles && !bundles->layout.part(Projection::kGate).there) plan.gates += bytes(ffn.gate);
+      plan.predictors += bytes(ffn.predictor.a) + bytes(ffn.predictor.b);
+      plan.per_neuron += (ffn.threshold.size() + ffn.gate_threshold.size()) * sizeof(float);
+    }
+  }
+  plan.cache = static_cast<std::size_t>(Session::cache_bytes(*this, memory.context));
+  plan.scratch = static_cast<std::size_t>(Session::bytes(*this, memory.context)) - plan.cache;
+  if (bundles) {
+    const std::int64_t token = config.token_neurons();
+    for (const FfnBundles& ffn : bundles->ffns) plan.per_neuron += ffn.hotness.size() * sizeof(float);
+    plan.all_neurons = NeuronStore::resident_bytes(bundles->layout, bundles->ffns);
+    plan.buffers = NeuronStore::fixed_bytes(bundles->layout, bundles->ffns);
+    plan.fewest_neurons = NeuronStore::minimum_bytes(bundles->layout, bundles->ffns, token) - plan.buffers;
+  }
+  plan.dense = weights->held_bytes - plan.gates - plan.predictors - plan.per_neuron;
+  if (bundles && plan.least() <= memory.budget && memory.budget < plan.everything()) {
+    const StoreRoom room{memory.budget - plan.weights(), plan.session()};
+    plan.clusters = NeuronStore::split_room(bundles->layout, bundles->ffns, config.token_neurons(), room);
+  }
+  return plan;
 }
 
 /// Finds out whether all neurons fit into the budget, and what of them else.
-void Model::limit(const std::string& path, Weights& loaded, const MemoryOptions& memory) {
-  const auto session = static_cast<std::size_t>(Session::bytes(*this, memory.context));
-  const std::size_t fixed = loaded.held_bytes + session;
-  const auto& bundles = loaded.bundles;
-  const std::size_t all = bundles ? NeuronStore::resident_bytes(bundles->layout, bundles->ffns) : 0;
-  budget_ = static_cast<std::int64_t>(memory.budget);
-  if (fixed + all <= memory.budget) {
-    left_ = budget_ - static_cast<std::int64_t>(loaded.held_bytes + all);
-    if (bundles) store = std::make_unique<NeuronStore>(bundles->layout, bundles->ffns, pool);
-    return;
-  }
-  const std::int64_t token = config.token_neurons();
-  const std::size_t least = bundles ? NeuronStore::minimum_bytes(bundles->layout, bundles->ffns, token) : 0;
-  if (!bundles || fixed + least > memory.budget) {
+void Model::limit(const std::string& path, const MemoryOptions& memory) {
+  const MemoryPlan planned = plan(memory);
+  const auto& bundles = weights->bundles;
+  if (planned.least() > memory.budget) {
     throw ConfigError(
-        "[memory budget] expected at least " + mebibytes(fixed + least) + " (" +
-        mebibytes(loaded.held_bytes) + " of weights that stay, " + mebibytes(session) + " for a context of " +
-        std::to_string(memory.context) + ", " +
+        "[memory budget] expected at least " + mebibytes(planned.least()) + " (" +
+        mebibytes(planned.weights()) + " of weights that stay, " + mebibytes(planned.session()) +
+        " for a context of " + std::to_string(memory.context) + ", " +
         (bundles
-             ? mebibytes(least) + " for neurons"
+             ? mebibytes(planned.least() - planned.weights() - planned.session()) + " for neurons"
              : "and the file has no bundles: turbosparse export --layout bundled makes one that needs less") +
         "), got " + mebibytes(memory.budget));
   }
-  const bool direct = memory.io != "mmap";
-  const auto file = std::make_shared<const DiskFile>(path, direct);
-  OpenedReader opened = open_disk_reader(file, memory.io);
-  io_note = opened.note;
-  store = std::make_unique<NeuronStore>(bundles->layout, bundles->ffns, pool, token,
-                                        StoreRoom{memory.budget - loaded.held_bytes, session}, file,
-                                        std::move(opened.reader));
+  own_->load(kernels, pool);
+  budget_ = static_cast<std::int64_t>(memory.budget);
+  if (planned.everything() <= memory.budget) {
+    left_ = budget_ - static_cast<std::int64_t>(planned.weights() + planned.all_neurons);
+    if (bundles) store = std::make_unique<NeuronStore>(bundles->layout, bundles->ffns, pool);
+  } else {
+    const auto file = std::make_shared<const DiskFile>(path, memory.io != "mmap");
+    OpenedReader opened = open_disk_reader(file, memory.io);
+    io_note = opened.note;
+    const StoreRoom room{memory.budget - planned.weights(), planned.session()};
+    store = std::make_unique<NeuronStore>(bundles->layout, bundles->ffns, pool, config.token_neurons(), room,
+                                          file, std::move(opened.reader));
+  }
+  weights->release_file();  // what was copied from the mapping is held already
 }
 
 void Model::reserve(std::int64_t bytes) const {

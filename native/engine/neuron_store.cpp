@@ -20,6 +20,8 @@ constexpr std::size_t kFewestBuffers = 128;
 constexpr std::size_t kMostBuffers = 512;
 /// Clusters that lie side by side are read together, up to so many bytes.
 constexpr std::size_t kLargestRead = std::size_t{64} << 10;
+/// Neurons that stay are copied from the file's mapping so many bytes at a time.
+constexpr std::size_t kLoadBytes = std::size_t{1} << 20;
 
 std::int64_t clusters_of(const BundleLayout& layout, const FfnBundles& ffn) {
   return ffn.neurons / layout.cluster;
@@ -57,24 +59,17 @@ NeuronStore::NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, Thre
       io_(io_bytes(layout)),
       reader_(std::move(reader)) {
   const std::int64_t all = all_clusters(layout_, ffns);
-  const std::size_t fixed = io_bytes(layout_) + SlotCache::bytes(all, 0);
-  const auto fitting = [&](std::size_t bytes) {
-    return static_cast<std::int64_t>((bytes - fixed) / cluster_bytes(layout_));
-  };
-  const std::int64_t fits = fitting(room.bytes);
-  const std::int64_t stays = fitting(room.bytes - room.lent) - 1;  // giving back is in whole clusters
-  const std::int64_t pinned =
-      std::min(stays - fewest_slots_, static_cast<std::int64_t>(kPinnedShare * static_cast<double>(stays)));
+  const StoreSplit split = split_room(layout_, ffns, token_neurons, room);
   std::int64_t first_cluster = 0;
   for (FfnBundles& ffn : ffns) {
     const std::int64_t clusters = clusters_of(layout_, ffn);
     ffns_.push_back({std::move(ffn), 0, 0, first_cluster});
     first_cluster += clusters;
   }
-  pin(std::max<std::int64_t>(pinned, 0));
-  const std::int64_t slots = std::min(fits, all) - pinned_rows_ / layout_.cluster;
+  pin(split.pinned);
+  const std::int64_t slots = std::min(split.fits, all) - pinned_rows_ / layout_.cluster;
   const std::int64_t rows = pinned_rows_ + slots * layout_.cluster;
-  lent_ = (rows / layout_.cluster - fits) * static_cast<std::int64_t>(cluster_bytes(layout_));
+  lent_ = (rows / layout_.cluster - split.fits) * static_cast<std::int64_t>(cluster_bytes(layout_));
   arena_ = Arena(count(rows) * layout_.bytes);
   memory_ = arena_.take(count(rows) * layout_.bytes);
   gate_.resize(count(rows));
@@ -101,8 +96,22 @@ std::size_t NeuronStore::cluster_bytes(const BundleLayout& layout) {
 
 std::size_t NeuronStore::minimum_bytes(const BundleLayout& layout, const std::vector<FfnBundles>& ffns,
                                        std::int64_t token_neurons) {
-  return io_bytes(layout) + SlotCache::bytes(all_clusters(layout, ffns), 0) +
-         count(token_neurons / layout.cluster + 1) * cluster_bytes(layout);
+  return fixed_bytes(layout, ffns) + count(token_neurons / layout.cluster + 1) * cluster_bytes(layout);
+}
+
+std::size_t NeuronStore::fixed_bytes(const BundleLayout& layout, const std::vector<FfnBundles>& ffns) {
+  return io_bytes(layout) + SlotCache::bytes(all_clusters(layout, ffns), 0);
+}
+
+StoreSplit NeuronStore::split_room(const BundleLayout& layout, const std::vector<FfnBundles>& ffns,
+                                   std::int64_t token_neurons, const StoreRoom& room) {
+  const auto fitting = [&](std::size_t bytes) {
+    return static_cast<std::int64_t>((bytes - fixed_bytes(layout, ffns)) / cluster_bytes(layout));
+  };
+  StoreSplit split{.fits = fitting(room.bytes), .kept = fitting(room.bytes - room.lent) - 1, .pinned = 0};
+  const auto share = static_cast<std::int64_t>(kPinnedShare * static_cast<double>(split.kept));
+  split.pinned = std::max<std::int64_t>(std::min(split.kept - token_neurons / layout.cluster, share), 0);
+  return split;
 }
 
 std::size_t NeuronStore::resident_bytes(const BundleLayout& layout, const std::vector<FfnBundles>& ffns) {
@@ -136,13 +145,20 @@ void NeuronStore::pin(std::int64_t clusters) {
   }
 }
 
+/// Some neurons at a time, whose pages of the mapping are then given back: beside the copy they would count
+/// twice.
 void NeuronStore::load_pinned(ThreadPool& pool) {
+  const auto at_once = static_cast<std::int64_t>(kLoadBytes / layout_.file_bytes + 1);
   pool.run([&](int index) noexcept {
     for (const Ffn& ffn : ffns_) {
       const Range range = split(ffn.pinned, 1, index, pool.size());
       for (std::int64_t r = range.begin; r < range.end; ++r) {
-        std::memcpy(row(ffn.first_row + r), ffn.bundles.data.data() + count(r) * layout_.file_bytes,
-                    layout_.bytes);
+        const std::byte* from = ffn.bundles.data.data() + count(r) * layout_.file_bytes;
+        std::memcpy(row(ffn.first_row + r), from, layout_.bytes);
+        const std::int64_t copied = (r - range.begin) % at_once + 1;
+        if (copied < at_once && r + 1 < range.end) continue;
+        const std::size_t bytes = count(copied) * layout_.file_bytes;
+        ffn.bundles.file->release({from + layout_.file_bytes - bytes, bytes});
       }
     }
   });

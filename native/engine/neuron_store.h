@@ -36,6 +36,13 @@ struct StoreRoom {
   std::size_t lent = 0;
 };
 
+/// Clusters of neurons that have room.
+struct StoreSplit {
+  std::int64_t fits = 0;
+  std::int64_t kept = 0;    // of these, when what was lent is given back
+  std::int64_t pinned = 0;  // of these, in memory for good
+};
+
 /// Places begin ... end - 1 of a list.
 struct ListRange {
   std::int32_t begin = 0;
@@ -55,7 +62,7 @@ class NeuronStore {
   /// Neurons that prefill reads at a time: what one pass of the transposed product takes.
   static constexpr std::int64_t kStripe = 768;
 
-  /// Everything in memory.
+  /// Everything in memory. What was copied of the file's mapping is given back at once, here and below.
   NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, ThreadPool& pool);
   /// As many neurons as the room allows, which is at least `minimum_bytes`. A token needs up to
   /// `token_neurons` of a layer at once.
@@ -64,6 +71,11 @@ class NeuronStore {
               std::unique_ptr<DiskReader> reader);
   static std::size_t minimum_bytes(const BundleLayout& layout, const std::vector<FfnBundles>& ffns,
                                    std::int64_t token_neurons);
+  /// What of it does not depend on how many neurons there is room for: buffers, and where neurons are.
+  static std::size_t fixed_bytes(const BundleLayout& layout, const std::vector<FfnBundles>& ffns);
+  /// How a room of at least `minimum_bytes` is used.
+  static StoreSplit split_room(const BundleLayout& layout, const std::vector<FfnBundles>& ffns,
+                               std::int64_t token_neurons, const StoreRoom& room);
   /// What holds everything, read or not.
   static std::size_t resident_bytes(const BundleLayout& layout, const std::vector<FfnBundles>& ffns);
 

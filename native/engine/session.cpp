@@ -96,8 +96,11 @@ Session::Reservation::Reservation(const Model& model, std::int64_t context)
 Session::Reservation::~Reservation() { model_.reserve(-bytes_); }
 
 std::int64_t Session::bytes(const Model& model, std::int64_t context) {
-  return KvCache::bytes(model.config, context, model.kv_type) +
-         Scratch::bytes(model, context, std::min(context, kChunk));
+  return cache_bytes(model, context) + Scratch::bytes(model, context, std::min(context, kChunk));
+}
+
+std::int64_t Session::cache_bytes(const Model& model, std::int64_t context) {
+  return KvCache::bytes(model.config, context, model.kv_type);
 }
 
 Session::Session(std::shared_ptr<const Model> model, std::int64_t context)

@@ -66,6 +66,8 @@ class Session {
   Session(std::shared_ptr<const Model> model, std::int64_t context);
   /// Bytes that a session takes.
   static std::int64_t bytes(const Model& model, std::int64_t context);
+  /// Those of its keys and values alone.
+  static std::int64_t cache_bytes(const Model& model, std::int64_t context);
 
   const Model& model() const { return *model_; }
   std::int64_t context() const { return cache_.context(); }

@@ -27,13 +27,6 @@ std::string shape_text(const std::vector<std::int64_t>& shape) {
   return text + "]";
 }
 
-/// A matrix that has to be packed: its rows in the file, and where its view goes.
-struct Packing {
-  std::uint32_t type;
-  std::span<const std::byte> data;
-  Matrix* target;
-};
-
 /// FFNs of a layer whose tensors share names: `fused` ones lie in one tensor, with a first dimension for
 /// them.
 struct FfnGroup {
@@ -171,6 +164,7 @@ class Binder {
     }
   }
 
+  const GgufFile& file() const { return file_; }
   const std::vector<Packing>& packings() const { return packings_; }
   std::map<std::string, std::string> transcoded() const { return transcoded_; }
   std::size_t bytes() const { return bytes_; }
@@ -234,7 +228,7 @@ void bind_bundles(Binder& binder, const std::string& block, const FfnGroup& grou
   const GgufTensor* tensor = binder.find(name);
   if (tensor == nullptr) fail(name, "bundles of neurons", "no such tensor");
   const auto count = static_cast<std::int64_t>(group.ffns.size());
-  std::vector<FfnBundles> found = split_bundles(*tensor, bundles.layout, count, group.neurons);
+  std::vector<FfnBundles> found = split_bundles(binder.file(), *tensor, bundles.layout, count, group.neurons);
   const std::string hotness = group.name(block, "hotness", "");
   binder.optional_vectors(hotness, group, &FfnWeights::hotness);
   const auto view = [&](Projection part) -> Matrix {
@@ -250,7 +244,8 @@ void bind_bundles(Binder& binder, const std::string& block, const FfnGroup& grou
     ffn.down = view(Projection::kDown);
     if (!std::ranges::is_sorted(ffn.hotness, std::greater<>()))
       fail(hotness, "numbers that never rise", "others");
-    found[i].hotness = ffn.hotness;
+    found[i].hotness = std::move(ffn.hotness);
+    ffn.hotness.clear();
     bundles.ffns.push_back(std::move(found[i]));
   }
 }
@@ -341,34 +336,23 @@ void bind_layer(Binder& binder, const std::string& block, const ModelConfig& con
   }
 }
 
-/// Packs the rows of one tensor on all threads.
-void pack(const Packing& packing, std::byte* out, ThreadPool& pool) {
-  const Matrix& target = *packing.target;
-  const std::size_t file_row = ggml_row_bytes(packing.type, target.cols);
-  WeightType type;
-  const bool native = native_type(packing.type, &type) && type == target.type;
-  std::vector<std::vector<float>> rows(static_cast<std::size_t>(pool.size()));
-  for (auto& row : rows) row.resize(static_cast<std::size_t>(target.cols));
-  pool.run([&](int index) noexcept {
-    float* values = rows[static_cast<std::size_t>(index)].data();
-    const Range range = split(target.rows, 1, index, pool.size());
-    for (std::int64_t r = range.begin; r < range.end; ++r) {
-      const std::byte* from = packing.data.data() + static_cast<std::size_t>(r) * file_row;
-      std::byte* to = out + static_cast<std::size_t>(r) * target.row_bytes;
-      if (native) {
-        pack_row(target.type, from, target.cols, to);
-      } else {
-        ggml_dequantize_row(packing.type, from, target.cols, values);
-        quantize_row(target.type, values, target.cols, to);
-      }
+/// Notes the rows whose signs predict.
+void bind_signs(const GgufFile& file, const std::string& block, const FfnGroup& group,
+                std::span<const char* const> parts, std::vector<SignRows>& signs) {
+  for (std::size_t i = 0; i < group.ffns.size(); ++i) {
+    SignRows& rows = signs.emplace_back(SignRows{&group.ffns[i], {}});
+    for (const char* part : parts) {
+      const GgufTensor& tensor = *file.tensor(group.name(block, part, ".weight"));
+      const std::size_t each = tensor.data.size() / group.ffns.size();
+      rows.parts.push_back({tensor.type, tensor.data.subspan(i * each, each)});
     }
-  });
+  }
 }
 
 }  // namespace
 
-Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config, const KernelTable& kernels,
-                 ThreadPool& pool, WeightType transcode, bool unmapped)
+Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config, WeightType transcode,
+                 bool unmapped)
     : file_(std::move(file)) {
   Binder binder(*file_, transcode, unmapped);
   const std::int64_t D = config.hidden_size;
@@ -405,20 +389,17 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
   rope_freqs = binder.optional_vector("rope_freqs.weight", config.rotary_dim / 2);
   binder.refuse_unknown();
 
-  const std::size_t sign_bytes =
-      config.predictor.kind == PredictorKind::kSign ? take_signs(config, kernels, pool) : 0;
-  std::size_t total = 0;
-  for (const Packing& packing : binder.packings()) {
-    total += aligned_bytes(packing.target->row_bytes * static_cast<std::size_t>(packing.target->rows));
+  if (config.predictor.kind == PredictorKind::kSign) {
+    std::vector<const char*> parts{config.gated ? "gate" : "up"};
+    if (config.activation == Activation::kDRelu) parts.push_back("up");
+    sign_rows = static_cast<std::int64_t>(parts.size());
+    for (std::size_t n = 0; n < layers.size(); ++n) {
+      for (const FfnGroup& group : ffn_groups(config, layers[n]))
+        bind_signs(*file_, "blk." + std::to_string(n) + ".", group, parts, signs_to_take_);
+    }
   }
-  arena_ = Arena(total);
-  for (const Packing& packing : binder.packings()) {
-    std::byte* out = arena_.take(packing.target->row_bytes * static_cast<std::size_t>(packing.target->rows));
-    pack(packing, out, pool);
-    packing.target->data = out;
-    file_->release(packing.data);
-  }
-  bytes = binder.bytes() + sign_bytes;
+  packings_ = binder.packings();
+  bytes = binder.bytes() + sign_bytes();
   held_bytes = bytes + binder.vector_bytes();
   if (unmapped) rows_ = std::make_unique<const DiskFile>(file_->path(), false);
   if (bundles) bytes += NeuronStore::resident_bytes(bundles->layout, bundles->ffns);
@@ -431,54 +412,6 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
     }
   }
   ffn_types.assign(types.begin(), types.end());
-}
-
-/// Takes the signs of gate, and with dReLU of up, as they stand in the file; returns their bytes.
-std::size_t Weights::take_signs(const ModelConfig& config, const KernelTable& kernels, ThreadPool& pool) {
-  std::vector<const char*> parts{config.gated ? "gate" : "up"};
-  if (config.activation == Activation::kDRelu) parts.push_back("up");
-  sign_rows = static_cast<std::int64_t>(parts.size());
-  const std::int64_t D = config.hidden_size;
-  const std::int64_t words = sign_words(D);
-  const auto sign_bytes = [&](const FfnWeights& ffn) {
-    return static_cast<std::size_t>(ffn.neurons * sign_rows * words) * sizeof(std::uint64_t);
-  };
-  std::size_t total = 0;
-  std::size_t padded = 0;
-  for (const LayerWeights& layer : layers) {
-    for (const FfnWeights& ffn : layer.ffns) {
-      total += sign_bytes(ffn);
-      padded += aligned_bytes(sign_bytes(ffn));
-    }
-  }
-  signs_ = Arena(padded);
-  std::vector<std::vector<float>> rows(static_cast<std::size_t>(pool.size()));
-  for (auto& row : rows) row.resize(static_cast<std::size_t>(D));
-  for (std::size_t n = 0; n < layers.size(); ++n) {
-    for (const FfnGroup& group : ffn_groups(config, layers[n])) {
-      for (std::size_t i = 0; i < group.ffns.size(); ++i) {
-        auto* signs = reinterpret_cast<std::uint64_t*>(signs_.take(sign_bytes(group.ffns[i])));
-        group.ffns[i].predictor.signs = signs;
-        for (std::size_t which = 0; which < parts.size(); ++which) {
-          const std::string name = group.name("blk." + std::to_string(n) + ".", parts[which], ".weight");
-          const GgufTensor& tensor = *file_->tensor(name);
-          const std::size_t row_bytes = ggml_row_bytes(tensor.type, D);
-          const std::size_t first = i * static_cast<std::size_t>(group.neurons);
-          pool.run([&](int index) noexcept {
-            float* values = rows[static_cast<std::size_t>(index)].data();
-            const Range range = split(group.neurons, 1, index, pool.size());
-            for (std::int64_t r = range.begin; r < range.end; ++r) {
-              const std::size_t row = first + static_cast<std::size_t>(r);
-              ggml_dequantize_row(tensor.type, tensor.data.data() + row * row_bytes, D, values);
-              kernels.sign_bits(values, D,
-                                signs + (r * sign_rows + static_cast<std::int64_t>(which)) * words);
-            }
-          });
-        }
-      }
-    }
-  }
-  return total;
 }
 
 void Weights::take_neurons(const NeuronStore& store) {

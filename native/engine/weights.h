@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -42,7 +43,7 @@ struct FfnWeights {
   Matrix gate_rest, up_rest, down_rest;  // [F, D], added to the above, or empty
   std::vector<float> threshold;          // [F], or empty
   std::vector<float> gate_threshold;     // [F] where there are thresholds, else empty
-  std::vector<float> hotness;            // [F] share of tokens that need a neuron, descending; or empty
+  std::vector<float> hotness;            // [F] until the bundles have it, see FfnBundles
   FfnPredictor predictor;
 
   /// The projection that f is applied to.
@@ -73,14 +74,36 @@ struct LayerWeights {
   bool quantized_ffn_input() const { return std::ranges::any_of(ffns, &FfnWeights::quantized_input); }
 };
 
+/// A matrix that has to be packed: its rows in the file, and where its view goes.
+struct Packing {
+  std::uint32_t type;
+  std::span<const std::byte> data;
+  Matrix* target;
+};
+
+/// Rows of an FFN in the file whose signs predict: those of gate, with dReLU those of up as well.
+struct SignRows {
+  struct Part {
+    std::uint32_t type;
+    std::span<const std::byte> data;
+  };
+  FfnWeights* ffn;
+  std::vector<Part> parts;
+};
+
 class Weights {
  public:
-  /// Reads what `config` needs, on the threads of `pool`; types without a kernel become `transcode`. Throws
-  /// ModelFileError for tensors that are missing, unknown, or of another shape or type than expected.
-  /// `unmapped`: keeps nothing of the file mapped, so that `held_bytes` is all there is. Neurons in bundles
-  /// are left to a store.
-  Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config, const KernelTable& kernels,
-          ThreadPool& pool, WeightType transcode, bool unmapped);
+  /// Finds what `config` needs; types without a kernel will be `transcode`. Throws ModelFileError for tensors
+  /// that are missing, unknown, or of another shape or type than expected. `unmapped`: keeps nothing of the
+  /// file mapped, so that `held_bytes` is all there is. Neurons in bundles are left to a store.
+  Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config, WeightType transcode,
+          bool unmapped);
+  Weights(const Weights&) = delete;  // matrices are told where their rows lie
+  Weights& operator=(const Weights&) = delete;
+  /// Reads it, once, on the threads of `pool`.
+  void load(const KernelTable& kernels, ThreadPool& pool);
+  /// Gives pages of the file's mapping back that were read.
+  void release_file() const { file_->release_all(); }
 
   /// The embedding of a token as floats; 0 <= id < vocab_size. Throws EngineError where the file cannot be
   /// read.
@@ -105,11 +128,15 @@ class Weights {
   std::vector<std::string> ffn_types;             // types of gate, up and down after loading, sorted
 
  private:
-  std::size_t take_signs(const ModelConfig& config, const KernelTable& kernels, ThreadPool& pool);
+  std::size_t sign_bytes() const;
+  std::size_t sign_bytes(const FfnWeights& ffn) const;
+  void take_signs(const KernelTable& kernels, ThreadPool& pool);
 
   std::shared_ptr<const GgufFile> file_;
   std::unique_ptr<const DiskFile> rows_;  // where embeddings are read; null: in the mapping
   const GgufTensor* embedding_ = nullptr;
+  std::vector<Packing> packings_;        // until they are loaded
+  std::vector<SignRows> signs_to_take_;  // the same
   Arena arena_;
   Arena signs_;
 };

@@ -207,7 +207,8 @@ void test_guesses() {
   ThreadPool pool(1);
   BundleLayout layout{.parts = {}, .cols = 16, .bytes = 64, .file_bytes = kDiskBlock, .cluster = 1};
   layout.parts[1] = {.there = true, .type = WeightType::kF32, .offset = 0};
-  const std::vector<FfnBundles> ffns{{.offset = 0, .data = {}, .neurons = kNumbered, .hotness = {}}};
+  const std::vector<FfnBundles> ffns{
+      {.offset = 0, .data = {}, .file = nullptr, .neurons = kNumbered, .hotness = {}}};
   const auto asked = std::make_shared<std::vector<DiskRead>>();
   const StoreRoom room{NeuronStore::minimum_bytes(layout, ffns, 64), 0};
   NeuronStore store(layout, ffns, pool, 64, room, nullptr, std::make_unique<NumberingReader>(asked, 300));
@@ -264,7 +265,8 @@ void test_reads_on_their_way() {
     }
     layout.file_bytes = (layout.bytes + 4095) / 4096 * 4096;
     const std::int64_t neurons = 3 * NeuronStore::kStripe + 32;
-    const std::vector<FfnBundles> ffns{{.offset = 8192, .data = {}, .neurons = neurons, .hotness = {}}};
+    const std::vector<FfnBundles> ffns{
+        {.offset = 8192, .data = {}, .file = nullptr, .neurons = neurons, .hotness = {}}};
     const auto most = std::make_shared<std::size_t>(0);
     const StoreRoom room{NeuronStore::minimum_bytes(layout, ffns, 32), 0};
     NeuronStore store(layout, ffns, pool, 32, room, nullptr, std::make_unique<CountingReader>(most));

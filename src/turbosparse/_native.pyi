@@ -213,6 +213,28 @@ def available_isas() -> list[str]:
 def thread_count(requested: int) -> int:
     """Threads a model would have: as many as asked for, or for 0 the physical cores, at most 8."""
 
+def plan_memory(
+    path: str,
+    *,
+    threads: int = 0,
+    transcode: Literal["F32", "F16", "BF16", "Q8_0", "Q4_0"] = "Q8_0",
+    memory_budget: int,
+    context: int,
+    kv_cache: str = "",
+) -> dict[str, int]:
+    """What a budget would hold of a file, from its header, in bytes: what stays by kind (dense, gates,
+    predictors, per_neuron, cache, scratch), all_neurons in bundles, and where these do not fit buffers and
+    fewest_neurons; kept_clusters that have room and pinned_clusters of these; the least budget, and the one
+    that holds everything. Raises ModelFileError; a budget that is too small keeps no clusters.
+    """
+
+def time_read_bursts(
+    path: str, *, io: str = "", read_bytes: int, begin: int, end: int, reads: int, seconds: float = 0.5
+) -> tuple[float, str]:
+    """Seconds until `reads` reads at random places from `begin` to `end`, asked for at once, are there (mean
+    of three bursts or more), and the reader. Raises ConfigError, EngineError where a read fails.
+    """
+
 def read_bandwidth(
     threads: int, buffer_bytes: int, *, row_bytes: int = 0, one_in: int = 1, seconds: float = 0.5
 ) -> float:

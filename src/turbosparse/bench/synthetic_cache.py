@@ -11,7 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
+from numpy.typing import NDArray
 
 from turbosparse.bench.shapes import SyntheticModel
 from turbosparse.bench.synthetic_weights import plain_tensors, predictor_thresholds, sparse_tensors
@@ -144,8 +146,18 @@ def _contents(model: SyntheticModel, *, plain: bool) -> tuple[dict[str, Any], li
     metadata["general.name"] = model.file_stem(plain=plain).replace("-", " ", 1)
     if plain:
         return metadata, plain_tensors(model)
-    # The hot neurons come first as they are made: no order has to be given.
-    return bundled(metadata, sparse_tensors(model)) if model.bundled else (metadata, sparse_tensors(model))
+    if not model.bundled:
+        return metadata, sparse_tensors(model)
+    return bundled(metadata, sparse_tensors(model), hotness=_hotness(model))
+
+
+def _hotness(model: SyntheticModel) -> dict[tuple[int, str], NDArray[np.float64]]:
+    """Share of tokens that need each neuron; the hot ones come first as they are made."""
+    experts = model.shape.num_experts
+    used = model.shape.num_experts_per_tok / experts if experts else 1.0
+    shares = np.concatenate([np.full(n, used * (1 - sparsity)) for n, sparsity in model.groups()])
+    key, values = ("_exps", np.tile(shares, (experts, 1))) if experts else ("", shares)
+    return {(layer, key): values for layer in range(model.num_hidden_layers)}
 
 
 def _sizes(model: SyntheticModel, architecture: str) -> dict[str, Any]:
