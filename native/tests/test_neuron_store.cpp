@@ -283,7 +283,7 @@ void test_budget() {
   const TempModel file;
   const auto load = [&](std::size_t budget) {
     return std::make_shared<const Model>(file.path(), 1, "", WeightType::kQ8_0,
-                                         MemoryOptions{budget, 16, "pread"});
+                                         MemoryOptions{budget, 16, "pread", ""});
   };
   std::string message;
   try {

@@ -241,7 +241,7 @@ def describe(model: "Model", mode: str | None) -> str:
     if engine.kv_cache == "q8_0":
         parts.append("KV cache q8_0")
     if memory := info.memory:
-        neurons = info.num_hidden_layers * info.intermediate_size
+        neurons = info.num_hidden_layers * info.layer_neurons
         room = memory["pinned_neurons"] + memory["cached_neurons"]
         parts.append(f"{room / neurons:.0%} of the neurons in memory, the rest by {memory['io']}")
     return " | ".join(parts)
