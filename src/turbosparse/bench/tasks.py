@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ def evaluate(model: LM, settings: TaskSettings) -> list[TaskScore]:
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     include = str(settings.include_path) if settings.include_path else None
-    manager = TaskManager(include_path=include)
+    manager = _task_manager(include)
     unknown = [name for name in settings.tasks if not manager.match_tasks([name])]
     if unknown:
         raise ConfigError(
@@ -103,6 +104,12 @@ def evaluate(model: LM, settings: TaskSettings) -> list[TaskScore]:
         bootstrap_iters=0 if settings.limit == 1 else 1000,
     )
     return _scores(answers)
+
+
+@lru_cache(maxsize=4)
+def _task_manager(include: str | None) -> TaskManager:
+    """Read what tasks there are, which takes seconds; a study asks at each of its points."""
+    return TaskManager(include_path=include)
 
 
 def _scores(answers: Mapping[str, Any]) -> list[TaskScore]:
