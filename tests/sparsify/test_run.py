@@ -139,6 +139,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_stages_with_other_data_are_all_in_the_card(make_recipe: MakeRecipe) -> None:
+    """The second stage's texts are compared with the original too, and no source is forgotten."""
+    base = make_recipe(DISTILLATION)
+    (first, second), (book,) = base.data.sources, base.data.held_out
+    own = {"sequence_length": 32, "held_out_percent": 10.0, "shuffle_documents": 10}
+    data = [
+        own | {"sources": [{"path": first.path}], "held_out": [{"path": book.path}]},
+        own | {"sources": [{"path": first.path}, {"path": second.path}], "held_out": [{"path": book.path}]},
+    ]
+    recipe = make_recipe(*(DISTILLATION | {"data": each} for each in data))
+    card = (run_recipe(recipe).model / "README.md").read_text(encoding="utf-8")
+    originals = [set(line) - {"stage", "step", "time", "event"} for line in metrics(recipe, event="original")]
+    assert originals == [{"perplexity_book", "perplexity_stories"}, {"perplexity_records"}]
+    quality, drawn = card.split("## Data")
+    assert " - " not in quality  # where the original is unknown
+    files = [Path(recipe.output) / name / "data_drawn.json" for name in ("stage0", "stage1")]
+    counts = [json.loads(file.read_text(encoding="utf-8"))[first.path]["tokens"] for file in files]
+    assert f"| {sum(counts):,} |" in drawn
+    assert "| records |" in drawn
+
+
 def test_a_finished_run_is_not_run_again(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(REGRESSION)
     run_recipe(recipe)

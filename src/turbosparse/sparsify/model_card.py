@@ -1,7 +1,8 @@
 """The model card (README.md) of a trained model: what it is, its data, and what training did to it."""
 
 import json
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ from huggingface_hub import ModelCardData
 
 from turbosparse.sparsify.recipe import Recipe, StageConfig
 
-__all__ = ["model_card"]
+__all__ = ["DRAWN_FILE", "model_card"]
+
+DRAWN_FILE = "data_drawn.json"
+"""In a stage's directory: documents and tokens drawn from each source, since its data began."""
 
 
-def model_card(recipe: Recipe, stage: StageConfig, *, metrics_file: Path, drawn: dict[str, Any]) -> str:
+def model_card(recipe: Recipe, stage: StageConfig, *, metrics_file: Path) -> str:
     """Return the model card of the model that a stage left.
 
     Parameters
@@ -22,9 +26,8 @@ def model_card(recipe: Recipe, stage: StageConfig, *, metrics_file: Path, drawn:
     stage : StageConfig
         The stage that ended.
     metrics_file : Path
-        JSON lines of the run, whose last evaluation of the stage is quoted.
-    drawn : dict of str to dict
-        What was drawn from each source in the whole run, by path: ``tokens`` and ``documents``.
+        JSON lines of the run, whose last evaluation of the stage is quoted. What was drawn from each source
+        is in the directories of the stages beside it.
 
     Returns
     -------
@@ -32,6 +35,7 @@ def model_card(recipe: Recipe, stage: StageConfig, *, metrics_file: Path, drawn:
         Markdown with the front matter that model hubs read.
     """
     stages = recipe.stages[: recipe.stages.index(stage) + 1]
+    drawn = _drawn(stages, metrics_file.parent)
     base = Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
     front = ModelCardData(
         base_model=base,
@@ -71,7 +75,9 @@ def model_card(recipe: Recipe, stage: StageConfig, *, metrics_file: Path, drawn:
                     f"{drawn[source.path]['documents']:,}",
                     f"{drawn[source.path]['tokens']:,}",
                 )
-                for source in recipe.data_of(stage).sources
+                for source in {
+                    source.path: source for done in stages for source in recipe.data_of(done).sources
+                }.values()
                 if source.path in drawn
             ),
         ),
@@ -95,13 +101,36 @@ def _tokens(recipe: Recipe, stage: StageConfig) -> int:
     return stage.steps(length) * stage.batch_sequences * length
 
 
+def _drawn(stages: Iterable[StageConfig], output: Path) -> dict[str, Counter[str]]:
+    """Sum what stages drew; one without data of its own goes on with the counts of the stage before."""
+    totals: dict[str, Counter[str]] = {}
+    going_on: dict[str, Any] = {}
+    for stage in stages:
+        file = output / stage.name / DRAWN_FILE
+        if not file.is_file():
+            continue
+        if stage.data is not None:
+            _add(totals, going_on)
+        going_on = json.loads(file.read_text(encoding="utf-8"))
+    _add(totals, going_on)
+    return totals
+
+
+def _add(totals: dict[str, Counter[str]], drawn: Mapping[str, Any]) -> None:
+    for path, counts in drawn.items():
+        own = {name: counts[name] for name in ("documents", "tokens")}
+        totals.setdefault(path, Counter()).update(own)
+
+
 def _evaluations(metrics_file: Path, stage: str) -> dict[str, dict[str, Any]]:
-    """Return the last evaluation of the stage, and the original model's wherever in the run it was made."""
+    """Return the last evaluation of the stage, and the original model's, which may be one per stage."""
     found: dict[str, dict[str, Any]] = {}
     for line in metrics_file.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         event = record.get("event")
-        if event == "original" or (event == "evaluation" and record["stage"] == stage):
+        if event == "original":
+            found[event] = found.get(event, {}) | record
+        elif event == "evaluation" and record["stage"] == stage:
             found[event] = record
     return found
 

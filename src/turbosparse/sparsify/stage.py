@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +31,7 @@ from turbosparse.models.registry import activation_of, load_model, swap_activati
 from turbosparse.sparsify.callbacks import RunCallback
 from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, sync_files
 from turbosparse.sparsify.initial_fit import fit_swapped_ffns
-from turbosparse.sparsify.model_card import model_card
+from turbosparse.sparsify.model_card import DRAWN_FILE, model_card
 from turbosparse.sparsify.recipe import Recipe, StageConfig, recipe_to_dict
 from turbosparse.sparsify.sharding import fsdp_arguments, shard_teacher
 from turbosparse.sparsify.stream import DATA_STATE_FILE, SequenceStream
@@ -87,7 +87,8 @@ class Stage:
         self.evaluation = _evaluation_text(recipe, self.data, self.encode, self.split)
         self.checkpoint = latest_checkpoint(directory) or from_checkpoint
         self.stream = SequenceStream(self.mixture, stage.batch_sequences)
-        self.original_is_known = _has_original(Path(recipe.output) / METRICS_FILE)
+        known = _original_texts(Path(recipe.output) / METRICS_FILE)
+        self.original_unknown = [name for name in self.evaluation if name not in known]
         self.average = (
             WeightAverage(max(stage.average_tokens / self._step_tokens(), 1.0), self.checkpoint)
             if stage.average_tokens
@@ -254,22 +255,24 @@ class Stage:
             "tokens": trainer.state.global_step * self._step_tokens(),
         }
         with trainer.probes.watch(), self._averaged():
-            record |= self._perplexities(trainer, model)
+            record |= self._perplexities(trainer, model, self.evaluation)
         record |= trainer.probes.take_metrics()
         trainer.probes.put_counts(training_counts)
         model.train(was_training)
         self._report(trainer, record)
-        if trainer.teacher is not None and not self.original_is_known:
-            self.original_is_known = True
-            self._report(trainer, {"event": "original", **self._perplexities(trainer, trainer.teacher)})
+        if trainer.teacher is not None and self.original_unknown:
+            found = self._perplexities(trainer, trainer.teacher, self.original_unknown)
+            self._report(trainer, {"event": "original", **found})
+            self.original_unknown = []
 
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.applied()
 
-    def _perplexities(self, trainer: StageTrainer, model: Any) -> dict[str, float]:
+    def _perplexities(self, trainer: StageTrainer, model: Any, texts: Iterable[str]) -> dict[str, float]:
         perplexities = {}
         with trainer.accelerator.autocast():
-            for name, rows in self.evaluation.items():
+            for name in texts:
+                rows = self.evaluation[name]
                 loss = mean_loss(model, rows, batch_size=self.stage.micro_batch, device=trainer.args.device)
                 perplexities[f"perplexity_{name}"] = math.exp(min(loss, 700.0))
         return perplexities
@@ -308,11 +311,8 @@ class Stage:
     def _forget_metrics_after(self, step: int) -> None:
         """Take out the lines of steps that a crash undid and that are about to be done again."""
         path = Path(self.recipe.output) / METRICS_FILE
-        if not path.is_file():
-            return
-        lines = path.read_text(encoding="utf-8").splitlines()
-        records = [json.loads(line) for line in lines if line.endswith("}")]
-        kept = [record for record in records if record["stage"] != self.stage.name or record["step"] <= step]
+        own = self.stage.name
+        kept = [line for line in _metrics(path) if line["stage"] != own or line["step"] <= step]
         staging = path.with_suffix(".incomplete")
         staging.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         staging.replace(path)
@@ -325,10 +325,10 @@ class Stage:
         if trainer.is_world_process_zero():
             self.stream.save(trainer.state.global_step, staging)
             drawn = json.loads((staging / DATA_STATE_FILE).read_text(encoding="utf-8"))["drawn"]
-            (self.directory / "data_drawn.json").write_text(json.dumps(drawn, indent=1), encoding="utf-8")
+            (self.directory / DRAWN_FILE).write_text(json.dumps(drawn, indent=1), encoding="utf-8")
             if not self.control:
                 metrics = Path(self.recipe.output) / METRICS_FILE
-                card = model_card(self.recipe, self.stage, metrics_file=metrics, drawn=drawn)
+                card = model_card(self.recipe, self.stage, metrics_file=metrics)
                 (staging / "README.md").write_text(card, encoding="utf-8")
             sync_files(staging)
             staging.replace(final)
@@ -367,9 +367,18 @@ def _evaluation_text(
     return texts
 
 
-def _has_original(metrics: Path) -> bool:
-    """Whether the run has evaluated the original model."""
-    return metrics.is_file() and '"event": "original"' in metrics.read_text(encoding="utf-8")
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    """Read the lines of a run's metrics, without one that a crash cut."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]
+
+
+def _original_texts(metrics: Path) -> set[str]:
+    """Texts on which the run has evaluated the original model; the stages of a run may differ in them."""
+    originals = (record for record in _metrics(metrics) if record.get("event") == "original")
+    return {name.removeprefix("perplexity_") for record in originals for name in record}
 
 
 def _file_hash(source: SourceConfig) -> str:
