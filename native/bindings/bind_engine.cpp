@@ -288,6 +288,7 @@ void bind_engine(nb::module_& m) {
            nb::arg("candidates") = nb::none(), nb::arg("choose") = nb::none())
       .def("capture", &capture, nb::arg("ids"), nb::arg("layers"))
       .def_prop_rw("profiling", &Session::profiling, &Session::set_profiling)
+      .def_prop_rw("skipping", &Session::skipping, &Session::set_skipping)
       .def_prop_ro("counters", &counters)
       .def("reset_counters", &Session::reset_counters);
   nb::class_<ModelView>(m, "Model")

@@ -1,5 +1,6 @@
 // The feed-forward networks of T tokens, which are grouped by expert where there are experts. Candidates and
-// thresholds are masks, so that a mode computes the same function as token by token.
+// thresholds are masks, or lists of rows where candidates are few: a mode computes the same function as token
+// by token.
 #include <algorithm>
 #include <chrono>
 
@@ -51,9 +52,80 @@ void predict_group(const Step& step, const FfnWeights& w, const TokenGroup& grou
   }
 }
 
+/// Share of candidates up to which a token's own rows are read one by one: a matrix product of many tokens
+/// multiplies about four times as fast as products of single rows do (docs/kernels.md).
+constexpr std::int64_t kFewCandidates = 4;
+
+/// Whether the group computes its candidates alone. Ends with a barrier, where that may be.
+bool candidates_alone(const Step& step, const FfnWeights& w, std::int64_t n, int index) {
+  if (!step.skipping || !step.predicted() || step.on_disk() || step.model.weights->has_rests) return false;
+  ThreadScratch& thread = step.thread(index);
+  const Range rows = share(step, w.neurons, index);
+  thread.marked = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const float* marks = step.scratch.ffn_input.row(i, w.neurons);
+    thread.marked += std::count_if(marks + rows.begin, marks + rows.end, [](float m) { return m != 0.0F; });
+  }
+  step.finish(index, Part::kPredictor);
+  std::int64_t marked = 0;
+  for (const ThreadScratch& other : step.scratch.threads) marked += other.marked;
+  return kFewCandidates * marked <= n * w.neurons;
+}
+
+/// Rows of a matrix that all tokens go through before the next ones: they stay in the L2 cache.
+constexpr std::int64_t kSharedRows = 64;
+
+/// Calls f(token, list, n) with the neurons of each token whose product, or mark, is not zero.
+template <class F>
+void for_each_list(const Step& step, const FfnWeights& w, std::int64_t n_tokens, Range rows, int index, F f) {
+  std::int32_t* list = step.thread(index).candidates.rows.data();
+  for (std::int64_t begin = rows.begin; begin < rows.end; begin += kSharedRows) {
+    const Range piece{begin, std::min(begin + kSharedRows, rows.end)};
+    for (std::int64_t i = 0; i < n_tokens; ++i) {
+      const float* values = step.scratch.ffn_input.row(i, w.neurons);
+      std::int64_t n = 0;
+      for (std::int64_t r = piece.begin; r < piece.end; ++r) {
+        list[n] = static_cast<std::int32_t>(r);
+        n += values[r] != 0.0F;
+      }
+      f(i, piece, list, n);
+    }
+  }
+}
+
+/// gate and up of this thread's neurons, of each token's candidates; others are 0.
+void multiply_candidates(const Step& step, const FfnWeights& w, const TokenGroup& group, Range rows,
+                         int index) {
+  const std::int64_t F = w.neurons;
+  const bool gated = step.config().gated;
+  Scratch& s = step.scratch;
+  const auto tokens = static_cast<std::int64_t>(group.tokens.size());
+  for_each_list(step, w, tokens, rows, index,
+                [&](std::int64_t i, Range piece, const std::int32_t* list, std::int64_t n) {
+                  const Input input = group.input->view(i, step.config().hidden_size);
+                  float* gate = s.gate.data() + i * F;
+                  float* up = s.up.data() + i * F;
+                  std::fill(gate + piece.begin, gate + piece.end, 0.0F);
+                  std::fill(up + piece.begin, up + piece.end, 0.0F);
+                  step.kernels().gemv_rows(w.first(gated), input, list, n, gate);
+                  if (gated) step.kernels().gemv_rows(w.up, input, list, n, up);
+                });
+}
+
+/// This thread's columns of what the active neurons of each token add to its output.
+void add_active(const Step& step, const FfnWeights& w, std::int64_t tokens, Range columns, int index) {
+  const std::int64_t D = step.config().hidden_size;
+  Scratch& s = step.scratch;
+  for_each_list(step, w, tokens, {0, w.neurons}, index,
+                [&](std::int64_t i, Range, const std::int32_t* list, std::int64_t n) {
+                  step.kernels().axpy_rows(w.down, list, n, s.ffn_input.row(i, w.neurons), columns.begin,
+                                           columns.end, s.out.data() + i * D);
+                });
+}
+
 /// The rule of the mode: products of neurons that it drops become 0.
 LayerCounts drop_neurons(const Step& step, const FfnWeights& w, Range rows, const float* gate,
-                         const float* up, float* product) {
+                         const float* up, float* product, bool all_known) {
   const bool predicted = step.predicted();
   const bool gated = step.config().gated;
   const Thresholds limits = thresholds(step, w);
@@ -67,8 +139,8 @@ LayerCounts drop_neurons(const Step& step, const FfnWeights& w, Range rows, cons
     counts.candidates += candidate;
     counts.gate_passed += candidate && passed;
     counts.active += active;
-    counts.wanted += predicted && kept;
-    counts.found += predicted && active;
+    counts.wanted += predicted && all_known && kept;
+    counts.found += predicted && all_known && active;
     product[i] = active ? value : 0.0F;
   }
   return counts;
@@ -133,7 +205,7 @@ void add_down_rest(const Step& step, const FfnWeights& w, std::int64_t n_tokens,
 /// gate and up of this thread's neurons become activations, and their product, masked, lands in the FFN
 /// input: row i, of token t.
 LayerCounts combine(const Step& step, const FfnWeights& w, Range rows, const Capture& capture, std::int64_t i,
-                    std::int64_t t) {
+                    std::int64_t t, bool all_known) {
   const ModelConfig& config = step.config();
   const KernelTable& kernels = step.kernels();
   const std::int64_t at = i * w.neurons + rows.begin;
@@ -148,7 +220,7 @@ LayerCounts combine(const Step& step, const FfnWeights& w, Range rows, const Cap
     if (config.gated) std::copy_n(up, rows.size(), capture.up + to);
     if (!config.gated) std::fill_n(capture.up + to, rows.size(), 1.0F);
   }
-  if (step.mode != Mode::kDense) return drop_neurons(step, w, rows, gate, up, product);
+  if (step.mode != Mode::kDense) return drop_neurons(step, w, rows, gate, up, product, all_known);
   if (config.gated) {
     for (std::int64_t r = 0; r < rows.size(); ++r) product[r] = gate[r] * up[r];
   } else {
@@ -203,7 +275,7 @@ Stripe take_stripe(const Step& step, const FfnWeights& w, std::int64_t number, i
 
 /// From the inputs of a group to the masked products of this thread's neurons of a stripe.
 void multiply_in(const Step& step, const FfnWeights& w, const TokenGroup& group, const Stripe& stripe,
-                 const Capture& capture, int index) {
+                 const Capture& capture, bool few, int index) {
   Scratch& s = step.scratch;
   ThreadScratch& thread = step.thread(index);
   const bool gated = step.config().gated;
@@ -216,16 +288,20 @@ void multiply_in(const Step& step, const FfnWeights& w, const TokenGroup& group,
   const auto n = static_cast<std::int64_t>(group.tokens.size());
   const Input input = group.input->view();
   const bool refines = step.refines(w);
-  project_part(stripe.first, s.gate.data());
-  if (!refines) add_rest_batch(step, w.first_rest(gated), input, n, rows, s.gate.data(), w.neurons, index);
+  if (few) {
+    multiply_candidates(step, w, group, rows, index);
+  } else {
+    project_part(stripe.first, s.gate.data());
+    if (!refines) add_rest_batch(step, w.first_rest(gated), input, n, rows, s.gate.data(), w.neurons, index);
+  }
   thread.watch.lap(Part::kGate);
-  if (gated) {
+  if (gated && !few) {
     project_part(stripe.up, s.up.data());
     if (!refines) add_rest_batch(step, w.up_rest, input, n, rows, s.up.data(), w.neurons, index);
   }
   for (std::int64_t i = 0; i < n; ++i) {
     const auto token = static_cast<std::size_t>(i);
-    thread.counts += combine(step, w, rows, capture, i, group.tokens[token]);
+    thread.counts += combine(step, w, rows, capture, i, group.tokens[token], !few);
     if (refines) thread.counts.refined += refine(step, w, group, rows, i, index);
     if (const float factor = group.factor(token); factor != 1.0F) {
       float* product = s.ffn_input.row(i, w.neurons);
@@ -250,12 +326,13 @@ Range compute_ffn(Step& step, const FfnWeights& w, const TokenGroup& group, std:
   step.finish(index, Part::kNorm);  // and so nobody uses stripes of another FFN any more
   if (step.on_disk() && index == 0) step.model.store->stream(w.stored);
   if (step.predicted()) predict_group(step, w, group, layer, index);
+  const bool few = candidates_alone(step, w, n, index);
   thread.watch.lap(Part::kPredictor);
   thread.counts = {};
   Range columns = share(step, D, index);
   for (std::int64_t number = 0; number < stripes; ++number) {
     const Stripe stripe = take_stripe(step, w, number, index);
-    multiply_in(step, w, group, stripe, capture, index);
+    multiply_in(step, w, group, stripe, capture, few, index);
     step.finish(index, Part::kUp);
     if (!step.model.weights->neuron_major) {
       columns = project(step, w.down, s.ffn_input.view(), n, s.out.data(), index);
@@ -263,8 +340,12 @@ Range compute_ffn(Step& step, const FfnWeights& w, const TokenGroup& group, std:
     }
     for (std::int64_t i = 0; i < n && number == 0; ++i)
       std::fill_n(s.out.data() + i * D + columns.begin, columns.size(), 0.0F);
-    step.kernels().gemm_t(stripe.down, s.ffn_input.row(0, F) + stripe.begin, F, n, columns.begin, columns.end,
-                          s.out.data(), D, thread.gemm.data());
+    if (few) {
+      add_active(step, w, n, columns, index);
+    } else {
+      step.kernels().gemm_t(stripe.down, s.ffn_input.row(0, F) + stripe.begin, F, n, columns.begin,
+                            columns.end, s.out.data(), D, thread.gemm.data());
+    }
     add_down_rest(step, w, n, columns, index);
     thread.watch.lap(Part::kDown);
   }

@@ -186,7 +186,8 @@ void Session::forward(std::span<const std::int32_t> ids, const ForwardOptions& o
               .position = position_,
               .T = T,
               .given = {.mask = options.candidates, .tokens = tokens, .first = begin},
-              .profiled = profiling_};
+              .profiled = profiling_,
+              .skipping = skipping_};
     begin_step(step, ids.subspan(static_cast<std::size_t>(begin), static_cast<std::size_t>(T)));
     std::int64_t first_logit = T;
     if (options.logits == WantedLogits::kAll) first_logit = 0;

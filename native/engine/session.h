@@ -77,6 +77,10 @@ class Session {
   /// Whether the counters have times from now on.
   void set_profiling(bool on) { profiling_ = on; }
   bool profiling() const { return profiling_; }
+  /// Whether tokens that come together compute their candidates alone in predicted mode, where these are few.
+  /// What the predictor missed is not known then, and not counted.
+  void set_skipping(bool on) { skipping_ = on; }
+  bool skipping() const { return skipping_; }
 
   /// Forgets everything from `position` on. Throws ConfigError for a position that is not in the cache.
   void truncate(std::int64_t position);
@@ -125,6 +129,7 @@ class Session {
   std::int64_t position_ = 0;
   Counters counters_;
   bool profiling_ = false;
+  bool skipping_ = false;
   std::atomic<bool> busy_{false};
 };
 

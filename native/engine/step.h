@@ -138,6 +138,7 @@ struct ThreadScratch {
   AlignedVector<std::byte> gemm;       // scratch of the kernels
   Stopwatch watch;
   LayerCounts counts;                  // of this thread's neurons in the layer at hand
+  std::int64_t marked = 0;             // candidates among them, all tokens of a group
   std::int64_t broken_at = INT64_MAX;  // first stage with NaN or Inf in its input that this thread saw
 };
 
@@ -213,6 +214,7 @@ struct Step {
   std::span<Capture> captures = {};  // per layer, or empty
   GivenCandidates given = {};
   bool profiled = false;
+  bool skipping = false;  // see Session::set_skipping
 
   std::string disk_error = {};  // what went wrong; the step's numbers mean nothing then
 

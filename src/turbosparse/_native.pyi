@@ -198,6 +198,14 @@ class Session:
     @profiling.setter
     def profiling(self, on: bool) -> None: ...
     @property
+    def skipping(self) -> bool:
+        """Whether tokens that come together compute their candidates alone in predicted mode, where these are
+        at most a quarter of the neurons; off at first. What the predictor missed is not known then, and not
+        counted as wanted. May be set.
+        """
+    @skipping.setter
+    def skipping(self, on: bool) -> None: ...
+    @property
     def counters(self) -> dict[str, Any]:
         """Since the last reset: tokens, decode_tokens (those that came alone), bytes_read (weights and KV
         cache of those), and per layer, list[int], neurons summed over tokens: candidates (whose gate row was

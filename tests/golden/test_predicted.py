@@ -124,6 +124,33 @@ def test_hot_neurons_are_always_candidates(tmp_path: Path, kind: str) -> None:
         assert distance(logits, expected) < 1e-5
 
 
+@pytest.mark.parametrize(("weight_type", "bound"), [("F32", 1e-5), ("Q8_0", 0.02)])
+@pytest.mark.parametrize(("activation", "gated"), [("drelu", True), ("silu", True), ("relu2", False)])
+def test_few_candidates_are_computed_alone(
+    tmp_path: Path, activation: str, gated: bool, weight_type: str, bound: float
+) -> None:
+    path = model_with(
+        tmp_path / "m.gguf", activation=activation, gated=gated, weight_type=weight_type, threshold=0.01
+    )
+    candidates = np.random.default_rng(3).random((2, len(IDS), 160)) < 0.15
+    results = []
+    for threads, skipping in ((1, False), (1, True), (3, True)):
+        session = Model(str(path), threads=threads).session(64)
+        session.skipping = skipping
+        logits = session.forward(IDS, mode="predicted", logits="all", candidates=candidates)
+        results.append((logits, session.counters))
+    whole, alone, threaded = results
+    assert distance(alone[0], whole[0]) < bound
+    assert np.array_equal(alone[0], threaded[0])
+    assert alone[1]["candidates"] == whole[1]["candidates"]
+    assert sum(whole[1]["wanted"]) > 0
+    assert sum(alone[1]["wanted"]) == sum(alone[1]["found"]) == 0
+    many = Model(str(path)).session(64)
+    many.skipping = True
+    many.forward(IDS, mode="predicted", candidates=candidates | (np.arange(160) < 40))
+    assert sum(many.counters["wanted"]) > 0, "many candidates are one matrix product"
+
+
 def test_the_true_set_given_as_candidates_is_exact(tmp_path: Path) -> None:
     path = model_with(tmp_path / "m.gguf", predictor=None)
     trace: list[FfnTrace] = []

