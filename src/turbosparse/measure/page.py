@@ -46,7 +46,8 @@ details > summary { cursor: pointer; font-weight: 600; }
 @media print {
   body { font-size: 10pt; max-width: none; padding: 0; }
   .scroll { overflow: visible; } table { font-size: 7pt; } th, td { padding: .1rem .25rem; }
-  .figures { grid-template-columns: 1fr 1fr; } tr { break-inside: avoid; }
+  h2 { break-after: avoid; } tr { break-inside: avoid; }
+  .figures { display: block; } figure { display: inline-block; width: 48%; vertical-align: top; }
 }
 """
 
