@@ -133,5 +133,5 @@ def test_too_little_text(tmp_path: Path) -> None:
 
 def test_a_file_without_gate(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model.gguf", TinyModel(activation="relu2", gated=False, down_t=True))
-    with pytest.raises(ModelFileError, match="expected a gated FFN"):
+    with pytest.raises(ModelFileError, match="expected gated FFNs"):
         ModelFileSource(tmp_path / "model.gguf", TEXT, "", CONFIG, tokens=64, window=32)

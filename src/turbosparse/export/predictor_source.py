@@ -93,26 +93,9 @@ class ModelFileSource:
             )
         self._held_out = windows[:: -(-len(windows) // _EVALUATED_WINDOWS)]
         self._ffns = {_name(ffn): ffn for ffn in ffns_of(self._file)}
-        self.layers: Mapping[str, FFNLayer] = {name: self._layer(ffn) for name, ffn in self._ffns.items()}
-
-    def _layer(self, ffn: FFN) -> FFNLayer:
-        file = self._file
-        if file.activation is None or not file.gated:
-            raise ModelFileError(f"[{file.path}] expected a gated FFN with a known activation, got another")
-        gate, up, down = (ffn.tensor(part) for part in ("gate", "up", "down_t"))
-        types = [file.tensor(gate).type_name, file.tensor(up).type_name]
-        types.append(file.tensor(down).type_name if file.neuron_major_down else default_down_type(file))
-        thresholds = ffn.thresholds(file)
-        return FFNLayer(
-            gate=torch.tensor(ffn.values(file, gate)),
-            up=torch.tensor(ffn.values(file, up)),
-            down=torch.tensor(down_t(file, ffn)).T,
-            activation=Activation(
-                name=file.activation, threshold=float(file.metadata.get(KEY_ACTIVATION_PARAM, 0.0))
-            ),
-            row_bytes=RowBytes(*(row_bytes(name, file.hidden_size) for name in types)),
-            thresholds=thresholds and (torch.tensor(thresholds[0]), torch.tensor(thresholds[1])),
-        )
+        if self._file.activation is None or not self._file.gated:
+            raise ModelFileError(f"[{path}] expected gated FFNs with a known activation, got others")
+        self.layers: Mapping[str, FFNLayer] = _Layers(self._file, self._ffns)
 
     def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
         """Write what FFNs and their predictors read; see `turbosparse.predict.source.PredictorSource`."""
@@ -162,7 +145,7 @@ class ModelFileSource:
         return [self._evaluate(placed, ids) for placed in configurations]
 
     def _evaluate(self, placed: Mapping[str, PlacedPredictor], ids: Sequence[int]) -> Evaluation:
-        has_thresholds = next(iter(self.layers.values())).thresholds is not None
+        has_thresholds = next(iter(self._ffns.values())).thresholds(self._file) is not None
         against: _native.Mode = "threshold" if has_thresholds else "dense"
         if not placed:
             model = _native.Model(self._file.path, threads=self._threads)
@@ -213,6 +196,36 @@ class ModelFileSource:
     ) -> None:
         """Refused when the source is made: the engine computes no gradients."""
         raise ConfigError("[fit-predictor] expected no fine-tuning of a model file, got some")
+
+
+class _Layers(Mapping[str, FFNLayer]):
+    """The FFNs of a file, in order of depth; weights become floats when an FFN is asked for."""
+
+    def __init__(self, file: ModelFile, ffns: Mapping[str, FFN]) -> None:
+        self._file, self._ffns = file, ffns
+
+    def __len__(self) -> int:
+        return len(self._ffns)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._ffns)
+
+    def __getitem__(self, name: str) -> FFNLayer:
+        file, ffn = self._file, self._ffns[name]
+        gate, up, down = (ffn.tensor(part) for part in ("gate", "up", "down_t"))
+        types = [file.tensor(gate).type_name, file.tensor(up).type_name]
+        types.append(file.tensor(down).type_name if file.neuron_major_down else default_down_type(file))
+        thresholds = ffn.thresholds(file)
+        return FFNLayer(
+            gate=torch.tensor(ffn.values(file, gate)),
+            up=torch.tensor(ffn.values(file, up)),
+            down=torch.tensor(down_t(file, ffn)).T,
+            activation=Activation(
+                name=str(file.activation), threshold=float(file.metadata.get(KEY_ACTIVATION_PARAM, 0.0))
+            ),
+            row_bytes=RowBytes(*(row_bytes(name, file.hidden_size) for name in types)),
+            thresholds=thresholds and (torch.tensor(thresholds[0]), torch.tensor(thresholds[1])),
+        )
 
 
 def _name(ffn: FFN) -> str:
