@@ -22,7 +22,7 @@ from turbosparse.runtime.engine import preferred_mode
 from turbosparse.runtime.ffns import FFN, ffn_groups, ffns_of
 from turbosparse.runtime.model_file import KEY_BUNDLE, KEY_PREDICTOR, ModelFile
 
-__all__ = ["Demand", "Forecast", "MemoryPlan", "Speeds", "cache_hits", "demand_of", "forecast", "plan_memory"]
+__all__ = ["Demand", "Forecast", "MemoryPlan", "Speeds", "demand_of", "forecast", "plan_memory", "presence"]
 
 COMPUTE_SHARE = 0.75
 """Of the bandwidth measured: what decoding reaches where everything is in memory (README, "Measured")."""
@@ -30,6 +30,7 @@ _ASSUMED_ACTIVE = 0.1  # share of neurons that a token needs, where the file doe
 _ROW_BUFFER_BYTES = 256 << 20
 _PROBE_SECONDS = 0.5
 _SLOT_STEPS = 60  # of the bisection
+_MOST_WANTED = 1 - 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +72,8 @@ class Demand:
 
     clusters: NDArray[np.float64]
     """Per cluster of neurons, what is read at a time: share of tokens that need it."""
+    token_shares: NDArray[np.float64]
+    """Per cluster, the share of tokens that come to its FFN: 1 but for experts."""
     neurons_per_token: float
     """Neurons that a token asks for, of all layers."""
     assumption: str
@@ -192,36 +195,44 @@ def demand_of(file: ModelFile) -> Demand:
     mode, cluster = preferred_mode(file.modes), _integer(file, "cluster")
     gate_apart = "gate" not in file.metadata[f"{KEY_BUNDLE}parts"] and file.gated
     groups = ffn_groups(ffns_of(file))
+    nominal = np.concatenate([np.full(_size(group), group[0].token_share) for group in groups])
+    token_shares = nominal
     if mode == "dense" or (mode != "predicted" and not gate_apart):
-        shares = [np.full(_size(group), group[0].token_share) for group in groups]
+        shares = nominal
         apart = "" if mode == "dense" else " with gate in the bundles (export --gate-apart leaves it out)"
         assumption = f"mode {mode}{apart} reads all neurons"
     elif all(_hotness_name(group[0]) in file.tensors for group in groups):
         factor, more = _candidates_per_active(file) if mode == "predicted" else (1.0, "")
-        stored = [file.dequantised(_hotness_name(group[0])).reshape(-1) for group in groups]
-        shares = [np.minimum(factor * values.astype(np.float64), 1.0) for values in stored]
+        stored = [file.dequantised(_hotness_name(group[0])) for group in groups]
+        shares = np.minimum(factor * np.concatenate([values.reshape(-1) for values in stored]), 1.0)
+        # An expert has at least the tokens that need its hottest neuron.
+        hottest = [np.broadcast_to(values.max(axis=-1, keepdims=True), values.shape) for values in stored]
+        token_shares = np.maximum(nominal, np.concatenate([values.reshape(-1) for values in hottest]))
+        token_shares = np.maximum(token_shares, shares)
         assumption = f"neurons are needed as often as the hotness in the file says{more}"
     else:
         active, source = _active_ratio(file, mode)
-        shares = [np.full(_size(group), active * group[0].token_share) for group in groups]
+        shares = active * nominal
         assumption = (
             f"no hotness in the file: all neurons needed equally often, {active:.0%} of them ({source})"
         )
-    missing = 1 - np.concatenate(shares).reshape(-1, cluster)
+    not_needed = (1 - shares / token_shares).reshape(-1, cluster)  # by tokens that come to the FFN
+    token_shares = token_shares[::cluster]
     return Demand(
-        clusters=1 - missing.prod(axis=1),
-        neurons_per_token=float(sum(map(np.sum, shares))),
+        clusters=token_shares * (1 - not_needed.prod(axis=1)),
+        token_shares=token_shares,
+        neurons_per_token=float(shares.sum()),
         assumption=assumption,
     )
 
 
-def cache_hits(demand: NDArray[np.float64], *, pinned: int, slots: int) -> float:
-    """Predict the hits of a cache beside pinned entries.
+def presence(demand: NDArray[np.float64], *, pinned: int, slots: int) -> NDArray[np.float64]:
+    """Predict what is in a cache beside pinned entries.
 
     Parameters
     ----------
     demand : float64, shape (N,)
-        Per entry, the share of tokens that ask for it; independently of other tokens.
+        Per entry, the share of tokens that ask for it, 0 to 1; independently of other tokens.
     pinned : int
         So many of the most wanted entries are always there.
     slots : int
@@ -229,8 +240,8 @@ def cache_hits(demand: NDArray[np.float64], *, pinned: int, slots: int) -> float
 
     Returns
     -------
-    float
-        Share of what is asked for that is there, 0 to 1.
+    float64, shape (N,)
+        Per entry, the chance that it is there.
 
     Notes
     -----
@@ -240,24 +251,24 @@ def cache_hits(demand: NDArray[np.float64], *, pinned: int, slots: int) -> float
     Examples
     --------
     >>> import numpy as np
-    >>> even = np.full(1000, 0.1)
-    >>> round(cache_hits(even, pinned=250, slots=250), 3)
-    0.5
+    >>> there = presence(np.full(1000, 0.1), pinned=250, slots=250)
+    >>> float(there[0]), round(float(there.mean()), 3)
+    (1.0, 0.5)
     """
-    wanted = np.sort(np.clip(demand, 0.0, 1.0))[::-1]
-    total, rest = wanted.sum(), wanted[pinned:]
-    if total == 0 or slots >= np.count_nonzero(rest):
-        return 1.0
-    with np.errstate(divide="ignore"):
-        absent = np.log1p(-rest)  # of the chance that a token does not ask
+    order = np.argsort(-demand, kind="stable")
+    there = np.ones(len(demand))
+    rest = demand[order[pinned:]]
+    if slots >= np.count_nonzero(rest):
+        return there
+    absent = np.log1p(-np.minimum(rest, _MOST_WANTED))  # of the chance that a token does not ask
     low, high = 0.0, 1.0
     while (1 - np.exp(high * absent)).sum() < slots:
         high *= 2
     for _ in range(_SLOT_STEPS):
         middle = (low + high) / 2
         low, high = (middle, high) if (1 - np.exp(middle * absent)).sum() < slots else (low, middle)
-    there = rest * (1 - np.exp(high * absent))
-    return float((wanted[:pinned].sum() + there.sum()) / total)
+    there[order[pinned:]] = 1 - np.exp(high * absent)
+    return there
 
 
 def forecast(file: ModelFile, plan: MemoryPlan, *, threads: int = 0, io: str = "") -> Forecast:
@@ -280,12 +291,13 @@ def forecast(file: ModelFile, plan: MemoryPlan, *, threads: int = 0, io: str = "
         For the first tokens of a conversation, once memory is filled.
     """
     demand, cluster = demand_of(file), _integer(file, "cluster")
-    hits, carried = 1.0, 1.0
+    wanted, there, carried = demand.clusters, np.ones(len(demand.clusters)), 1.0
     if plan.on_disk:
         pinned, kept = plan.pinned // cluster, plan.kept // cluster
-        hits = cache_hits(demand.clusters, pinned=pinned, slots=kept - pinned)
-        hottest = np.sort(demand.clusters)[::-1]
-        carried = float(hottest[:kept].sum() / hottest.sum())
+        there = presence(wanted, pinned=pinned, slots=kept - pinned)
+        carried = float(np.sort(wanted)[::-1][:kept].sum() / wanted.sum())
+    missed = wanted * (1 - there)  # share of tokens that miss a cluster
+    reads = _reads(missed, demand.token_shares)
     ffns = ffns_of(file)
     passed = sum(ffn.neurons * ffn.token_share for ffn in ffns) / sum(ffn.neurons for ffn in ffns)
     predictors = passed * plan.parts.get("predictors", 0)
@@ -293,15 +305,15 @@ def forecast(file: ModelFile, plan: MemoryPlan, *, threads: int = 0, io: str = "
     streamed = plan.parts["attention, norms, routers, output"] + predictors * (1 + absent)
     streamed += passed * plan.parts.get("gate of all neurons", 0)
     rows = demand.neurons_per_token * plan.neuron_bytes / plan.neurons
-    missed = (1 - hits) * float(demand.clusters.sum())  # clusters per token
-    speeds = _measure(file, round(missed / file.num_hidden_layers), threads, io)
+    per_read = max(round(float(missed.sum()) / reads), 1) if reads else 0
+    speeds = _measure(file, round(reads / file.num_hidden_layers), per_read, threads, io)
     memory_s = (streamed / speeds.stream_gb_per_s + rows / speeds.rows_gb_per_s) / 1e9 / COMPUTE_SHARE
     disk_s = file.num_hidden_layers * speeds.burst_s
     return Forecast(
         mode=preferred_mode(file.modes),
-        hit_ratio=hits,
+        hit_ratio=float(1 - missed.sum() / wanted.sum()),
         carried=carried,
-        disk_bytes_per_token=missed * cluster * _integer(file, "bytes"),
+        disk_bytes_per_token=float(missed.sum()) * cluster * _integer(file, "bytes"),
         memory_s=memory_s,
         disk_s=disk_s,
         tok_per_s=1 / (memory_s + disk_s),
@@ -311,13 +323,19 @@ def forecast(file: ModelFile, plan: MemoryPlan, *, threads: int = 0, io: str = "
     )
 
 
-def _measure(file: ModelFile, reads: int, threads: int, io: str) -> Speeds:
+def _reads(missed: NDArray[np.float64], token_shares: NDArray[np.float64]) -> float:
+    """Reads per token: clusters that lie side by side are one, and only what is asked of an FFN is."""
+    among_asked = missed / token_shares
+    return float((missed * (1 - np.concatenate([[0.0], among_asked[:-1]]))).sum())
+
+
+def _measure(file: ModelFile, reads: int, clusters: int, threads: int, io: str) -> Speeds:
     threads = _native.thread_count(threads)
     row = _native.packed_row_bytes(file.metadata[f"{KEY_BUNDLE}types"][-1], file.hidden_size)
     by_row = _native.read_bandwidth(threads, _ROW_BUFFER_BYTES, row_bytes=row, one_in=ONE_IN)
     burst_s, reader = 0.0, ""
     if reads:
-        read_bytes = _integer(file, "cluster") * _integer(file, "bytes")
+        read_bytes = clusters * _integer(file, "cluster") * _integer(file, "bytes")
         parts = [tensor for name, tensor in file.tensors.items() if ".ffn_bundles" in name]
         burst_s, reader = _native.time_read_bursts(
             file.path,

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what a memory budget would hold")
     add_memory_options(group)
     group.add_argument("--context", type=int, metavar="N", help="tokens of context (default: at most 4096)")
-    group.add_argument("-t", "--threads", type=int, default=0, metavar="N", help="threads that compute")
+    group.add_argument("-t", "--threads", type=int, metavar="N", help="threads that compute")
     add_json_option(parser)
 
 

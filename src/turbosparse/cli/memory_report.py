@@ -33,20 +33,22 @@ def describe_budget(file: "ModelFile", args: argparse.Namespace) -> dict[str, An
         on it.
     """
     from turbosparse.bench.memory_forecast import forecast, plan_memory
+    from turbosparse.runtime.cpus import check_threads
     from turbosparse.runtime.engine import default_context
 
+    threads = check_threads(args.threads)
     context = default_context(file.metadata) if args.context is None else args.context
     plan = plan_memory(
         file,
         budget=memory_budget(args) or 0,
         context=context,
-        threads=args.threads,
+        threads=threads,
         kv_cache=args.kv_cache or "",
     )
     found = None
     if plan.neurons and plan.fits:
         with progress(None, "measuring memory and disk"):
-            found = asdict(forecast(file, plan, threads=args.threads, io=args.io or ""))
+            found = asdict(forecast(file, plan, threads=threads, io=args.io or ""))
     return asdict(plan) | {"fits": plan.fits, "forecast": found}
 
 
