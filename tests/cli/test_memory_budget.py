@@ -1,14 +1,17 @@
 """Verbs within a memory budget: experts on disk give what they give in memory, and too little is refused."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.bundled_model import make_bundled
 from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse.cli.main import main
+from turbosparse.runtime.model_file import ModelFile
 
 MODEL = TinyModel(
     activation="drelu",
@@ -71,3 +74,22 @@ def test_perplexity(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr()
     assert json.loads(shown.out.splitlines()[-1]) == expected
     assert "of the neurons in memory" in shown.err
+
+
+def test_experts_are_exported_with_their_hotness(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, made = bundles.with_name("shared.gguf"), bundles.with_name("sorted.gguf")
+    shared = dataclasses.replace(MODEL, arch="qwen2moe", weight_type="F32", shared_intermediate_size=96)
+    make_tiny_model(plain, dataclasses.replace(shared, intermediate_size=64, num_hidden_layers=2))
+    options = ["--layout", "bundled", "--hotness-tokens", "64", "--tokens", "64"]
+    assert main(["export", str(plain), "-o", str(made), *options]) == 0
+    hotness = ModelFile(made).dequantised("blk.1.ffn_hotness_exps")
+    assert hotness.shape == (8, 64) and (np.diff(hotness) <= 0).all()
+    assert ModelFile(made).dequantised("blk.1.ffn_hotness_shexp").shape == (96,)
+    capsys.readouterr()
+    records = {}
+    for path in (plain, made):
+        assert main(["inspect", str(path), "--json"]) == 0
+        records[path] = json.loads(capsys.readouterr().out)
+    added = 2 * (8 * 64 + 96)  # hotness counts as thresholds do
+    assert records[made]["parameters"] == records[plain]["parameters"] + added
+    assert records[made]["ffn_share"] > 0.3 and len(records[made]["predictor"]["layers"]) == 2

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 
 from turbosparse.runtime.ffns import ffns_of
-from turbosparse.runtime.model_file import KEY_ACTIVATION_PARAM, KEY_PREDICTOR, ModelFile
+from turbosparse.runtime.model_file import KEY_ACTIVATION_PARAM, KEY_BUNDLE, KEY_PREDICTOR, ModelFile
 from turbosparse.runtime.predictors import read_predictors
 
 __all__ = ["describe"]
 
-FFN_TENSOR = re.compile(r"blk\.\d+\.ffn_(gate|up|down|down_t)(_rest)?(_exps|_shexp)?\.weight")
+FFN_TENSOR = re.compile(
+    r"blk\.\d+\.ffn_((gate|up|down|down_t)(_rest)?(_exps|_shexp)?\.weight|bundles(_exps|_shexp)?)"
+)
 
 
 def describe(file: ModelFile, *, tensors: bool) -> dict[str, Any]:
@@ -93,6 +95,9 @@ def _weights(file: ModelFile) -> dict[str, Any]:
     types: dict[str, dict[str, int]] = {}
     for tensor in file.tensors.values():
         values = math.prod(tensor.shape)
+        if ".ffn_bundles" in tensor.name:  # bytes of rows that are as wide as the model
+            parts = len(file.metadata[f"{KEY_BUNDLE}parts"])
+            values = values // tensor.shape[-1] * parts * file.hidden_size
         # A rest belongs to a weight that is counted.
         parameters += 0 if tensor.name.endswith("_rest.weight") else values
         in_experts += values if "_exps" in tensor.name else 0

@@ -241,7 +241,7 @@ def read_predictors(file: ModelFile) -> list[StoredPredictor]:
     key, layers = f"{KEY_PREDICTOR}threshold", file.num_hidden_layers
     thresholds = file.metadata.get(key)
     suffix = "_exps" if file.num_experts else ""
-    per_layer = max(file.num_experts, 1) + ("blk.0.ffn_up_shexp.weight" in file.tensors)
+    per_layer = max(file.num_experts, 1) + (file.shared_intermediate_size > 0)
     expected = layers * per_layer
     if not isinstance(thresholds, list) or len(thresholds) != expected:
         got = len(thresholds) if isinstance(thresholds, list) else thresholds
