@@ -1,9 +1,12 @@
 // The engine on a tiny model: bad files are refused by name, threads and batches do not change results, a
 // call that does not finish leaves nothing behind. What it computes is compared with NumPy in tests/golden.
 #include <unistd.h>
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -34,9 +37,9 @@ class TemporaryFile {
   char path_[32] = "/tmp/turbosparse-test-XXXXXX";
 };
 
-std::shared_ptr<const Model> load(const TinyGguf& gguf, int threads) {
+std::shared_ptr<const Model> load(const TinyGguf& gguf, int threads, const MemoryOptions& memory = {}) {
   const TemporaryFile file(gguf.bytes());
-  return std::make_shared<const Model>(file.path(), threads, "", WeightType::kQ8_0);
+  return std::make_shared<const Model>(file.path(), threads, "", WeightType::kQ8_0, memory);
 }
 
 const std::vector<std::int32_t> kIds{3, 14, 15, 9, 26, 5, 35, 8, 9, 7};
@@ -141,6 +144,31 @@ void test_schedules_agree(const TinyGguf& gguf, const std::vector<Mode>& modes) 
   }
 }
 
+/// Keys and values in 8 bits, and tokens that compute their few candidates alone: threads change no bit.
+void test_small_cache_and_few_candidates() {
+  TinyGguf gguf = TinyGguf::model();
+  gguf.keys["turbosparse-llama.attention.head_count"] = std::uint32_t{2};  // of 32 values
+  gguf.keys["turbosparse-llama.attention.head_count_kv"] = std::uint32_t{1};
+  const std::size_t neurons = 2 * kIds.size() * 96;
+  const auto mask = std::make_unique<bool[]>(neurons);
+  for (std::size_t i = 0; i < neurons; i += 7) mask[i] = true;
+  const ForwardOptions options{
+      .mode = Mode::kPredicted, .logits = WantedLogits::kAll, .candidates = mask.get()};
+  std::vector<float> first;
+  for (const int threads : {1, 2, 3}) {
+    Session session(load(gguf, threads, {0, 0, "", "q8_0"}), 64);
+    session.set_skipping(true);
+    std::vector<float> out(kIds.size() * static_cast<std::size_t>(session.model().config.vocab_size));
+    session.forward(kIds, options, out.data());
+    if (first.empty()) first = out;
+    CHECK(out == first, "%d threads", threads);
+    const LayerCounts counts = session.counters().layers[0];
+    CHECK(counts.wanted == 0 && counts.candidates > 0, "%ld wanted", static_cast<long>(counts.wanted));
+    CHECK(std::ranges::all_of(logits(session, Mode::kDense, true), [](float x) { return std::isfinite(x); }),
+          "%d threads, one by one", threads);
+  }
+}
+
 void test_rollback() {
   Session session(load(TinyGguf::model(), 2), 16);
   const std::span<const std::int32_t> start = std::span(kIds).first(4);
@@ -183,6 +211,7 @@ int main() {
   turbosparse::test_schedules_agree(TinyGguf::model(),
                                     {Mode::kDense, Mode::kExact, Mode::kThreshold, Mode::kPredicted});
   turbosparse::test_schedules_agree(TinyGguf::sign_model(), {Mode::kPredicted});
+  turbosparse::test_small_cache_and_few_candidates();
   turbosparse::test_rollback();
   return turbosparse::test::report();
 }
