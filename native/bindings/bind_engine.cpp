@@ -304,6 +304,7 @@ void bind_engine(nb::module_& m) {
           nb::arg("io") = "", nb::arg("kv_cache") = "")
       .def_prop_ro("info", [](const ModelView& self) { return InfoView{self.model}; })
       .def_prop_ro("threads", [](const ModelView& self) { return self.model->pool.size(); })
+      .def("pin_threads", [](const ModelView& self) { self.model->pool.pin(); })
       .def_prop_ro("isa", [](const ModelView& self) { return self.model->kernels.isa; })
       .def_prop_ro("kv_cache", [](const ModelView& self) { return kv_type_name(self.model->kv_type); })
       .def(

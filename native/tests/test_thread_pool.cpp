@@ -1,4 +1,7 @@
 // The thread pool: every thread takes part, barriers hold, callers take turns, bad counts are refused.
+#include <sched.h>
+
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <numeric>
@@ -80,6 +83,24 @@ void test_sleep() {
   CHECK(done == 4, "got %d", done.load());
 }
 
+/// Pinned threads run where they were put, and the caller is free again after the job.
+void test_pinning() {
+  const std::vector<int> cpus = pinned_cpus(3);
+  if (cpus.empty()) return;
+  CHECK(pinned_cpus(1) == std::vector<int>{cpus[0]}, "the first of 3 CPUs is not the first of 1");
+  cpu_set_t before, after;
+  CHECK(sched_getaffinity(0, sizeof before, &before) == 0, "no affinity");
+  ThreadPool pool(3);
+  pool.pin();
+  std::array<int, 3> seen = {-1, -1, -1};
+  pool.run([&](int index) noexcept { seen[static_cast<std::size_t>(index)] = sched_getcpu(); });
+  for (std::size_t i = 0; i < seen.size(); ++i) {
+    CHECK(seen[i] == cpus[i], "thread %d ran on CPU %d", static_cast<int>(i), seen[i]);
+  }
+  CHECK(sched_getaffinity(0, sizeof after, &after) == 0, "no affinity");
+  CHECK(CPU_EQUAL(&before, &after), "the caller stays pinned");
+}
+
 void test_counts() {
   CHECK(thread_count(0) >= 1 && thread_count(0) <= 8, "got %d", thread_count(0));
   CHECK(thread_count(1) == 1, "got %d", thread_count(1));
@@ -102,6 +123,7 @@ int main() {
   for (const int threads : {1, 2, 3, 5}) turbosparse::test_barriers(threads);
   turbosparse::test_jobs_in_turn();
   turbosparse::test_sleep();
+  turbosparse::test_pinning();
   turbosparse::test_counts();
   return turbosparse::test::report();
 }

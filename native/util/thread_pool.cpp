@@ -7,7 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <fstream>
-#include <set>
+#include <map>
 #include <string>
 
 #include "util/error.h"
@@ -47,27 +47,79 @@ bool wait_while(const std::atomic<std::uint32_t>& value, std::uint32_t old, int 
   return false;
 }
 
-}  // namespace
-
-int physical_cores() {
-  const int logical = std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+/// The CPUs that this process may run on, by core; none where the system cannot tell.
+std::vector<std::vector<int>> allowed_cores() {
+  std::vector<std::vector<int>> cores;
 #if defined(__linux__)
   cpu_set_t allowed;
   CPU_ZERO(&allowed);
-  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return logical;
-  std::set<std::string> cores;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return cores;
+  std::map<std::string, std::size_t> core_of;  // by the list of its CPUs
   for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
     if (!CPU_ISSET(cpu, &allowed)) continue;
     std::ifstream topology("/sys/devices/system/cpu/cpu" + std::to_string(cpu) +
                            "/topology/thread_siblings_list");
     std::string siblings;
     if (!std::getline(topology, siblings)) siblings = std::to_string(cpu);
-    cores.insert(siblings);
+    const std::size_t core = core_of.try_emplace(siblings, cores.size()).first->second;
+    if (core == cores.size()) cores.emplace_back();
+    cores[core].push_back(cpu);
   }
-  return std::max(1, static_cast<int>(cores.size()));
-#else
-  return logical;
 #endif
+  return cores;
+}
+
+/// Keeps the calling thread on a CPU while it lives, and lets it go where it could before after; a CPU below
+/// 0 stands for any.
+class StayOn {
+ public:
+#if defined(__linux__)
+  explicit StayOn(int cpu) : moved_(cpu >= 0 && sched_getaffinity(0, sizeof before_, &before_) == 0) {
+    if (moved_) move_to(cpu);
+  }
+  ~StayOn() {
+    if (moved_) sched_setaffinity(0, sizeof before_, &before_);
+  }
+  static bool move_to(int cpu) {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    return sched_setaffinity(0, sizeof one, &one) == 0;
+  }
+
+ private:
+  cpu_set_t before_;
+  bool moved_;
+#else
+  explicit StayOn(int) {}
+  static bool move_to(int) { return false; }
+#endif
+};
+
+}  // namespace
+
+int physical_cores() {
+  const auto cores = static_cast<int>(allowed_cores().size());
+  return cores > 0 ? cores : std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+std::vector<int> pinned_cpus(int threads) {
+  const std::vector<std::vector<int>> cores = allowed_cores();
+  std::vector<int> order;
+  for (std::size_t sibling = 0, found = 1; found > 0; ++sibling) {
+    found = 0;
+    for (const std::vector<int>& cpus : cores) {
+      if (sibling >= cpus.size()) continue;
+      order.push_back(cpus[sibling]);
+      ++found;
+    }
+  }
+  const std::size_t there = order.size();
+  for (std::size_t i = there; there > 0 && i < static_cast<std::size_t>(threads); ++i) {
+    order.push_back(order[i - there]);
+  }
+  order.resize(std::min(order.size(), static_cast<std::size_t>(threads)));
+  return order;
 }
 
 int thread_count(int requested) {
@@ -99,8 +151,21 @@ ThreadPool::~ThreadPool() {
   for (std::thread& worker : workers_) worker.join();
 }
 
+void ThreadPool::pin() {
+  const std::vector<int> cpus = pinned_cpus(size_);
+  std::atomic<bool> moved{!cpus.empty()};
+  run([&](int index) noexcept {
+    if (index > 0 && moved && !StayOn::move_to(cpus[static_cast<std::size_t>(index)])) moved = false;
+  });
+  if (!moved)
+    throw ConfigError("[pin] expected a system that keeps threads on their CPUs, got one that refuses");
+  const std::lock_guard lock(turn_);
+  callers_cpu_ = cpus[0];
+}
+
 void ThreadPool::run_job(Job job, void* context) {
   const std::lock_guard lock(turn_);
+  const StayOn stay(callers_cpu_);
   job_ = job;
   context_ = context;
   jobs_.fetch_add(1, std::memory_order_release);

@@ -18,6 +18,9 @@ int physical_cores();
 /// `requested`, or for 0 the physical cores, at most 8. Throws ConfigError for a negative count and for one
 /// above four times the cores or above 256.
 int thread_count(int requested);
+/// The CPUs for so many pinned threads, of those this process may run on: one of each core first, then their
+/// siblings, then from the beginning. Empty where the system cannot tell.
+std::vector<int> pinned_cpus(int threads);
 
 /// A half-open range of items.
 struct Range {
@@ -37,6 +40,10 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   int size() const { return size_; }
+
+  /// From now on keeps each thread on a CPU of its own, the caller's as long as a job runs. Throws
+  /// ConfigError where the system refuses.
+  void pin();
 
   /// Calls job(index) for 0 <= index < size() on as many threads, and returns when all are done. Callers on
   /// several threads take turns. A job must not call run.
@@ -59,6 +66,7 @@ class ThreadPool {
 
   const int size_;
   std::mutex turn_;
+  int callers_cpu_ = -1;  // -1: any
   Job job_ = nullptr;
   void* context_ = nullptr;
   bool stop_ = false;

@@ -134,6 +134,10 @@ class Model:
     def info(self) -> ModelInfo: ...
     @property
     def threads(self) -> int: ...
+    def pin_threads(self) -> None:
+        """From now on keep each thread on a CPU of its own, one per core first, the caller's while it
+        computes. Models that are pinned share the same CPUs.
+        """
     @property
     def isa(self) -> str: ...
     @property

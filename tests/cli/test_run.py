@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -36,6 +37,15 @@ def test_text_on_stdout_and_timings_on_stderr(model: str, capsys: pytest.Capture
     assert captured.out == f"{record['text']}\n"
     for words in ("mode exact (also dense)", "load ", "prompt 11 tokens at", "answer 6 tokens at", "active"):
         assert words in captured.err, words
+
+
+def test_pinned_threads_change_nothing(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    allowed = os.sched_getaffinity(0)
+    free, pinned = (
+        run_json(capsys, model, "--raw", "-p", PROMPT, "-n", "6", *pin) for pin in ([], ["--pin"])
+    )
+    assert pinned["ids"] == free["ids"]
+    assert os.sched_getaffinity(0) == allowed
 
 
 def test_the_json_record(model: str, capsys: pytest.CaptureFixture[str]) -> None:

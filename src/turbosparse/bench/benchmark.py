@@ -61,6 +61,8 @@ class BenchConfig:
     """Time llama.cpp in turn with ours."""
     baseline_model: Path | None = None
     """The file llama.cpp reads; by default the same one."""
+    pin: bool = False
+    """Keep each of our threads on a CPU of its own."""
     isa: str = ""
     """Instruction set of our kernels; empty means the best there is."""
     memory_budget: int = 0
@@ -373,6 +375,8 @@ def load_for(path: Path, config: BenchConfig, threads: int) -> tuple[_native.Mod
         io=config.io,
         kv_cache=config.kv_cache,
     )
+    if config.pin:
+        model.pin_threads()
     return model, cases
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbosparse.cli.console import add_json_option
-from turbosparse.cli.model_options import MODES, add_memory_options, memory_budget
+from turbosparse.cli.model_options import MODES, add_memory_options, add_pin_option, memory_budget
 from turbosparse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-r", "--rounds", type=int, default=5, help="timed rounds")
     add("--against", choices=["llama.cpp"], help="time it in turn; needs turbosparse[baseline]")
     add("--baseline-model", type=Path, metavar="FILE", help="what llama.cpp reads, if not MODEL itself")
+    add_pin_option(parser)
     add("--isa", default="", help="instruction set of our kernels (default: the best there is)")
     add_memory_options(parser)
     add("--roofline", action="store_true", help="measure how fast memory is read: as streams, and some rows")
@@ -119,6 +120,7 @@ def bench_config(args: argparse.Namespace) -> "BenchConfig":
         rounds=args.rounds,
         against_llama_cpp=args.against is not None,
         baseline_model=args.baseline_model,
+        pin=args.pin,
         isa=args.isa,
         memory_budget=budget,
         memory_limit=budget + FOR_THE_INTERPRETER if budget and args.against else 0,
@@ -197,18 +199,10 @@ def command_line(args: argparse.Namespace) -> str:
         words += ["--against", args.against]
     if args.baseline_model:
         words += ["--baseline-model", args.baseline_model.name]
-    if args.isa:
-        words += ["--isa", args.isa]
-    if args.memory_budget:
-        words += ["--memory-budget", args.memory_budget]
-    if args.io:
-        words += ["--io", args.io]
-    if args.kv_cache:
-        words += ["--kv-cache", args.kv_cache]
-    if args.one_at_a_time:
-        words += ["--one-at-a-time"]
-    if args.roofline:
-        words += ["--roofline"]
-    if args.profile:
-        words += ["--profile"]
+    for name in ("isa", "memory_budget", "io", "kv_cache"):
+        if getattr(args, name):
+            words += [f"--{name.replace('_', '-')}", getattr(args, name)]
+    for name in ("pin", "one_at_a_time", "roofline", "profile"):
+        if getattr(args, name):
+            words += [f"--{name.replace('_', '-')}"]
     return shlex.join(words)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_memory_options",
     "add_model_options",
+    "add_pin_option",
     "add_sampling_options",
     "check_model_name",
     "describe",
@@ -48,6 +49,7 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_modes: bool = 
         help="how neurons are skipped; default: the first of predicted, exact, threshold, dense that it can",
     )
     group.add_argument("-t", "--threads", type=int, metavar="N", help="default: physical cores, at most 8")
+    add_pin_option(group)
     group.add_argument("--isa", metavar="NAME", help="instruction set: scalar, avx2 ...; default: the best")
     group.add_argument(
         "--transcode",
@@ -57,6 +59,19 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_modes: bool = 
         help="what weights without a native kernel become while loading (default: Q8_0)",
     )
     add_memory_options(group)
+
+
+def add_pin_option(group: argparse._ActionsContainer) -> None:
+    """Add whether threads stay on their CPUs.
+
+    Parameters
+    ----------
+    group : parser or argument group
+        Where the option stands.
+    """
+    group.add_argument(
+        "--pin", action="store_true", help="keep each thread on a CPU of its own, one per core first"
+    )
 
 
 def add_memory_options(group: argparse._ActionsContainer) -> None:
@@ -181,7 +196,7 @@ def open_model(args: argparse.Namespace, *, context: int | None = None) -> "Mode
     from turbosparse.runtime.engine import load
 
     with progress(None, f"loading {args.model.name}"):
-        return load(
+        model = load(
             args.model,
             threads=args.threads,
             context=context,
@@ -191,6 +206,9 @@ def open_model(args: argparse.Namespace, *, context: int | None = None) -> "Mode
             io=args.io,
             kv_cache=args.kv_cache,
         )
+    if args.pin:
+        model.engine.pin_threads()
+    return model
 
 
 def check_model_name(name: str) -> None:
