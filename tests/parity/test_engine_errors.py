@@ -79,20 +79,25 @@ def test_bad_calls(tiny: str) -> None:
     ("tensor", "place"),
     [
         ("token_embd.weight", "token embedding"),
+        ("blk.1.attn_k.weight", "attention of layer 1"),
+        ("blk.0.attn_v.weight", "attention of layer 0"),
         ("blk.1.attn_output.weight", "attention of layer 1"),
         ("blk.0.ffn_down.weight", "FFN of layer 0"),
         ("output.weight", "output projection"),
     ],
 )
 @pytest.mark.parametrize("weight_type", ["F32", "Q8_0"])
-def test_nan_is_named_by_where_it_began(tmp_path: Path, weight_type: str, tensor: str, place: str) -> None:
+@pytest.mark.parametrize("kv_cache", ["", "q8_0"])
+def test_nan_is_named_by_where_it_began(
+    tmp_path: Path, kv_cache: str, weight_type: str, tensor: str, place: str
+) -> None:
     path = tmp_path / "model.gguf"
-    make_tiny_model(path, TinyModel(tied=False, weight_type=weight_type))
+    make_tiny_model(path, TinyModel(hidden_size=128, tied=False, weight_type=weight_type))
     reader = gguf.GGUFReader(path, "r+")
     data = next(t for t in reader.tensors if t.name == tensor).data
     data[3] = np.nan if weight_type == "F32" else 0xFF  # a half of all ones is a NaN
     reader.data.flush()
-    model = Model(str(path))
+    model = Model(str(path), kv_cache=kv_cache)
     for ids in (np.array([3], np.int32), np.array([1, 2, 3], np.int32)):
         session = model.session(8)
         with pytest.raises(EngineError, match=rf"\[{place}\] expected finite numbers"):
