@@ -12,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from tests.measure.twins import TEXT, byte_tokenizer, make_twins
-from tests.tiny_hf import make_hf_model
+from tests.tiny_hf import make_hf_model, make_tokenizer
 from turbosparse.errors import CalibrationError, ConfigError, TextError
 from turbosparse.measure.config import MeasureConfig
-from turbosparse.measure.hugging_face import HuggingFaceModel
+from turbosparse.measure.hugging_face import HuggingFaceModel, open_hugging_face
 from turbosparse.measure.measurement import measure
 from turbosparse.measure.quality_points import budget_targets
 from turbosparse.runtime.measured_file import MeasuredFile
@@ -156,6 +156,15 @@ def test_budgets_are_met_or_said_not_to_be() -> None:
     )
     assert notes[1] == "CETT-PPL-1%: the rise is known within 0.3 % only; give more quality tokens"
     assert len(notes) == 2
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"), [("models/tiny", "tiny"), ("runs/mine/distillation/model", "mine/distillation")]
+)
+def test_what_sparsify_leaves_has_the_name_of_its_run(tmp_path: Path, folder: str, name: str) -> None:
+    make_hf_model().save_pretrained(tmp_path / folder)
+    make_tokenizer().save_pretrained(tmp_path / folder)
+    assert open_hugging_face(tmp_path / folder).description["name"] == name
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen2_moe"])

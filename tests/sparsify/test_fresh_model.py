@@ -52,7 +52,13 @@ def recipe(folder: Path, activation: str = "drelu", **changes: Any) -> Recipe:
 
 
 def test_a_run_starts_from_a_shape_and_leaves_a_model(tmp_path: Path) -> None:
-    model = load_model(run_recipe(recipe(tmp_path)).model)
+    folder = run_recipe(recipe(tmp_path)).model
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    assert (
+        "# run\n\nA model with drelu in its feed-forward layers, trained from random weights on 256" in card
+    )
+    assert "base_model" not in card
+    model = load_model(folder)
     assert str(activation_of(model)) == "drelu"
     assert model.config.num_key_value_heads == 2
     assert model.config.vocab_size == len(

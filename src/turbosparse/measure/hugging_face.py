@@ -66,7 +66,12 @@ def open_hugging_face(path: str | Path, *, device: str = "cpu") -> "HuggingFaceM
         raise TokenizerError(
             f"[{path}] expected a tokenizer beside the model, got none that loads"
         ) from error
-    return HuggingFaceModel(model, tokenizer, name=Path(path).name)
+    return HuggingFaceModel(model, tokenizer, name=_name(Path(path)))
+
+
+def _name(path: Path) -> str:
+    """What a report calls a model; those that `sparsify` leaves are all RUN/STAGE/model."""
+    return "/".join(path.parts[-3:-1]) if path.name == "model" and len(path.parts) > 2 else path.name
 
 
 class HuggingFaceModel:

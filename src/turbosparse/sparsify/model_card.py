@@ -37,19 +37,18 @@ def model_card(recipe: Recipe, stage: StageConfig, *, metrics_file: Path) -> str
     stages = recipe.stages[: recipe.stages.index(stage) + 1]
     drawn = _drawn(stages, metrics_file.parent)
     base = Path(recipe.model).name if Path(recipe.model).exists() else recipe.model
+    title = Path(recipe.output).name if recipe.from_scratch else f"{base} with {recipe.activation}"
     front = ModelCardData(
-        base_model=base,
+        base_model=None if recipe.from_scratch else base,
         license=recipe.license or None,
         pipeline_tag="text-generation",
         tags=["turbosparse", "activation-sparsity", recipe.activation.split(":", 1)[0]],
     )
     parts = [
         f"---\n{front.to_yaml()}\n---",
-        f"# {base} with {recipe.activation}",
-        f"{base}{_experts(recipe)}, the activation of its feed-forward layers replaced by "
-        f"{recipe.activation} and trained on "
-        f"{sum(_tokens(recipe, done) for done in stages):,} tokens with turbosparse, so that most neurons "
-        "are zero for each token and need not be computed.",
+        f"# {title}",
+        f"{_origin(recipe, base)} on {sum(_tokens(recipe, done) for done in stages):,} tokens with "
+        "turbosparse, so that most neurons are zero for each token and need not be computed.",
         *_quality(_evaluations(metrics_file, stage.name)),
         "## Training",
         _table(
@@ -86,14 +85,18 @@ def model_card(recipe: Recipe, stage: StageConfig, *, metrics_file: Path) -> str
     return "\n\n".join(parts) + "\n"
 
 
-def _experts(recipe: Recipe) -> str:
-    if recipe.upcycle is None:
-        return ""
-    experts = recipe.upcycle
-    return (
-        f", each feed-forward layer made {experts.num_experts} experts of which a token uses "
-        f"{experts.num_experts_per_tok}"
-    )
+def _origin(recipe: Recipe, base: str) -> str:
+    """What was trained, up to the number of tokens."""
+    if recipe.from_scratch:
+        return f"A model with {recipe.activation} in its feed-forward layers, trained from random weights"
+    experts = ""
+    if recipe.upcycle is not None:
+        experts = (
+            f", each feed-forward layer made {recipe.upcycle.num_experts} experts of which a token uses "
+            f"{recipe.upcycle.num_experts_per_tok}"
+        )
+    swapped = f"the activation of its feed-forward layers replaced by {recipe.activation}"
+    return f"{base}{experts}, {swapped} and trained"
 
 
 def _tokens(recipe: Recipe, stage: StageConfig) -> int:
