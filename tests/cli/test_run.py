@@ -108,7 +108,7 @@ def test_sampling_options_arrive(model: str, capsys: pytest.CaptureFixture[str])
         (["-p", "a" * 400], "[prompt] expected at most 256 tokens (the context), got"),
         (["-p", "a", "--threads", "0"], "[threads] expected 1 to "),
         (["-p", "a", "--threads", "99999"], "[threads]"),
-        (["-p", "a", "--threads", "two"], "argument -t/--threads: invalid int value: 'two'"),
+        (["-p", "a", "--threads", "two"], "argument -t/--threads: expected a number, got 'two'"),
         (["-p", "a", "--context", "9999"], "[context] expected 1 to 256 tokens"),
         (["-p", "a", "--temp", "-1"], "[sampling.temperature] expected 0 or more, got -1.0"),
         (["-p", "a", "--top-p", "0"], "[sampling.top_p]"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.tiny_model import TinyModel, make_tiny_model
+from turbosparse.runtime.cpus import available_cpus
 from turbosparse.runtime.model_file import ModelFile
 from turbosparse.runtime.model_file_copy import copy_with
 from turbosparse.runtime.model_file_writer import TensorSource
@@ -74,7 +75,7 @@ def test_models_that_do_not_serve(folder: Path, verb: str, model: str, says: str
 
 
 @pytest.mark.parametrize("verb", VERBS)
-@pytest.mark.parametrize("threads", ["-1", "100000", "two"])
+@pytest.mark.parametrize("threads", ["-1", f"{available_cpus() + 1}", "two"])
 def test_impossible_threads(folder: Path, verb: str, threads: str) -> None:
     line = refusal(folder, verb, str(folder / "sound.gguf"), *options(verb, folder), "--threads", threads)
     assert "threads" in line

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turbosparse.cli.console import add_json_option, console, print_json, progress, share_of
+from turbosparse.cli.console import add_json_option, console, print_json, progress, share_of, thread_count
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="keep weights in two parts of 4 bits; read the second for neurons at K times their threshold, "
         "and for the largest logits (1: all active neurons; 6 to 12 is usual)",
     )
-    add("-t", "--threads", type=int, default=0, help="threads (default: physical cores, at most 8)")
+    add("-t", "--threads", type=thread_count, default=0, help="threads (default: physical cores, at most 8)")
     add("--force", action="store_true", help="replace OUT.gguf if it exists")
     add_json_option(parser)
 

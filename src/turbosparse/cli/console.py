@@ -26,6 +26,7 @@ __all__ = [
     "progress",
     "set_up_logging",
     "share_of",
+    "thread_count",
 ]
 
 SHOW_AFTER_S = 2.0
@@ -189,6 +190,34 @@ def share_of(option: str, text: str) -> float:
         return float(text[:-1]) / 100 if text.endswith("%") else float(text)
     except ValueError:
         raise ConfigError(f"[{option}] expected a share as in 1% or 0.01, got {text!r}") from None
+
+
+def thread_count(text: str) -> int:
+    """Read what ``--threads`` was given.
+
+    Parameters
+    ----------
+    text : str
+        As it was typed.
+
+    Returns
+    -------
+    int
+        1 to the CPUs of this process.
+
+    Raises
+    ------
+    argparse.ArgumentTypeError
+        If it is no number, or out of that range.
+    """
+    from turbosparse.runtime.cpus import check_threads
+
+    try:
+        return check_threads(int(text))
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, got {text!r}") from None
 
 
 def plain_text(text: str) -> "Text":

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turbosparse.cli.console import add_json_option, console, print_json, progress
+from turbosparse.cli.console import add_json_option, console, print_json, progress, thread_count
 from turbosparse.cli.demo_report import demo_record, show_answers, show_layers, show_quality
 from turbosparse.cli.demo_runs import answer, is_chat, judge
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prompt", help="what to ask, or the beginning that a model without a chat template goes on with")
     add("--cett", type=float, help=f"find thresholds for this error of every layer; without any: {CETT}")
     add("-n", "--max-tokens", type=int, default=96, help="length of the answers")
-    add("-t", "--threads", type=int, help="threads (default: physical cores, at most 8)")
+    add("-t", "--threads", type=thread_count, help="threads (default: physical cores, at most 8)")
     add_json_option(parser)
 
 

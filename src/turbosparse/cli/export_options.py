@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turbosparse.cli.console import add_json_option
+from turbosparse.cli.console import add_json_option, thread_count
 
 if TYPE_CHECKING:
     from turbosparse.export.run import ExportConfig
@@ -76,7 +76,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--check", action=argparse.BooleanOptionalAction, default=True, help="compare with the original")
     add("--text", type=Path, metavar="FILE", help="UTF-8 text to compare on (default: technical English)")
     add("--tokens", type=int, default=1024, help="tokens to compare on (default: 1024)")
-    add("-t", "--threads", type=int, default=0, help="threads (default: physical cores, at most 8)")
+    add("-t", "--threads", type=thread_count, default=0, help="threads (default: physical cores, at most 8)")
     add("--dry-run", action="store_true", help="say what would be written, and write nothing")
     add("--force", action="store_true", help="replace OUT.gguf if it exists")
     add_json_option(parser)

@@ -14,7 +14,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turbosparse.cli.console import add_json_option, print_json, share_of
+from turbosparse.cli.console import add_json_option, print_json, share_of, thread_count
 from turbosparse.cli.model_options import check_model_name
 from turbosparse.cli.predictor_report import show_report
 from turbosparse.errors import ConfigError
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--finetune-steps", type=int, default=0, help="straight-through steps after the fit (default: 0)")
     add("--finetune", default="predictors", help="what these train: predictors, or model for both")
     add("--sequence-length", type=int, default=256, help="tokens per sequence (default: 256)")
-    add("-t", "--threads", type=int, default=0, help="of the engine (default: physical cores, at most 8)")
+    add("-t", "--threads", type=thread_count, default=0, help="of the engine (default: physical cores)")
     add("--seed", type=int, default=0, help="of weights and batches (default: 0)")
     add_json_option(parser)
 

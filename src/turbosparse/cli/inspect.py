@@ -12,7 +12,15 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from turbosparse.cli.console import add_json_option, bytes_text, console, count_text, plain_text, print_json
+from turbosparse.cli.console import (
+    add_json_option,
+    bytes_text,
+    console,
+    count_text,
+    plain_text,
+    print_json,
+    thread_count,
+)
 from turbosparse.cli.memory_report import describe_budget, memory_facts, memory_table
 from turbosparse.cli.model_options import add_memory_options
 from turbosparse.cli.model_tables import model_tables
@@ -43,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what a memory budget would hold")
     add_memory_options(group)
     group.add_argument("--context", type=int, metavar="N", help="tokens of context (default: at most 4096)")
-    group.add_argument("-t", "--threads", type=int, metavar="N", help="threads that compute")
+    group.add_argument("-t", "--threads", type=thread_count, metavar="N", help="threads that compute")
     add_json_option(parser)
 
 

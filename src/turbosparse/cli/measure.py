@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turbosparse.cli.console import add_json_option, console, print_json
+from turbosparse.cli.console import add_json_option, console, print_json, thread_count
 from turbosparse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sample-tokens", type=int, default=512, help="that thresholds are found on (default: 512)")
     add("--memory-mib", type=int, default=2048, help="budget beside the model (default: 2048)")
     add("--predict-layers", type=int, default=0, help="fit predictors of so many layers (turbosparse[train])")
-    add("-t", "--threads", type=int, default=0, help="threads (default: physical cores, at most 8)")
+    add("-t", "--threads", type=thread_count, default=0, help="threads (default: physical cores, at most 8)")
     add("--device", default="cpu", help="where torch runs, such as cuda (default: cpu)")
     add("--seed", type=int, default=0, help="of the neurons sampled (default: 0)")
     add("--force", action="store_true", help="replace a report in DIR")

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turbosparse.cli.console import progress
+from turbosparse.cli.console import progress, thread_count
 from turbosparse.errors import ModelFileError, TextError
 
 if TYPE_CHECKING:
@@ -48,7 +48,9 @@ def add_model_options(parser: argparse.ArgumentParser, *, several_modes: bool = 
         action="append" if several_modes else "store",
         help="how neurons are skipped; default: the first of predicted, exact, threshold, dense that it can",
     )
-    group.add_argument("-t", "--threads", type=int, metavar="N", help="default: physical cores, at most 8")
+    group.add_argument(
+        "-t", "--threads", type=thread_count, metavar="N", help="default: physical cores, at most 8"
+    )
     add_pin_option(group)
     group.add_argument("--isa", metavar="NAME", help="instruction set: scalar, avx2 ...; default: the best")
     group.add_argument(
