@@ -13,7 +13,9 @@ from turbosparse.measure.plots import (
     as_floats,
     colour,
     draw_plots,
+    layer_axis,
     line_style,
+    loss_axis,
     marker,
     percent_axis,
 )
@@ -88,13 +90,14 @@ def trade_off_lines(axes: Any, records: Sequence[Record], cost: str, loss: str) 
             )
             number += 1
     percent_axis(axes.xaxis)
+    losses = [point[loss] for record in records for point in record["quality"]]
     if loss == "perplexity_rise":
         axes.set_ylabel("rise of the perplexity")
-        axes.set_yscale("symlog", linthresh=0.1)
+        loss_axis(axes, losses, 0.1)
         percent_axis(axes.yaxis)
     else:
         axes.set_ylabel("mean KL to dense, nats")
-        axes.set_yscale("symlog", linthresh=0.01)
+        loss_axis(axes, losses, 0.01)
 
 
 def _perplexity(axes: Any, records: Sequence[Record]) -> None:
@@ -140,7 +143,7 @@ def _sparsity(axes: Any, records: Sequence[Record]) -> None:
         if len(records) == 1:
             x, y = _layer_means(record, "gate_at_most_zero", "value")
             axes.plot(x, y, label="gate ≤ 0", **line_style(number))
-    axes.set_xlabel("layer")
+    layer_axis(axes.xaxis)
     axes.set_ylabel("sparsity")
     axes.set_ylim(-0.02, 1.02)
     percent_axis(axes.yaxis)
@@ -281,7 +284,7 @@ def _coactivation(axes: Any, records: Sequence[Record]) -> None:
             x, y = _layer_means(record, "coactivation", key)
             axes.plot(x, y, marker="o", markersize=3, label=prefix + label, **line_style(number))
             number += 1
-    axes.set_xlabel("layer")
+    layer_axis(axes.xaxis)
     axes.set_ylabel("active with a neuron")
     percent_axis(axes.yaxis)
 

@@ -14,9 +14,20 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import FuncFormatter
 
-__all__ = ["Figures", "Plot", "as_floats", "colour", "draw_plots", "line_style", "marker", "percent_axis"]
+__all__ = [
+    "Figures",
+    "Plot",
+    "as_floats",
+    "colour",
+    "draw_plots",
+    "layer_axis",
+    "line_style",
+    "loss_axis",
+    "marker",
+    "percent_axis",
+]
 
 Record = dict[str, Any]
 Figures = Sequence[tuple[str, str, Callable[[Any, Sequence[Record]], None]]]
@@ -172,4 +183,32 @@ def percent_axis(axis: Any) -> None:
     axis : matplotlib.axis.Axis
         Changed in place.
     """
-    axis.set_major_formatter(PercentFormatter(1, decimals=0))
+    axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share + 0.0:.3g}%"))
+
+
+def layer_axis(axis: Any) -> None:
+    """Label an axis of layers, whose numbers are whole.
+
+    Parameters
+    ----------
+    axis : matplotlib.axis.Axis
+        Changed in place.
+    """
+    axis.get_major_locator().set_params(integer=True)
+    axis.set_label_text("layer")
+
+
+def loss_axis(axes: Any, losses: Sequence[float], linear_below: float) -> None:
+    """Make the vertical axis logarithmic where losses are large, so that small ones can be read too.
+
+    Parameters
+    ----------
+    axes : matplotlib.axes.Axes
+        Changed in place.
+    losses : sequence of float
+        What is drawn, 0 and less among it.
+    linear_below : float
+        Up to here the axis is linear, and all of it is where no loss is larger.
+    """
+    if max(losses, default=0.0) > linear_below:
+        axes.set_yscale("symlog", linthresh=linear_below)

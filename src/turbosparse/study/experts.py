@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from turbosparse.errors import ConfigError
-from turbosparse.measure.plots import Figures, as_floats, line_style, percent_axis
+from turbosparse.measure.plots import Figures, as_floats, layer_axis, line_style, percent_axis
 from turbosparse.measure.source import Source
 from turbosparse.measure.summary import Cell, Table
 from turbosparse.study.trade_off import FIGURES as TRADE_OFF_FIGURES
@@ -98,7 +98,7 @@ def _errors(axes: Any, records: Sequence[dict[str, Any]]) -> None:
                 label=f"top {100 * share:g} %",
                 **line_style(number),
             )
-    axes.set_xlabel("layer")
+    layer_axis(axes.xaxis)
     axes.set_ylabel("error of the expert's output")
     percent_axis(axes.yaxis)
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turbosparse.measure.plots import Figures, as_floats, colour, line_style, marker, percent_axis
+from turbosparse.measure.plots import Figures, as_floats, colour, layer_axis, line_style, marker, percent_axis
 from turbosparse.measure.summary import Cell, Table, uncertain
 
 __all__ = ["FIGURES", "SCALE_FIGURES", "training_tables"]
@@ -279,8 +279,7 @@ def _zeros_by_layer(axes: Any, records: Sequence[Record]) -> None:
         mean, spread = _over_seeds([run["zeros_per_layer"] for run in runs])
         if mean.any():
             axes.errorbar(range(len(mean)), mean, yerr=spread, label=name, **line_style(number))
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("layer")
+    layer_axis(axes.xaxis)
     axes.set_ylabel("exact zeros")
     percent_axis(axes.yaxis)
 
