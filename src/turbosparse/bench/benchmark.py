@@ -291,7 +291,11 @@ def _rows(
         yield Row(
             model=file.stem,
             size_bytes=sum(tensor.nbytes for tensor in tensors),
-            params=sum(math.prod(tensor.shape) for tensor in tensors if "threshold" not in tensor.name),
+            params=sum(
+                math.prod(tensor.shape)
+                for tensor in tensors
+                if "threshold" not in tensor.name and not tensor.name.endswith("_rest.weight")
+            ),
             backend=timing.runner.backend,
             threads=threads,
             test=timing.case.name,
