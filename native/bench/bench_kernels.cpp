@@ -1,4 +1,4 @@
-// Speed of the matrix kernels: per ISA, weight type and shape, weights and bytes per second in the median
+// Speed of the kernels: per ISA, weight type and shape, weights and bytes per second in the median
 // and in the best twentieth of short runs. Matrices are larger than the caches where the model's are, so
 // decode kernels show memory bandwidth.
 //   bench_kernels [kernel [isa [type]]]    e.g. bench_kernels gemv avx2 Q4_0; "" is any
@@ -227,6 +227,43 @@ void bench_attention(const KernelTable& k, bool halves, int threads) {
          times);
 }
 
+/// What is cheap next to the matrices: the vectors of one token of a 7B model, in the cache, on one thread.
+/// A "weight" is a value here.
+void bench_vectors(const KernelTable& k, const Filter& filter) {
+  constexpr std::int64_t kHidden = 4096, kNeurons = 11008, kWidth = 128;
+  constexpr int kRepeats = 256;  // a run has to be longer than the clock's steps
+  const auto size = static_cast<std::size_t>(kNeurons);
+  const std::vector<float> x = normal_floats(kNeurons, 8), weight = normal_floats(kNeurons, 9);
+  std::vector<float> y = normal_floats(kNeurons, 10), scales(size);
+  std::vector<std::int8_t> q(size);
+  std::vector<std::int32_t> sums(size);
+  std::vector<std::uint64_t> bits(size);
+  std::vector<std::uint16_t> halves(size);
+  const OwnedMatrix row(WeightType::kQ8_0, 1, kHidden, 11);
+  const auto run = [&](const char* kernel, std::int64_t values, auto call) {
+    if (!Filter::matches(filter.kernel, kernel)) return;
+    const bench::Times times = bench::measure(1, kSeconds, [&](int, std::size_t) {
+      for (int i = 0; i < kRepeats; ++i) call();
+    });
+    const double all = static_cast<double>(values) * kRepeats;
+    report(kernel, k, "F32", values == kHidden ? "7B state" : "7B neurons", 1, {all, all * sizeof(float)},
+           times);
+  };
+  run("quantize", kHidden, [&] { k.quantize_q8(x.data(), kHidden, q.data(), scales.data(), sums.data()); });
+  run("dequantize", kHidden, [&] { k.dequantize_row(row.view, 0, y.data()); });
+  run("sign_bits", kHidden, [&] { k.sign_bits(x.data(), kHidden, bits.data()); });
+  run("rms_norm", kHidden, [&] { k.rms_norm(x.data(), weight.data(), kHidden, 1e-5F, y.data()); });
+  run("add", kHidden, [&] { k.add(x.data(), kHidden, y.data()); });
+  // cos and sin of 0: values stay what they are, however often they are rotated.
+  const std::vector<float> cosines(kWidth / 2, 1.0F), sines(kWidth / 2, 0.0F);
+  run("rope", kHidden,
+      [&] { k.rope(y.data(), kHidden / kWidth, kWidth, kWidth, true, cosines.data(), sines.data()); });
+  run("to_half", kHidden, [&] { k.to_half(x.data(), kHidden, halves.data()); });
+  run("silu", kNeurons, [&] { k.activate(Activation::kSilu, 0, x.data(), kNeurons, y.data()); });
+  run("gelu", kNeurons, [&] { k.activate(Activation::kGelu, 0, x.data(), kNeurons, y.data()); });
+  run("relu", kNeurons, [&] { k.activate(Activation::kDRelu, 0, x.data(), kNeurons, y.data()); });
+}
+
 }  // namespace
 }  // namespace turbosparse
 
@@ -242,6 +279,9 @@ int main(int argc, char** argv) {
       if (!Filter::matches(filter.type, halves ? "F16" : "Q8_0")) continue;
       for (const int threads : {1, 2}) bench_attention(*k, halves, threads);
     }
+  }
+  for (const KernelTable* k : test::tables()) {
+    if (Filter::matches(filter.isa, k->isa) && Filter::matches(filter.type, "F32")) bench_vectors(*k, filter);
   }
   for (const Shape& shape : kShapes) {
     for (const KernelTable* k : test::tables()) {
