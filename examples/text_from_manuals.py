@@ -26,38 +26,29 @@ OVERLAP = 13
 """Words in a row: what GPT-3's authors used to tell that a text was seen."""
 SHORTEST_PAGE = 600
 """Characters; what is shorter is hardly prose."""
+SHORTEST_NOTICE = 40
+"""Characters; what is shorter, such as a heading, may come again."""
 SHORTEST_CELL = 60
 """Characters of a table's cell that reads as a sentence."""
 
 
 def main() -> None:
     """Read pages, write text."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description="Turn manuals in HTML into training text.")
     parser.add_argument("target", type=Path)
     parser.add_argument("folders", type=Path, nargs="+")
     parser.add_argument("--without", type=Path, action="append", default=[], help="must stay unseen")
     options = parser.parse_args()
     warnings.simplefilter("ignore", XMLParsedAsHTMLWarning)
     unseen = {run for path in options.without for run in _runs(path.read_text(encoding="utf-8"))}
-    said: set[str] = set()
-    pages = paragraphs = overlapping = 0
+    keeper = Keeper(unseen)
+    pages = paragraphs = 0
     with options.target.open("w", encoding="utf-8") as file:
         for folder in options.folders:
-            for path in sorted(p for p in folder.rglob("*") if p.is_file() and PAGES.search(p.name)):
-                if SKIPPED.search(str(path.relative_to(folder))):
+            for path in sorted(folder.rglob("*")):
+                if not PAGES.search(path.name) or SKIPPED.search(str(path.relative_to(folder))):
                     continue
-                kept = []
-                for block in blocks(path):
-                    key = " ".join(_words(block))
-                    if len(key) >= 40 and key in said:
-                        continue
-                    said.add(key)
-                    if not unseen.isdisjoint(_runs(block)):
-                        overlapping += 1
-                        continue
-                    kept.append(block)
+                kept = [block for block in blocks(path) if keeper.keeps(block)]
                 text = "\n\n".join(kept)
                 if len(text) >= SHORTEST_PAGE:
                     file.write(text + "\n\n\n")
@@ -65,8 +56,27 @@ def main() -> None:
                     paragraphs += len(kept)
     print(
         f"{pages} pages, {paragraphs} paragraphs, {options.target.stat().st_size / 1e6:.1f} MB; "
-        f"{overlapping} paragraphs left out for sharing {OVERLAP} words with a text of --without"
+        f"{keeper.overlapping} paragraphs left out for sharing {OVERLAP} words with a text of --without"
     )
+
+
+class Keeper:
+    """Decides which paragraphs are new, and allowed to be seen."""
+
+    def __init__(self, unseen: set[tuple[str, ...]]) -> None:
+        self.overlapping = 0
+        self._unseen = unseen
+        self._said: set[str] = set()
+
+    def keeps(self, block: str) -> bool:
+        """Say whether a paragraph is kept, and remember it."""
+        key = " ".join(_words(block))
+        if len(key) >= SHORTEST_NOTICE and key in self._said:
+            return False
+        self._said.add(key)
+        overlaps = not self._unseen.isdisjoint(_runs(block))
+        self.overlapping += overlaps
+        return not overlaps
 
 
 def blocks(path: Path) -> Iterator[str]:

@@ -52,8 +52,9 @@ void predict_group(const Step& step, const FfnWeights& w, const TokenGroup& grou
   }
 }
 
-/// Share of candidates up to which a token's own rows are read one by one: a matrix product of many tokens
-/// multiplies about four times as fast as products of single rows do (docs/kernels.md).
+/// A token's own rows are read one by one where at most one neuron in so many is a candidate: a matrix
+/// product of many tokens multiplies about four times as fast as products of single rows do
+/// (docs/kernels.md).
 constexpr std::int64_t kFewCandidates = 4;
 
 /// Whether the group computes its candidates alone. Ends with a barrier, where that may be.

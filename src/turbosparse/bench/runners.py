@@ -212,10 +212,8 @@ class EngineRunner:
         session = self._sessions.after(warm)
         ids = np.array(timed, np.int32)
         pieces = np.split(ids, len(ids)) if stepwise else [ids]
-        session.skipping = (
-            len(warm),
-            stepwise,
-        ) in self.usage  # the untimed round shows the predictor's recall
+        warmed_up = (len(warm), stepwise) in self.usage
+        session.skipping = warmed_up  # before that, the untimed round shows the predictor's recall
         session.reset_counters()
         begin = time.perf_counter()
         for piece in pieces:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from turbosparse.cli.console import add_json_option, console, print_json, progress, thread_count
 from turbosparse.cli.demo_report import demo_record, show_answers, show_layers, show_quality
-from turbosparse.cli.demo_runs import answer, is_chat, judge
+from turbosparse.cli.demo_runs import answer, judge
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     model = turbosparse.load(path, threads=args.threads)
     judged = judge(model)
     show_layers(out, judged)
-    prompt = args.prompt or (QUESTION if is_chat(model) else BEGINNING)
+    prompt = args.prompt or (QUESTION if model.has_chat_template else BEGINNING)
     answers = answer(model, prompt, args.max_tokens)
     show_answers(out, model, prompt, answers)
     show_quality(out, model, judged)

@@ -10,27 +10,11 @@ if TYPE_CHECKING:
     from turbosparse.runtime.generation import GenerationStats
     from turbosparse.runtime.perplexity import ModeComparison
 
-__all__ = ["answer", "is_chat", "judge"]
+__all__ = ["answer", "judge"]
 
 ROUNDS = 3
 JUDGED_TOKENS = 2048
 REPETITION_PENALTY = 1.2  # a small model without chats in its training goes round in circles otherwise
-
-
-def is_chat(model: "Model") -> bool:
-    """Say whether a model answers, rather than going on with a text.
-
-    Parameters
-    ----------
-    model : Model
-        Any.
-
-    Returns
-    -------
-    bool
-        Whether its file has a chat template.
-    """
-    return "tokenizer.chat_template" in model.metadata
 
 
 def judge(model: "Model") -> "dict[Mode, ModeComparison]":
@@ -84,7 +68,7 @@ def answer(model: "Model", prompt: str, max_tokens: int) -> "dict[Mode, list[tup
     """
     from turbosparse.runtime.sampling import SamplingConfig
 
-    modes, chat = model.info.modes, is_chat(model)
+    modes, chat = model.info.modes, model.has_chat_template
     sampling = SamplingConfig() if chat else SamplingConfig(repetition_penalty=REPETITION_PENALTY)
     found: dict[Mode, list[tuple[str, GenerationStats]]] = {mode: [] for mode in modes}
     with progress((ROUNDS + 1) * len(modes), "generating") as advance:

@@ -33,10 +33,9 @@ def describe_budget(file: "ModelFile", args: argparse.Namespace) -> dict[str, An
         on it.
     """
     from turbosparse.bench.memory_forecast import forecast, plan_memory
-    from turbosparse.runtime.cpus import check_threads
     from turbosparse.runtime.engine import default_context
 
-    threads = check_threads(args.threads)
+    threads = args.threads or 0
     context = default_context(file.metadata) if args.context is None else args.context
     plan = plan_memory(
         file,

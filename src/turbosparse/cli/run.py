@@ -116,8 +116,7 @@ def _prompt(args: argparse.Namespace) -> str:
 
 
 def _as_asked(model: "Model", text: str, args: argparse.Namespace) -> "Prompt":
-    has_template = "tokenizer.chat_template" in model.metadata
-    if args.raw or not (args.chat or args.system or has_template):
+    if args.raw or not (args.chat or args.system or model.has_chat_template):
         return text
     system = [{"role": "system", "content": args.system}] if args.system else []
     return [*system, {"role": "user", "content": text}]

@@ -90,13 +90,13 @@ def _harness_of(
         from turbosparse.bench.harness_model import EngineHarnessModel
 
         @contextmanager
-        def engine(selection: "Selection | None") -> Iterator[Any]:
+        def in_engine(selection: "Selection | None") -> Iterator[Any]:
             file = source.thinned(selection)
             model = EngineHarnessModel(str(file.path), mode=file.mode, threads=threads or None)
             model.choose = file.choose
             yield model
 
-        return engine
+        return in_engine
     from turbosparse.bench.harness_torch import harness_around
     from turbosparse.measure.hugging_face import HuggingFaceModel
 
@@ -104,11 +104,11 @@ def _harness_of(
     harness = harness_around(source.model, source.tokenizer)
 
     @contextmanager
-    def torch(selection: "Selection | None") -> Iterator[Any]:
+    def in_torch(selection: "Selection | None") -> Iterator[Any]:
         with source.thinned(selection):
             yield harness
 
-    return torch
+    return in_torch
 
 
 def _train(kind: str, config: FromScratchStudy | RelufyStudy, text: str) -> dict[str, Any]:

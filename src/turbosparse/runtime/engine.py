@@ -202,6 +202,17 @@ class Model:
         """
         return Tokenizer.from_metadata(self.metadata)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Say whether the model was tuned to answer, rather than to go on with a text.
+
+        Returns
+        -------
+        bool
+            Whether the file has a chat template of its own.
+        """
+        return "tokenizer.chat_template" in self.metadata
+
     @cached_property
     def chat_template(self) -> ChatTemplate:
         """Compile the file's chat template.

@@ -44,6 +44,7 @@ __all__ = ["MODEL_DIRECTORY", "Stage"]
 _LOG = logging.getLogger(__name__)
 MODEL_DIRECTORY = "model"
 METRICS_FILE = "metrics.jsonl"
+_PERPLEXITY = "perplexity_"  # and the name of a held-out text: a field of the metrics
 # Up to here plain attention beats torch's fused CPU kernel: steps on sequences of 256 take 0.89 of the time.
 _SHORT_SEQUENCE = 512
 
@@ -274,15 +275,15 @@ class Stage:
             for name in texts:
                 rows = self.evaluation[name]
                 loss = mean_loss(model, rows, batch_size=self.stage.micro_batch, device=trainer.args.device)
-                perplexities[f"perplexity_{name}"] = math.exp(min(loss, 700.0))
+                perplexities[_PERPLEXITY + name] = math.exp(min(loss, 700.0))
         return perplexities
 
     def _report(self, trainer: StageTrainer, record: dict[str, Any]) -> None:
         trainer.write_metrics(record)
         text = ", ".join(
-            f"{name.removeprefix('perplexity_')} {value:.2f}"
+            f"{name.removeprefix(_PERPLEXITY)} {value:.2f}"
             for name, value in record.items()
-            if name.startswith("perp")
+            if name.startswith(_PERPLEXITY)
         )
         found = f"; zeros {record['zeros']:.1%}" if record.get("zeros") else ""
         if "routing_entropy" in record:
@@ -378,7 +379,8 @@ def _metrics(path: Path) -> list[dict[str, Any]]:
 def _original_texts(metrics: Path) -> set[str]:
     """Texts on which the run has evaluated the original model; the stages of a run may differ in them."""
     originals = (record for record in _metrics(metrics) if record.get("event") == "original")
-    return {name.removeprefix("perplexity_") for record in originals for name in record}
+    names = {name for record in originals for name in record if name.startswith(_PERPLEXITY)}
+    return {name.removeprefix(_PERPLEXITY) for name in names}
 
 
 def _file_hash(source: SourceConfig) -> str:
