@@ -48,6 +48,8 @@ def main() -> None:
             for path in sorted(folder.rglob("*")):
                 if not PAGES.search(path.name) or SKIPPED.search(str(path.relative_to(folder))):
                     continue
+                if not path.is_file():  # a folder by such a name, or a link into another package
+                    continue
                 kept = [block for block in blocks(path) if keeper.keeps(block)]
                 text = "\n\n".join(kept)
                 if len(text) >= SHORTEST_PAGE:
