@@ -9,6 +9,7 @@ from turbosparse.runtime.memory import (
     free_memory,
     parse_size,
     peak_resident_bytes,
+    unused_memory,
 )
 
 
@@ -33,8 +34,13 @@ def test_own_cgroup_and_those_around_it(tmp_path: Path) -> None:
     for folder, limit, used in ((inner, "max", 10), (inner.parent, "1000", 700)):
         (folder / "limit").write_text(limit)
         (folder / "used").write_text(str(used))
-    (inner.parent / "memory.stat").write_text("inactive_file 200\n")
+    (inner.parent / "memory.stat").write_text("inactive_file 150\nactive_file 50\n")
     assert list(_left_in_groups("4:cpu,memory:/outer/inner\n0::/else\n", groups)) == [500]
+    assert list(_left_in_groups("4:memory:/outer/inner\n", groups, files_make_room=False)) == [300]
+
+
+def test_pages_of_files_are_free_but_not_unused() -> None:
+    assert unused_memory() < free_memory()
 
 
 def test_the_automatic_budget_leaves_something() -> None:

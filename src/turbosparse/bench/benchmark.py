@@ -13,18 +13,18 @@ from typing import TYPE_CHECKING
 
 from turbosparse import _native
 from turbosparse.bench.filled_sessions import FilledSessions
-from turbosparse.bench.memory_limit import MemoryLimit, drop_cached_pages
+from turbosparse.bench.memory_hog import MemoryHog
+from turbosparse.bench.memory_limit import LimitKind, LimitRecord, MemoryLimit, drop_cached_pages
 from turbosparse.bench.roofline import stream_bandwidth
 from turbosparse.bench.rounds import Case, Timing, alternate, median_ratio
 from turbosparse.bench.runners import EngineRunner, LlamaCppRunner, Runner, Usage
 from turbosparse.bench.shapes import SYNTHETIC
+from turbosparse.bench.text_cases import cases_of, longest
 from turbosparse.errors import ConfigError
 from turbosparse.runtime.cpus import available_cpus
 from turbosparse.runtime.engine import preferred_mode
 from turbosparse.runtime.memory import forget_peak, peak_resident_bytes
 from turbosparse.runtime.model_file import ModelFile
-from turbosparse.runtime.texts import HELD_OUT, read_text
-from turbosparse.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from turbosparse._native import Mode
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BenchConfig",
     "Row",
+    "baseline_path",
     "bench_baseline",
     "bench_model",
     "cases_of",
@@ -68,7 +69,9 @@ class BenchConfig:
     memory_budget: int = 0
     """Bytes that our engine may hold, 0 for no limit. With one, a file's default mode alone is timed."""
     memory_limit: int = 0
-    """Bytes that the kernel allows each side, in cgroups; 0 for no limit."""
+    """Bytes that each side may have, pages of files among them; 0 for no limit."""
+    limited_by: LimitKind = "cgroup"
+    """A cgroup for each side, or a process that holds the other memory: then each side is timed alone."""
     io: str = ""
     """How neurons beyond the budget are read; empty means the best that works."""
     kv_cache: str = ""
@@ -151,6 +154,8 @@ class Row:
     """Random weights: the speed is measured, and nothing else means anything."""
     isa: str
     rounds_tok_per_s: list[float]
+    memory_limit: LimitRecord | None = None
+    """How the side's memory was limited; None where it was not."""
 
 
 def runs_per_model(config: BenchConfig, path: Path) -> int:
@@ -194,15 +199,19 @@ def bench_model(path: Path, config: BenchConfig, *, progress: Callable[[], None]
     ------
     ConfigError
         When a mode is not in the file, the tests do not fit the text or the model's context, or llama.cpp is
-        asked for and missing, or cannot read the file.
+        asked for and missing, or cannot read the file, or runs beside ours where memory is held.
     """
+    if config.against_llama_cpp and config.memory_limit and config.limited_by == "hog":
+        raise ConfigError("[bench] expected one side at a time where memory is held, got two that take turns")
     for threads in config.threads:
         bandwidth = stream_bandwidth(_native.thread_count(threads))  # takes more than a limit might allow
         with contextlib.ExitStack() as stack:
-            if config.memory_limit:
-                stack.enter_context(MemoryLimit("turbosparse", config.memory_limit)).join()
+            limit = _limit(stack, "turbosparse", path, config)
+            if limit is not None:
+                limit.join()
             rows = list(_bench_threads(path, config, threads, bandwidth, progress))
-        yield from rows
+            used = limit.record() if limit is not None else None
+        yield from (replace(row, memory_limit=used) for row in rows)
 
 
 def bench_baseline(path: Path, config: BenchConfig, *, progress: Callable[[], None]) -> Iterator[Row]:
@@ -228,27 +237,39 @@ def bench_baseline(path: Path, config: BenchConfig, *, progress: Callable[[], No
     for requested in config.threads:
         threads = _native.thread_count(requested)
         with contextlib.ExitStack() as stack:
-            runner = _limited_baseline(stack, path, config, threads, _longest(cases))
+            runner, limit = _limited_baseline(stack, path, config, threads, longest(cases))
             timings = alternate([runner], cases, config.rounds, progress=progress)
-        yield from _rows(path, config, threads, None, timings, stream_bandwidth(threads), None)
+            used = limit.record() if limit is not None else None
+        rows = _rows(path, config, threads, None, timings, stream_bandwidth(threads), None)
+        yield from (replace(row, memory_limit=used) for row in rows)
+
+
+def _limit(
+    stack: contextlib.ExitStack, name: str, path: Path, config: BenchConfig
+) -> MemoryLimit | MemoryHog | None:
+    """The limit of a side that reads a file; it ends with the stack."""
+    if not config.memory_limit:
+        return None
+    drop_cached_pages(path)  # they would count for whoever read them first
+    if config.limited_by == "hog":
+        return stack.enter_context(MemoryHog(name, config.memory_limit))
+    return stack.enter_context(MemoryLimit(name, config.memory_limit))
 
 
 def _limited_baseline(
     stack: contextlib.ExitStack, path: Path, config: BenchConfig, threads: int, context: int
-) -> LlamaCppRunner:
+) -> tuple[LlamaCppRunner, MemoryLimit | MemoryHog | None]:
     """llama.cpp, and the limit of its process; both end with the stack."""
-    limit = None
-    if config.memory_limit:
-        limit = stack.enter_context(MemoryLimit("llama.cpp", config.memory_limit))
-        drop_cached_pages(path)  # they would count for whoever read them first
-    return stack.enter_context(LlamaCppRunner(path, threads, context, limit, kv_cache=config.kv_cache))
+    limit = _limit(stack, "llama.cpp", path, config)
+    runner = LlamaCppRunner(path, threads, context, limit, kv_cache=config.kv_cache)
+    return stack.enter_context(runner), limit
 
 
 def _bench_threads(
     path: Path, config: BenchConfig, threads: int, bandwidth: float, progress: Callable[[], None]
 ) -> Iterator[Row]:
     model, cases = load_for(path, config, threads)
-    context = _longest(cases)
+    context = longest(cases)
     unknown = [mode for mode in config.modes if mode not in model.info.modes]
     if unknown:
         have = ", ".join(model.info.modes)
@@ -259,8 +280,8 @@ def _bench_threads(
     forget_peak()  # that of measuring the bandwidth
     with contextlib.ExitStack() as stack:
         if config.against_llama_cpp:
-            baseline = _baseline_path(path, config, model.info)
-            runners.append(_limited_baseline(stack, baseline, config, model.threads, context))
+            baseline = baseline_path(path, config)
+            runners.append(_limited_baseline(stack, baseline, config, model.threads, context)[0])
         timings = alternate(runners, cases, config.rounds, progress=progress)
         peak = peak_resident_bytes() if config.memory_budget else None
         if not config.memory_limit:
@@ -375,18 +396,13 @@ def load_for(path: Path, config: BenchConfig, threads: int) -> tuple[_native.Mod
         threads=threads,
         isa=config.isa,
         memory_budget=config.memory_budget,
-        context=_longest(cases),
+        context=longest(cases),
         io=config.io,
         kv_cache=config.kv_cache,
     )
     if config.pin:
         model.pin_threads()
     return model, cases
-
-
-def _longest(cases: Sequence[Case]) -> int:
-    """Tokens of the longest test."""
-    return max(len(case.warm) + len(case.timed) for case in cases)
 
 
 def default_modes(path: Path, config: BenchConfig) -> "Sequence[Mode]":
@@ -415,53 +431,30 @@ def _find(timings: Sequence[Timing], backend: str, mode: str) -> Timing | None:
     return None
 
 
-def cases_of(path: Path, config: BenchConfig, context_length: int) -> list[Case]:
-    """Cut the tests out of the text that ships with the package.
+def baseline_path(path: Path, config: BenchConfig) -> Path:
+    """Say which file llama.cpp reads.
 
     Parameters
     ----------
     path : Path
-        Model file, for its tokenizer.
+        Our model file.
     config : BenchConfig
-        What to time.
-    context_length : int
-        Positions the model can have.
+        With another one, or without.
 
     Returns
     -------
-    list of Case
-        Prompt, decode, or both.
+    Path
+        The other one, or ours where llama.cpp can read it.
 
     Raises
     ------
     ConfigError
-        When the tests do not fit the text or the context.
+        Where it cannot.
     """
-    tokenizer = Tokenizer.from_metadata(_native.GgufFile(str(path)).metadata)
-    ids = tokenizer.encode(read_text(HELD_OUT))
-    longest = max(config.depths) + max(config.prompt_tokens, config.generated_tokens)
-    limit = min(len(ids), context_length)
-    if longest > limit:
-        what = "the model's context" if limit == context_length else "the text that ships with turbosparse"
-        raise ConfigError(f"[bench] expected at most {limit} tokens at once ({what}), got {longest}")
-    tests = [("pp", config.prompt_tokens, False), ("tg", config.generated_tokens, True)]
-    return [
-        Case(
-            name=f"{name}{count}" + (f" @ d{depth}" if depth else ""),
-            warm=ids[:depth],
-            timed=ids[depth : depth + count],
-            stepwise=stepwise,
-        )
-        for depth in config.depths
-        for name, count, stepwise in tests
-        if count
-    ]
-
-
-def _baseline_path(path: Path, config: BenchConfig, info: _native.ModelInfo) -> Path:
     if config.baseline_model is not None:
         return config.baseline_model
-    if info.neuron_major_down or info.architecture.startswith("turbosparse"):
+    file = ModelFile(path)
+    if file.neuron_major_down or file.architecture.startswith("turbosparse"):
         raise ConfigError(
             f"[bench] expected --baseline-model FILE, the plain file that {path.name} was made from: "
             "llama.cpp cannot read a file whose neurons can be skipped"

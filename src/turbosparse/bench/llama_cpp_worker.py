@@ -91,6 +91,6 @@ def _answer(message: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 5:  # a cgroup that limits memory; joined before the model is opened
+    if sys.argv[5:] and sys.argv[5]:  # a cgroup that limits memory; joined before the model is opened
         Path(sys.argv[5]).write_text("0", encoding="ascii")
     main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], mapped=len(sys.argv) > 5)

@@ -1,19 +1,43 @@
 """A memory limit that the kernel enforces: a cgroup of its own for each side of a comparison, without swap.
 
 What a process in it maps from a file counts while it is cached; what was in the page cache before does not,
-so files are dropped from there first. Needs the right to make cgroups, which root has.
+so files are dropped from there first. Needs the right to make cgroups, which root has; where it is missing,
+:mod:`turbosparse.bench.memory_hog` has the same effect.
 """
 
+import errno
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from turbosparse.errors import ConfigError
 
-__all__ = ["MemoryLimit", "drop_cached_pages"]
+__all__ = ["LimitKind", "LimitRecord", "MemoryLimit", "cgroup_refusal", "drop_cached_pages"]
+
+LimitKind = Literal["cgroup", "hog"]
 
 _V1 = Path("/sys/fs/cgroup/memory")
 _V2 = Path("/sys/fs/cgroup")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitRecord:
+    """How a side's memory was limited. A cgroup says its size alone; the rest is None."""
+
+    kind: LimitKind
+    """A cgroup of its own, or a process that held the machine's other memory."""
+    limit_bytes: int
+    held_bytes: int | None = None
+    """By that process, at most."""
+    locked: bool | None = None
+    """Whether all of that was locked."""
+    left_bytes_min: int | None = None
+    """What the side had taken and what nobody used while it ran, at least and at most."""
+    left_bytes_max: int | None = None
+    taken_bytes_max: int | None = None
+    """What the side took of it at most, pages of files included."""
 
 
 class MemoryLimit:
@@ -43,6 +67,8 @@ class MemoryLimit:
         self._outside = _own_group(root) / "cgroup.procs"
         try:
             self._folder.mkdir()
+            if not (self._folder / limits[0]).exists():  # the kernel makes it, unless this is a plain folder
+                raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
             (self._folder / limits[0]).write_text(str(size), encoding="ascii")
             if (self._folder / limits[1]).exists():  # not in kernels that don't count swap
                 (self._folder / limits[1]).write_text(swap, encoding="ascii")
@@ -51,8 +77,7 @@ class MemoryLimit:
                 self._folder.rmdir()
             raise ConfigError(
                 f"[bench --memory-budget] expected the right to make cgroups under {root}, got "
-                f"{error.strerror}; as another user, compare in a scope of the same size: systemd-run --user "
-                f"--scope -p MemoryMax={size} -p MemorySwapMax=0 with the baseline alone, then with ours"
+                f"{error.strerror}"
             ) from error
 
     @property
@@ -63,6 +88,16 @@ class MemoryLimit:
     def join(self) -> None:
         """Put this process under the limit; what it holds already counts elsewhere."""
         self.processes.write_text("0", encoding="ascii")
+
+    def record(self) -> LimitRecord:
+        """Say what limits the side.
+
+        Returns
+        -------
+        LimitRecord
+            Its size.
+        """
+        return LimitRecord(kind="cgroup", limit_bytes=self.size)
 
     def __enter__(self) -> "MemoryLimit":
         return self
@@ -82,6 +117,21 @@ def _own_group(root: Path) -> Path:
         if (root == _V1 and "memory" in controllers.split(",")) or (root == _V2 and not controllers):
             return root / path.lstrip("/")
     return root
+
+
+def cgroup_refusal() -> str:
+    """Try to make a cgroup.
+
+    Returns
+    -------
+    str
+        Why none can be made; empty where one can.
+    """
+    try:
+        with MemoryLimit("trial", 1 << 30):
+            return ""
+    except ConfigError as error:
+        return str(error)
 
 
 def drop_cached_pages(path: Path) -> None:

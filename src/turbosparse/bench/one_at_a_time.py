@@ -1,4 +1,8 @@
-"""A synthetic model and its plain twin, made, timed and deleted one after the other: half the disk space."""
+"""Our engine and llama.cpp timed one after the other, where the machine has no room for both at once.
+
+Of a synthetic model and its plain twin only one file exists at a time: half the disk space. Of two files only
+one is in memory, where that is held down to one side's limit.
+"""
 
 import contextlib
 import statistics
@@ -7,11 +11,11 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
-from turbosparse.bench.benchmark import BenchConfig, Row, bench_baseline, bench_model
+from turbosparse.bench.benchmark import BenchConfig, Row, baseline_path, bench_baseline, bench_model
 from turbosparse.bench.shapes import SyntheticModel
 from turbosparse.bench.synthetic_cache import synthetic_file
 
-__all__ = ["bench_one_at_a_time"]
+__all__ = ["bench_files_one_at_a_time", "bench_one_at_a_time"]
 
 Progress = Callable[[str], AbstractContextManager[Callable[[float], None]]]
 
@@ -44,6 +48,33 @@ def bench_one_at_a_time(
         ours = list(bench_model(path, alone, progress=lambda: advance(1)))
     with _file_for_now(model, progress, plain=True) as path, progress("timing llama.cpp") as advance:
         theirs = list(bench_baseline(path, config, progress=lambda: advance(1)))
+    return _compared(ours, theirs)
+
+
+def bench_files_one_at_a_time(path: Path, config: BenchConfig, *, progress: Callable[[], None]) -> list[Row]:
+    """Time our engine on its file, then llama.cpp on the baseline's.
+
+    Parameters
+    ----------
+    path : Path
+        Our model file.
+    config : BenchConfig
+        How.
+    progress : callable
+        Called after every run.
+
+    Returns
+    -------
+    list of Row
+        As from :func:`bench_one_at_a_time`.
+    """
+    baseline = baseline_path(path, config)
+    alone = replace(config, against_llama_cpp=False, baseline_model=None)
+    ours = list(bench_model(path, alone, progress=progress))
+    return _compared(ours, list(bench_baseline(baseline, config, progress=progress)))
+
+
+def _compared(ours: list[Row], theirs: list[Row]) -> list[Row]:
     return [replace(row, ratio_to_baseline=_ratio(row, theirs)) for row in ours] + theirs
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from turbosparse import _native
 from turbosparse.bench.filled_sessions import FilledSessions
+from turbosparse.bench.memory_hog import MemoryHog
 from turbosparse.bench.memory_limit import MemoryLimit
 from turbosparse.errors import ConfigError, EngineError
 
@@ -235,7 +236,7 @@ class LlamaCppRunner:
         Threads for prompts and single tokens.
     context : int
         Positions of the KV cache.
-    limit : MemoryLimit, optional
+    limit : MemoryLimit or MemoryHog, optional
         What its process may hold, cached pages of the file among it.
     kv_cache : {"", "f32", "f16", "q8_0"}
         What keys and values are kept as; empty means f16.
@@ -249,12 +250,12 @@ class LlamaCppRunner:
         path: Path,
         threads: int,
         context: int,
-        limit: MemoryLimit | None = None,
+        limit: MemoryLimit | MemoryHog | None = None,
         *,
         kv_cache: str = "",
     ) -> None:
         require_llama_cpp()
-        group = [] if limit is None else [str(limit.processes)]
+        group = [] if limit is None else [str(limit.processes or "")]
         self._process = subprocess.Popen(
             [sys.executable, str(WORKER), str(path), str(threads), str(context), kv_cache or "f16", *group],
             stdin=subprocess.PIPE,

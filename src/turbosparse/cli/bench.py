@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         Exit status.
     """
     from turbosparse.bench.benchmark import bench_model, runs_per_model
-    from turbosparse.bench.one_at_a_time import bench_one_at_a_time
+    from turbosparse.bench.one_at_a_time import bench_files_one_at_a_time, bench_one_at_a_time
     from turbosparse.bench.profile import profile_model
     from turbosparse.bench.record import as_table, profile_table, result_record, roofline_table, unused_path
     from turbosparse.bench.roofline import measure_roofline
@@ -73,12 +73,12 @@ def run(args: argparse.Namespace) -> int:
     rows: list[Row] = []
     if synthetic is not None and args.one_at_a_time:
         rows = bench_one_at_a_time(synthetic, config, progress=lambda label: progress(None, label))
+    bench = bench_files_one_at_a_time if config.limited_by == "hog" else bench_model
     with progress(sum(runs_per_model(config, path) for path in models), "timing") as advance:
         for path in models:
-            rows += bench_model(path, config, progress=lambda: advance(1))
+            rows += bench(path, config, progress=lambda: advance(1))
     if rows and config.memory_limit:
-        limit = f"each side in a cgroup of {bytes_text(config.memory_limit)}, without swap"
-        console().print(f"{limit}: the budget, and 256 MiB for the interpreter", markup=False, soft_wrap=True)
+        console().print(_limit_text(rows), markup=False, soft_wrap=True)
     if rows:
         console().print(as_table(rows), markup=False, soft_wrap=True)
     profiles = [profile for path in models for profile in profile_model(path, config)] if args.profile else []
@@ -96,6 +96,29 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             print_json(record)
     return 0
+
+
+def _limit_text(rows: "list[Row]") -> str:
+    """How each side's memory was limited."""
+    limits = [(row.backend, row.memory_limit) for row in rows if row.memory_limit is not None]
+    what = (
+        f"{bytes_text(limits[0][1].limit_bytes)}, without swap: the budget, and 256 MiB for the interpreter"
+    )
+    if limits[0][1].kind == "cgroup":
+        return f"each side in a cgroup of {what}"
+    sides = []
+    for backend, limit in dict.fromkeys(limits):
+        left, most = limit.left_bytes_min or 0, limit.left_bytes_max or 0
+        locked = "locked" if limit.locked else "not locked"
+        sides.append(
+            f"{backend} was left {bytes_text(left)} to {bytes_text(most)} and took "
+            f"{bytes_text(limit.taken_bytes_max or 0)} of it, pages of files included "
+            f"({bytes_text(limit.held_bytes or 0)} held, {locked})"
+        )
+    return (
+        f"no cgroup, but one side after the other while a process held all memory except {what}\n"
+        + "\n".join(sides)
+    )
 
 
 def _made(synthetic: "SyntheticModel", config: "BenchConfig") -> "tuple[list[Path], BenchConfig]":

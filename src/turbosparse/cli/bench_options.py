@@ -93,9 +93,10 @@ def bench_config(args: argparse.Namespace) -> "BenchConfig":
     Raises
     ------
     ConfigError
-        For a setting out of range, and where llama.cpp is asked for and missing.
+        For a setting out of range, where llama.cpp is asked for and missing, or memory cannot be limited.
     """
     from turbosparse.bench.benchmark import BenchConfig
+    from turbosparse.bench.memory_hog import choose_limit
     from turbosparse.bench.runners import require_llama_cpp
 
     if args.output is not None:
@@ -111,6 +112,7 @@ def bench_config(args: argparse.Namespace) -> "BenchConfig":
     if args.one_at_a_time and (args.shape is None or not args.against):
         raise ConfigError("[bench --one-at-a-time] expected --shape and --against beside it, got only one")
     budget = memory_budget(args) or 0
+    limit = budget + FOR_THE_INTERPRETER if budget and args.against else 0
     return BenchConfig(
         modes=tuple(args.mode or ()),
         threads=threads,
@@ -123,7 +125,8 @@ def bench_config(args: argparse.Namespace) -> "BenchConfig":
         pin=args.pin,
         isa=args.isa,
         memory_budget=budget,
-        memory_limit=budget + FOR_THE_INTERPRETER if budget and args.against else 0,
+        memory_limit=limit,
+        limited_by=choose_limit(limit) if limit else "cgroup",
         io=args.io or "",
         kv_cache=args.kv_cache or "",
     )

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from turbosparse.errors import ConfigError
 
-__all__ = ["AUTO", "automatic_budget", "forget_peak", "free_memory", "parse_size", "peak_resident_bytes"]
+__all__ = [
+    "AUTO",
+    "automatic_budget",
+    "forget_peak",
+    "free_memory",
+    "parse_size",
+    "peak_resident_bytes",
+    "unused_memory",
+]
 
 AUTO = "auto"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
@@ -64,17 +72,44 @@ def free_memory() -> int:
     ConfigError
         Where the system does not say.
     """
+    return _least(files_make_room=True)
+
+
+def unused_memory() -> int:
+    """Say how much memory a new program can have at once, before pages of files make room.
+
+    Returns
+    -------
+    int
+        Bytes, as from :func:`free_memory`; below 0 by up to the kernel's reserve of free pages where pages of
+        files fill everything.
+
+    Raises
+    ------
+    ConfigError
+        Where the system does not say.
+    """
+    return _least(files_make_room=False)
+
+
+def _least(*, files_make_room: bool) -> int:
+    """What the machine and each cgroup around this process has left, the least of them."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError as error:
         raise ConfigError(
             "[memory budget] expected a size, got auto where /proc/meminfo is missing"
         ) from error
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    return min([free, *_left_in_groups(Path("/proc/self/cgroup").read_text(encoding="ascii"), _GROUPS)])
+    sizes = {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":", 1) for line in lines)}
+    cached = 0 if files_make_room else sizes["Active(file)"] + sizes["Inactive(file)"]
+    own = Path("/proc/self/cgroup").read_text(encoding="ascii")
+    groups = _left_in_groups(own, _GROUPS, files_make_room=files_make_room)
+    return min([sizes["MemAvailable"] - cached, *groups])
 
 
-def _left_in_groups(own: str, groups: Sequence[tuple[str, str, str, str]]) -> Iterator[int]:
+def _left_in_groups(
+    own: str, groups: Sequence[tuple[str, str, str, str]], *, files_make_room: bool = True
+) -> Iterator[int]:
     """Bytes that each cgroup around this process has left; `own` is what /proc says of where it is."""
     for line in own.splitlines():
         _, controllers, place = line.split(":", 2)
@@ -87,16 +122,18 @@ def _left_in_groups(own: str, groups: Sequence[tuple[str, str, str, str]]) -> It
                     continue
                 limit = (group / limit_name).read_text(encoding="ascii").strip()
                 if limit != "max":
-                    used = int((group / used_name).read_text(encoding="ascii")) - _cached(group)
+                    used = int((group / used_name).read_text(encoding="ascii"))
+                    used -= _cached(group) if files_make_room else 0
                     yield max(int(limit) - used, 0)
 
 
 def _cached(group: Path) -> int:
-    """Bytes of file pages in a cgroup."""
+    """Bytes of file pages in a cgroup: those used often too, as where the kernel says what is available."""
     stat = group / "memory.stat"
     lines = stat.read_text(encoding="ascii").splitlines() if stat.exists() else []
     counts = dict(line.split(maxsplit=1) for line in lines)
-    return int(counts.get("total_inactive_file", counts.get("inactive_file", 0)))
+    names = ("inactive_file", "active_file")
+    return sum(int(counts.get(f"total_{name}", counts.get(name, 0))) for name in names)
 
 
 def automatic_budget() -> int:
