@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,7 +25,8 @@ from turbosparse.bench.memory_hog_worker import (
     prefer_as_victim,
     taken_by,
 )
-from turbosparse.bench.memory_limit import MemoryLimit, cgroup_refusal
+from turbosparse.bench.memory_limit import LimitRecord, MemoryLimit, cgroup_refusal
+from turbosparse.cli import bench
 from turbosparse.cli.main import main as turbosparse
 from turbosparse.errors import ConfigError, EngineError
 
@@ -250,3 +252,8 @@ def test_bench_times_one_side_after_the_other(
         assert row["memory_limit"]["kind"] == "hog"
         assert row["memory_limit"]["limit_bytes"] == (64 + 256) << 20
         assert row["memory_limit"]["held_bytes"] == MOST
+
+
+def test_the_verb_says_which_limit_it_was() -> None:
+    cgroup = SimpleNamespace(backend="llama.cpp", memory_limit=LimitRecord(kind="cgroup", limit_bytes=10**9))
+    assert bench._limit_text([cgroup]).startswith("each side in a cgroup of 1.0 GB, without swap: ")  # type: ignore[list-item]
