@@ -1,8 +1,11 @@
-"""Draw how the held-out perplexity of a `sparsify` run fell, as a multiple of the original model's.
+r"""Draw how the held-out perplexity of a `sparsify` run fell, as a multiple of the original model's.
 
-    python examples/plot_training.py runs/mine/metrics.jsonl curve.png
+    python examples/plot_training.py runs/mine/metrics.jsonl curve.svg
+    python examples/plot_training.py runs/mine/metrics.jsonl curve.png --texts book \
+      --control runs/control/metrics.jsonl
 
-Needs turbosparse[report]. Stages follow one another; a dotted line stands where one ends.
+Needs turbosparse[report]. Stages follow one another; a dotted line stands where one ends. A control (what
+`train-control` left) is drawn thin, without marks.
 """
 
 import argparse
@@ -13,48 +16,63 @@ from typing import Any
 
 from turbosparse.measure.plots import draw_plots, line_style, marker
 
+PREFIX = "perplexity_"
+
 
 def main() -> None:
-    """Read metrics, write a PNG."""
+    """Read metrics, write an SVG or a PNG."""
     parser = argparse.ArgumentParser(description="Draw the held-out perplexity of a training run.")
     parser.add_argument("metrics", type=Path)
-    parser.add_argument("target", type=Path)
+    parser.add_argument("target", type=Path, help="an .svg or a .png")
+    parser.add_argument("--control", type=Path, help="metrics of the control")
+    parser.add_argument("--texts", help="held-out texts to draw, with commas between; all by default")
     options = parser.parse_args()
-    lines = [json.loads(line) for line in options.metrics.read_text(encoding="utf-8").splitlines()]
-    original = {
-        name: value for line in lines if line.get("event") == "original" for name, value in line.items()
-    }
-    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
-    ends = stage_ends(lines)
-    begin = dict(zip(ends, [0.0, *ends.values()], strict=False))
-    for line in lines:
-        if line.get("event") == "evaluation":
-            tokens = begin[line["stage"]] + line["tokens"]
-            for name, value in line.items():
-                if name in original and name.startswith("perplexity_"):
-                    curves[name.removeprefix("perplexity_")].append((tokens, value / original[name]))
+    lines = read_lines(options.metrics)
+    texts = options.texts.split(",") if options.texts else None
+    original = {k: v for line in lines if line.get("event") == "original" for k, v in line.items()}
+    curves = read_curves(lines, original, texts)
+    controls = read_curves(read_lines(options.control), original, texts) if options.control else {}
 
     def paint(axes: Any, records: Any) -> None:
         del records
         for number, (name, points) in enumerate(curves.items()):
-            tokens, ratios = zip(*sorted(points), strict=True)
-            label = name.replace("_", " ")
-            axes.plot(
-                [count / 1e6 for count in tokens],
-                ratios,
-                label=label,
-                marker=marker(number),
-                markersize=4,
-                **line_style(number),
-            )
-        for end in list(ends.values())[:-1]:
+            draw = {"marker": marker(number), "markersize": 4, **line_style(number)}
+            axes.plot(*zip(*points, strict=True), label=name.replace("_", " "), **draw)
+            if name in controls:
+                thin = draw | {"linewidth": 1, "marker": ""}
+                axes.plot(
+                    *zip(*controls[name], strict=True), label=f"{name.replace('_', ' ')}, control", **thin
+                )
+        for end in list(stage_ends(lines).values())[:-1]:
             axes.axvline(end / 1e6, color="#8c8c8c", linestyle=":", linewidth=1)
         axes.axhline(1, color="#000000", linewidth=0.8)
         axes.set_xlabel("million tokens of training")
         axes.set_ylabel("perplexity / original's")
 
     (plot,) = draw_plots([("curve", "", paint)], [{}], legend_columns=2)
-    options.target.write_bytes(plot.png)
+    options.target.write_bytes(plot.svg if options.target.suffix == ".svg" else plot.png)
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Give the records of a run's metrics."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_curves(
+    lines: list[dict[str, Any]], original: dict[str, float], texts: list[str] | None
+) -> dict[str, list[tuple[float, float]]]:
+    """Give (million tokens, perplexity over the original's) by text."""
+    ends = stage_ends(lines)
+    begin = dict(zip(ends, [0.0, *ends.values()], strict=False))
+    curves: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for line in lines:
+        if line.get("event") == "evaluation":
+            tokens = (begin[line["stage"]] + line["tokens"]) / 1e6
+            for key in (key for key in line if key.startswith(PREFIX) and key in original):
+                name = key.removeprefix(PREFIX)
+                if texts is None or name in texts:
+                    curves[name].append((tokens, line[key] / original[key]))
+    return {name: sorted(points) for name, points in curves.items()}
 
 
 def stage_ends(lines: list[dict[str, Any]]) -> dict[str, float]:

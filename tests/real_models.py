@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["SMOLLM2", "real_model"]
+__all__ = ["QWEN", "SMOLLM2", "real_model"]
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
+QWEN = "qwen2.5-coder-1.5b-instruct-q4_k_m.gguf"
 
 
 def real_model(name: str) -> Path:

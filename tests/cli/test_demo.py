@@ -8,6 +8,7 @@ import pytest
 from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse.cli.demo_report import bar_chart
 from turbosparse.cli.main import main
+from turbosparse.runtime.engine import Model
 from turbosparse.runtime.model_file import ModelFile
 
 
@@ -41,13 +42,22 @@ def test_shows_texts_speed_sparsity_and_perplexity_of_both(
     assert "threshold" in ModelFile(written).modes
 
 
-def test_a_sparse_file_runs_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("chats", "go_on"), [(True, "chat {}"), (False, 'run {} -p "Backups are one')])
+def test_a_sparse_file_runs_as_it_is(
+    chats: bool,
+    go_on: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Model, "has_chat_template", chats)
     path = tmp_path / "sparse.gguf"
     make_tiny_model(path, TinyModel(activation="drelu", down_t=True))
     assert main(["demo", "--model", str(path), "-n", "8", "-t", "1", "--json"]) == 0
     printed = capsys.readouterr().out
     assert "Calibration" not in printed
     assert "(the same text)" in printed
+    assert f"turbosparse {go_on.format(path)}" in printed
     record = json.loads(printed.splitlines()[-1])
     assert record["model"] == str(path)
     assert set(record) == {"model", "dense", "exact"}

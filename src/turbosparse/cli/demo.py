@@ -73,9 +73,10 @@ def run(args: argparse.Namespace) -> int:
     answers = answer(model, prompt, args.max_tokens)
     show_answers(out, model, prompt, answers)
     show_quality(out, model, judged)
+    go_on = f"chat {path}" if model.has_chat_template else f'run {path} -p "{prompt}"'
     out.print(
         f"\nDone in {time.monotonic() - begin:.0f} s. All modes run on one file and the same weights:\n"
-        f"  turbosparse chat {path}",
+        f"  turbosparse {go_on}",
         highlight=False,
         soft_wrap=True,
     )
