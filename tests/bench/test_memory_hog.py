@@ -124,7 +124,9 @@ def test_its_end_is_an_error(hog: MemoryHog) -> None:
 
 def test_a_side_that_takes_more_is_an_error(hog: MemoryHog) -> None:
     taken = b"1" * (LIMIT + 4 * PIECE)
-    with pytest.raises(EngineError, match=r"expected test to take at most 64 MiB, got 1\d\d MiB"):
+    with pytest.raises(
+        EngineError, match=r"expected test to take at most 64 MiB, got \d+ MiB"
+    ):  # it may have looked in between
         for _ in range(100):  # it looks at least once between two questions
             hog.record()
     assert len(taken) > LIMIT
