@@ -133,6 +133,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert signal.getsignal(signal.SIGTERM) == handler
     assert run_recipe(broken).finished
     assert losses(broken) == losses(whole)
+    parts = [
+        [{name: line[name] for name in line if name.startswith("loss_")} for line in metrics(recipe)]
+        for recipe in (broken, whole)
+    ]
+    assert parts[0] == parts[1]
     rates = [[line["learning_rate"] for line in metrics(recipe)] for recipe in (broken, whole)]
     assert rates[0] == rates[1]
     one, two = (weights(Path(recipe.output) / "stage0" / "model") for recipe in (whole, broken))

@@ -80,9 +80,9 @@ class StageTrainer(Trainer):
             self.add_callback(average)
         self._staging: str | None = None
         self._parts: dict[str, Tensor] = {}
-        self._parts_steps = 0
+        self._parts_since: int | None = None  # the step after which they are summed
         self._layer_errors: Tensor | None = None
-        self._clock = (time.monotonic(), 0)
+        self._clock: tuple[float, int] | None = None  # when metrics were last taken, and tokens until then
         before = getattr(self.model.config, "turbosparse_training", {})  # what stages before this one did
         self._tokens_before = int(before.get("tokens", 0))
         loss = stage.loss
@@ -120,6 +120,8 @@ class StageTrainer(Trainer):
             "use_cache": False,
         }
         self._set_progress()
+        if self._parts_since is None:
+            self._parts_since = self.state.global_step
         with self.probes.watch():
             outputs = model(
                 **model_inputs,
@@ -252,7 +254,7 @@ class StageTrainer(Trainer):
         self.write_metrics(record)
 
     def _take_training_metrics(self) -> dict[str, Any]:
-        steps = max(self.state.global_step - self._parts_steps, 1)
+        steps = max(self.state.global_step - (self._parts_since or 0), 1)
         now, tokens = time.monotonic(), self._tokens_done()
         metrics: dict[str, Any] = {
             f"loss_{name}": float(self.accelerator.gather(value.reshape(1)).mean()) / steps
@@ -263,11 +265,11 @@ class StageTrainer(Trainer):
         if self._layer_errors is not None:
             metrics["ffn_error_per_layer"] = [round(float(error) / steps, 5) for error in self._layer_errors]
         metrics |= self.probes.take_metrics()
-        before, tokens_before = self._clock
-        if self._parts_steps:
+        if self._clock is not None:
+            before, tokens_before = self._clock
             metrics["tokens_per_second"] = (tokens - tokens_before) / max(now - before, 1e-9)
         metrics["tokens"] = tokens
-        self._clock, self._parts_steps = (now, tokens), self.state.global_step
+        self._clock, self._parts_since = (now, tokens), self.state.global_step
         self._parts, self._layer_errors = {}, None
         return metrics
 
