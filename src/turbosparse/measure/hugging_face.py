@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 from torch.nn import functional
 
@@ -318,7 +319,9 @@ class HuggingFaceModel:
             ffn.probe = _UnitProbe(unit, layer, watcher, selection)
             unit += ffn.num_experts if isinstance(ffn, GatedExperts) else 1
         try:
-            yield
+            # Torch's threads spin between two layers, and NumPy's would take their CPUs: twice the time.
+            with threadpool_limits(1, user_api="blas"):
+                yield
         finally:
             for name, probe in before.items():
                 self._ffns[name].probe = probe
