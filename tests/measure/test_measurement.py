@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from threadpoolctl import threadpool_info
 
 from tests.measure.twins import TEXT, byte_tokenizer, make_twins
 from tests.tiny_hf import make_hf_model, make_tokenizer
@@ -49,6 +50,24 @@ def numbers(record: Any, place: str = "") -> dict[str, float]:
     if isinstance(record, list):
         return {k: v for at, item in enumerate(record) for k, v in numbers(item, f"{place}.{at}").items()}
     return {place: float(record)} if isinstance(record, int | float) else {}
+
+
+class _BlasThreads(Kept):
+    """A watcher that notes how many threads NumPy's matrix products would have."""
+
+    def on_ffn(self, unit: int, gate: NDArray[np.float32], up: NDArray[np.float32]) -> None:
+        self.found = blas_threads()
+
+
+def blas_threads() -> list[int]:
+    return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+
+def test_numpy_leaves_the_cpus_to_torch_while_it_watches(tmp_path: Path) -> None:
+    twin, watcher, before = make_twins(tmp_path / "tiny.gguf", "silu"), _BlasThreads(2), blas_threads()
+    twin.capture(np.arange(16, dtype=np.int32), watcher)
+    assert watcher.found == [1] * len(before)
+    assert blas_threads() == before
 
 
 @pytest.mark.parametrize("activation", ["silu", "drelu"])
