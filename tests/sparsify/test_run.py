@@ -1,6 +1,8 @@
 """Runs of a tiny model: they learn, resume exactly, stop safely and say what is wrong."""
 
+import dataclasses
 import errno
+import itertools
 import json
 import math
 import signal
@@ -22,6 +24,7 @@ from turbosparse.sparsify.callbacks import RunCallback
 from turbosparse.sparsify.checkpoints import checkpoint_steps, latest_checkpoint
 from turbosparse.sparsify.recipe import Recipe
 from turbosparse.sparsify.run import run_recipe
+from turbosparse.sparsify.stage import Stage
 
 REGRESSION = {"loss": {"ffn_output": 1.0}}
 DISTILLATION = {"loss": {"logits": 1.0}}
@@ -90,6 +93,19 @@ def test_two_stages_learn_and_leave_a_model(make_recipe: MakeRecipe) -> None:
     assert str(Path(recipe.model).parent) not in card.text
     training = load_model(result.model).config.turbosparse_training
     assert training == {"stage": "stage1", "tokens": 2 * longer["tokens"]}
+
+
+def test_a_mixture_of_the_second_stage_is_in_another_order(make_recipe: MakeRecipe) -> None:
+    shared = make_recipe(DISTILLATION, DISTILLATION)
+    own = {"data": dataclasses.asdict(shared.data)}
+
+    def begin(recipe: Recipe, index: int) -> list[list[int]]:
+        stage = Stage(recipe, recipe.stages[index], Path(recipe.output), None, None, control=False)
+        return [sequence.input_ids for sequence in itertools.islice(stage.mixture, 8)]
+
+    recipe = make_recipe(DISTILLATION, DISTILLATION | own)
+    assert begin(recipe, 0) == begin(shared, 0) == begin(shared, 1)
+    assert begin(recipe, 1) == begin(recipe, 1) != begin(recipe, 0)
 
 
 def test_the_initial_fit_loses_less(make_recipe: MakeRecipe) -> None:

@@ -123,7 +123,7 @@ class StageConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     data: DataConfig | None = None
-    """The stage's own mixture; the recipe's if not given."""
+    """The stage's own mixture, in its own order; if not given, the recipe's goes on where it stopped."""
 
     def __post_init__(self) -> None:
         place = f"stages.{self.name}"

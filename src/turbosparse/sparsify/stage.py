@@ -84,7 +84,9 @@ class Stage:
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.model)
         self.encode = make_encoder(self.tokenizer, self.data.document_end, answers_only=stage.answers_only)
         self.split = split_of(self.data)
-        self.mixture = Mixture(self.data, self.encode, split=self.split, seed=recipe.seed)
+        # A mixture of the stage's own must not begin with the documents that an earlier stage began with.
+        order = recipe.seed + (recipe.stages.index(stage) if stage.data else 0)
+        self.mixture = Mixture(self.data, self.encode, split=self.split, seed=order)
         self.evaluation = _evaluation_text(recipe, self.data, self.encode, self.split)
         self.checkpoint = latest_checkpoint(directory) or from_checkpoint
         self.stream = SequenceStream(self.mixture, stage.batch_sequences)
