@@ -19,7 +19,7 @@ __all__ = ["Conversation"]
 HELP = """\
 /reset         forget the conversation
 /system TEXT   set the system message and forget the conversation; without TEXT: the model's own
-/mode NAME     dense, exact or threshold, as the file can
+/mode NAME     dense, exact, threshold or predicted, as the file can
 /save FILE     write the conversation as JSON
 /help          this list
 /quit          leave (also Ctrl-D)

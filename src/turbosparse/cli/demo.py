@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", type=Path, metavar="FILE", help="another GGUF file instead of the default model")
     add("--prompt", help="what to ask, or the beginning that a model without a chat template goes on with")
     add("--cett", type=float, help=f"find thresholds for this error of every layer; without any: {CETT}")
-    add("-n", "--max-tokens", type=int, default=96, help="length of the answers")
+    add("-n", "--max-tokens", type=int, default=96, help="tokens per answer (default: 96)")
     add("-t", "--threads", type=thread_count, help="threads (default: physical cores, at most 8)")
     add_json_option(parser)
 

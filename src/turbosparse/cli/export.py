@@ -1,6 +1,6 @@
 """Turn a Hugging Face model into a model file, or add predictors and thresholds to a model file.
 
-The model may come from `turbosparse sparsify` or be any dense one of a supported type. The result is compared
+The model may come from `turbosparse sparsify` or be any other of a supported type. The result is compared
 with the original on a text before it gets its name: status 1 and NAME.failed.gguf if it computes another
 function.
 

@@ -4,7 +4,7 @@ Captures what the feed-forward layers see on some text, fits low-rank predictors
 chooses rank and threshold of all layers together so that perplexity rises by no more than --ppl-budget, and
 compares the bytes that are then read with the exact mode, which computes every gate and needs no predictor.
 
-  turbosparse fit-predictor runs/mine/model --text mine.txt --output predictors
+  turbosparse fit-predictor runs/mine/distillation/model --text mine.txt --output predictors
   turbosparse fit-predictor mine.gguf --text mine.txt --output predictors
 """
 

@@ -49,7 +49,7 @@ class SweepStudy:
     gate_shares: tuple[float, ...] = _SHARES
     """Shares of neurons that a threshold on abs(f(gate)) per layer keeps, each above 0 and below 1."""
     tasks: tuple[str, ...] = ()
-    """Tasks of lm-evaluation-harness asked at each point (Hugging Face models; turbosparse[eval])."""
+    """Tasks of lm-evaluation-harness asked at each point (turbosparse[eval])."""
     task_folder: str = ""
     """Folder with further tasks (YAML)."""
     task_limit: int = 0
