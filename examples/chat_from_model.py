@@ -6,8 +6,8 @@ A model that is made sparse by distillation learns most about its own way of ans
 Every question has its own seed, and a file that is there already goes on behind its last line.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 import turbosparse
@@ -84,4 +84,9 @@ def main(model_file: str, passages: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description="Write a model's own answers as chats.")
+    parser.add_argument("model", help="GGUF file with a chat template")
+    parser.add_argument("passages", help="text of passages TITLE -- TEXT, whose titles are asked about")
+    parser.add_argument("target", help="JSON lines to write")
+    options = parser.parse_args()
+    main(options.model, options.passages, options.target)

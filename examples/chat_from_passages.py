@@ -6,8 +6,8 @@ Passages that a run holds out of training (2 %, by hash) are left out, so that t
 answers.
 """
 
+import argparse
 import json
-import sys
 from pathlib import Path
 
 from turbosparse.data.config import SourceConfig
@@ -33,4 +33,8 @@ def main(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description="Turn passages into chats.")
+    parser.add_argument("passages", help="text of passages TITLE -- TEXT")
+    parser.add_argument("target", help="JSON lines to write")
+    options = parser.parse_args()
+    main(options.passages, options.target)

@@ -100,6 +100,11 @@ def test_wrong_usage_is_one_line(
         (PermissionError(13, "Permission denied"), "Permission denied"),
         (OSError("5 requested and 3 written"), "5 requested and 3 written"),
         (
+            OSError("No connection to 'https://huggingface.co'\nSee the documentation"),
+            "[model] expected a directory on this machine, or an id on the Hugging Face hub and the hub in reach, "
+            "got neither (No connection to 'https://huggingface.co')",
+        ),
+        (
             UnicodeDecodeError("utf-8", b"ab\xff", 2, 3, "invalid"),
             "[text] expected UTF-8, got byte 0xff at position 2",
         ),

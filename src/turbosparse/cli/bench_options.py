@@ -40,9 +40,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("models", nargs="*", type=Path, metavar="MODEL", help="GGUF file")
     add("--mode", action="append", choices=MODES, help="repeatable; by default all that the file can run")
     add("-t", "--threads", default="0", help="thread counts, as in 1,2 (default: physical cores, at most 8)")
-    add("-p", "--prompt-tokens", type=int, default=256, help="tokens of the prompt test; 0 leaves it out (default: 256)")
-    add("-n", "--generated-tokens", type=int, default=64, help="tokens of the decode test; 0 leaves it out (default: 64)")
-    add("-d", "--depth", default="0", help="tokens in the cache before each test, as in 100,4000 (default: 0)")
+    add(
+        "-p",
+        "--prompt-tokens",
+        type=int,
+        default=256,
+        help="tokens of the prompt test; 0 leaves it out (default: 256)",
+    )
+    add(
+        "-n",
+        "--generated-tokens",
+        type=int,
+        default=64,
+        help="tokens of the decode test; 0 leaves it out (default: 64)",
+    )
+    add(
+        "-d", "--depth", default="0", help="tokens in the cache before each test, as in 100,4000 (default: 0)"
+    )
     add("-r", "--rounds", type=int, default=5, help="timed rounds (default: 5)")
     add("--against", choices=["llama.cpp"], help="time it in turn; needs turbosparse[baseline]")
     add("--baseline-model", type=Path, metavar="FILE", help="what llama.cpp reads, if not MODEL itself")

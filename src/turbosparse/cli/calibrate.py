@@ -39,8 +39,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument("--cett", type=float, help="error target of every layer, above 0 and below 1")
     target.add_argument("--ppl-budget", metavar="P%", help="rise of perplexity: 1%% or 0.01")
-    add("--tokens", type=int, default=4096, help="tokens of the text to use; half as many more are held out (default: 4096)")
-    add("--stages", type=int, choices=(1, 2), default=2, help="2 (default): drop by the gate first; 1: only behind up")
+    add(
+        "--tokens",
+        type=int,
+        default=4096,
+        help="tokens of the text to use; half as many more are held out (default: 4096)",
+    )
+    add(
+        "--stages",
+        type=int,
+        choices=(1, 2),
+        default=2,
+        help="2 (default): drop by the gate first; 1: only behind up",
+    )
     add("--down-type", metavar="TYPE", help="weight type of the transposed down projection, such as Q8_0")
     add(
         "--refine",
