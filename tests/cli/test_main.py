@@ -101,7 +101,7 @@ def test_wrong_usage_is_one_line(
         (OSError("5 requested and 3 written"), "5 requested and 3 written"),
         (
             OSError("No connection to 'https://huggingface.co'\nSee the documentation"),
-            "[model] expected a directory on this machine, or an id on the Hugging Face hub and the hub in reach, "
+            "[model] expected a directory here, or an id on the Hugging Face hub and the hub in reach, "
             "got neither (No connection to 'https://huggingface.co')",
         ),
         (

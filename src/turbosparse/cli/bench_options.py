@@ -45,19 +45,17 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--prompt-tokens",
         type=int,
         default=256,
-        help="tokens of the prompt test; 0 leaves it out (default: 256)",
+        help="tokens of the prompt test (256); 0: none",
     )
     add(
         "-n",
         "--generated-tokens",
         type=int,
         default=64,
-        help="tokens of the decode test; 0 leaves it out (default: 64)",
+        help="tokens of the decode test (64); 0: none",
     )
-    add(
-        "-d", "--depth", default="0", help="tokens in the cache before each test, as in 100,4000 (default: 0)"
-    )
-    add("-r", "--rounds", type=int, default=5, help="timed rounds (default: 5)")
+    add("-d", "--depth", default="0", help="tokens in the cache before each test (0), as in 100,4000")
+    add("-r", "--rounds", type=int, default=5, help="timed rounds (5)")
     add("--against", choices=["llama.cpp"], help="time it in turn; needs turbosparse[baseline]")
     add("--baseline-model", type=Path, metavar="FILE", help="what llama.cpp reads, if not MODEL itself")
     add_pin_option(parser)

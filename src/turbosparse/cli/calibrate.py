@@ -43,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=int,
         default=4096,
-        help="tokens of the text to use; half as many more are held out (default: 4096)",
+        help="tokens of the text to use (4096); half as many more are held out",
     )
     add(
         "--stages",
         type=int,
         choices=(1, 2),
         default=2,
-        help="2 (default): drop by the gate first; 1: only behind up",
+        help="2: drop by the gate first; 1: only behind up (2)",
     )
     add("--down-type", metavar="TYPE", help="weight type of the transposed down projection, such as Q8_0")
     add(

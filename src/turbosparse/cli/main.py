@@ -210,7 +210,7 @@ def _one_line(error: Exception) -> str:
         text = "[memory] expected room for the model and its cache, got none: it does not fit this machine"
     elif isinstance(error, OSError) and "huggingface.co" in str(error):
         text = (
-            "[model] expected a directory on this machine, or an id on the Hugging Face hub and the hub in reach, "
+            "[model] expected a directory here, or an id on the Hugging Face hub and the hub in reach, "
             f"got neither ({str(error).split(chr(10))[0]})"
         )
     else:
