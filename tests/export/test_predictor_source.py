@@ -34,11 +34,12 @@ def test_the_engine_captures_what_torch_captures(
     directory, path = make_directory(model_type, activation="drelu"), tmp_path / "model.gguf"
     config = ExportConfig(types=TypeChoice(weights="F32"), check=False)
     export_model(plan_export(directory, config), path, TEXT, config)
-    source = ModelFileSource(path, TEXT, "", CONFIG, tokens=70, window=32, threads=1)
+    source = ModelFileSource(path, [TEXT], [], CONFIG, tokens=70, window=32, threads=1)
     ours = source.capture(tmp_path / "ours", KINDS)
     model = load_model(directory, dtype=torch.float32)
-    ids = load(path, threads=1).text_ids(TEXT)[:64]
-    windows = [{"input_ids": torch.tensor([ids[at : at + 32]])} for at in (0, 32)]
+    ids = load(path, threads=1).text_ids(TEXT)
+    middle = len(ids) // 32 // 2 * 32
+    windows = [{"input_ids": torch.tensor([ids[at : at + 32]])} for at in (0, middle)]
     theirs = capture_inputs(model, windows, tmp_path / "theirs", KINDS)
     layers = layers_of(model, "F32")
     assert set(ours) == set(theirs) == set(source.layers) == set(layers)
@@ -122,16 +123,38 @@ def test_experts(tmp_path: Path) -> None:
 def test_what_a_model_file_cannot_hold(changes: dict[str, object], message: str, tmp_path: Path) -> None:
     config = PredictorConfig(**{"rivals": (), **changes})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=message):
-        ModelFileSource(tmp_path / "none.gguf", TEXT, "", config, tokens=64, window=32)
+        ModelFileSource(tmp_path / "none.gguf", [TEXT], [], config, tokens=64, window=32)
 
 
 def test_too_little_text(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model.gguf")
-    with pytest.raises(TextError, match="two held out, got 64 and 2 tokens"):
-        ModelFileSource(tmp_path / "model.gguf", "a" * 66, "", CONFIG, tokens=64, window=32)
+    with pytest.raises(TextError, match="two held out, got 1 and 1: give"):
+        ModelFileSource(tmp_path / "model.gguf", ["a" * 66], [], CONFIG, tokens=64, window=32)
+
+
+def test_all_texts_are_captured_and_held_out_from(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    make_tiny_model(path)
+    first, second = "a" * 32 * 40, "b" * 32 * 30
+    source = ModelFileSource(path, [first, second], [], CONFIG, tokens=32 * 8, window=32, threads=1)
+    captured = source.capture(tmp_path / "captured", KINDS)["model.layers.0.mlp"]
+    assert captured.tokens_seen == 32 * 8
+    inputs = captured.open("ffn_norm").reshape(8, 32, -1)
+    texts = [int(np.abs(window[0] - inputs[0][0]).max() > 1e-3) for window in inputs]
+    assert texts == [0, 1] * 4  # in turn, so that its end has both
+    few = ModelFileSource(path, ["a" * 32 * 20], [], CONFIG, tokens=32 * 99, window=32, threads=1)
+    assert few.capture(tmp_path / "few", KINDS)["model.layers.0.mlp"].tokens_seen == 32 * 18
+
+
+def test_labels_of_an_activation_without_zeros(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, text = tmp_path / "model.gguf", make_texts(tmp_path)["text"]
+    make_tiny_model(path)
+    arguments = [str(path), f"--text={text}", f"--output={tmp_path / 'out'}", "--tokens=64", "--ranks=32"]
+    assert main(["fit-predictor", *arguments, "--sequence-length=32", "--threads=1"]) == 2
+    assert "[predictor.labels] expected cett for silu" in capsys.readouterr().err
 
 
 def test_a_file_without_gate(tmp_path: Path) -> None:
     make_tiny_model(tmp_path / "model.gguf", TinyModel(activation="relu2", gated=False, down_t=True))
     with pytest.raises(ModelFileError, match="expected gated FFNs"):
-        ModelFileSource(tmp_path / "model.gguf", TEXT, "", CONFIG, tokens=64, window=32)
+        ModelFileSource(tmp_path / "model.gguf", [TEXT], [], CONFIG, tokens=64, window=32)

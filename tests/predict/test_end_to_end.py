@@ -254,6 +254,7 @@ def test_wrong_input(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     for option, message in (
         ("--ranks=a", "[--ranks] expected numbers"),
         ("--ppl-budget=x", "[--ppl-budget] exp"),
+        ("--tokens=0", "[--tokens] expected at least 1, got 0"),
     ):
         assert main(["fit-predictor", *arguments, option]) == 2
         assert message in capsys.readouterr().err

@@ -53,12 +53,19 @@ def test_the_curve_is_what_each_threshold_costs_and_loses() -> None:
     assert (np.diff(curve.read_bytes) <= 0).all()
     assert (np.diff(curve.lost) >= -1e-9).all()
     energy = (activations * layer.down.norm(dim=0)).square()
-    output = (activations @ layer.down.T).square().sum()
+    energy /= energy.sum(dim=1, keepdim=True)
     for at in (0, 100, 200, len(curve.thresholds) - 1):
         candidates = scores >= torch.tensor(curve.thresholds[at], dtype=torch.float32)
         score = score_candidates(candidates, neurons, layer, bound=ACTIVE, predictor_bytes=11.0)
         assert curve.read_bytes[at] == pytest.approx(score.bytes_ratio * layer.dense_bytes)
-        assert curve.lost[at] == pytest.approx(float((energy * ~candidates).sum() / output), abs=1e-5)
+        assert curve.lost[at] == pytest.approx(float((energy * ~candidates).sum()) / 40, abs=1e-5)
+
+
+def test_one_token_of_a_huge_norm_does_not_hide_what_the_others_lose() -> None:
+    activations = torch.tensor([[1000.0, 0.0]] + [[0.0, 1.0]] * 9)
+    neurons = Neurons(activations != 0, activations)
+    curve = trade_off(torch.tensor([[1.0, 0.0]] * 10), neurons, make_layer(torch.eye(2)), 0.0)
+    assert curve.lost[[0, -1]] == pytest.approx([0.0, 0.9])  # at thresholds 0 and 1
 
 
 def test_scores_that_are_all_equal_have_one_threshold() -> None:

@@ -76,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         0.
     """
     check_model_name(str(args.model))
+    if args.tokens < 1:
+        raise ConfigError(f"[--tokens] expected at least 1, got {args.tokens}")
     from turbosparse.predict.config import PredictorConfig
     from turbosparse.predict.predictors import RIVALS
     from turbosparse.predict.run import fit_predictors
@@ -121,7 +123,7 @@ def _hugging_face(args: argparse.Namespace, config: "PredictorConfig") -> "Predi
 
     disable_progress_bar()
     data = DataConfig(
-        sources=tuple(SourceConfig(path=text) for text in args.text),
+        sources=tuple(SourceConfig(path=text, on_end="stop") for text in args.text),
         held_out=tuple(SourceConfig(path=text) for text in args.held_out),
         sequence_length=args.sequence_length,
     )
@@ -136,8 +138,8 @@ def _model_file(args: argparse.Namespace, config: "PredictorConfig") -> "Predict
 
     return ModelFileSource(
         args.model,
-        "\n\n".join(read_text(Path(path)) for path in args.text),
-        "\n\n".join(read_text(Path(path)) for path in args.held_out),
+        [read_text(Path(path)) for path in args.text],
+        [read_text(Path(path)) for path in args.held_out],
         config,
         tokens=args.tokens,
         window=args.sequence_length,

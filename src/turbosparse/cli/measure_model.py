@@ -202,8 +202,8 @@ def _predictability(
 
         ffns = ModelFileSource(
             Path(name),
-            text,
-            text + text,  # asks for two windows; nothing is evaluated
+            [text],
+            [text + text],  # asks for two windows; nothing is evaluated
             PredictorConfig(rivals=()),
             tokens=record["text"]["tokens"],
             window=record["text"]["context"],

@@ -29,8 +29,9 @@ __all__ = ["ModelFileSource"]
 
 _INPUTS = ("ffn_norm", "residual")
 _RIVALS = ("sign_bits",)
-_EVALUATED_WINDOWS = 32
-_PROBED_WINDOWS = 2
+_EVALUATED_WINDOWS = 48
+_PROBED_WINDOWS = 4
+_LARGEST_SHARE = 0.9  # of a text that is captured, where it has to do for the evaluation too
 _SMALLEST_RANK = 32  # that every weight type can hold
 
 
@@ -41,10 +42,10 @@ class ModelFileSource:
     ----------
     path : Path
         The file; thresholds in it stay in force beside predictors.
-    text : str
-        To capture on.
-    held_out : str
-        To evaluate on; if empty, what of `text` is not captured.
+    texts : sequence of str
+        To capture on, as much of each, from all over it.
+    held_out : sequence of str
+        To evaluate on; if empty, windows of `texts` that are not captured.
     config : PredictorConfig
         The fit that will be made: a model file cannot hold every kind of predictor and input.
     tokens : int
@@ -67,8 +68,8 @@ class ModelFileSource:
     def __init__(
         self,
         path: Path,
-        text: str,
-        held_out: str,
+        texts: Sequence[str],
+        held_out: Sequence[str],
         config: PredictorConfig,
         *,
         tokens: int,
@@ -82,16 +83,25 @@ class ModelFileSource:
         self._config = config
         tokenizer = Tokenizer.from_metadata(self._file.metadata)
         self._bos_id = tokenizer.bos_id if tokenizer.add_bos else None
-        ids = tokenizer.encode(text)
-        self._ids = ids[: tokens - tokens % window]
-        rest = tokenizer.encode(held_out) if held_out else ids[len(self._ids) :]
-        windows = [rest[start : start + window] for start in range(0, len(rest) - window + 1, window)]
-        if not self._ids or len(windows) < 2:
+        captured: list[tuple[float, list[int]]] = []  # with the share of its text before it
+        rest: list[list[list[int]]] = []
+        for text in texts:
+            windows = _windows(tokenizer.encode(text), window)
+            most = len(windows) if held_out else int(_LARGEST_SHARE * len(windows))
+            chosen = _spread(len(windows), min(tokens // window // len(texts) or 1, most))
+            captured += [(number / len(chosen), windows[at]) for number, at in enumerate(chosen)]
+            rest.append([ids for at, ids in enumerate(windows) if at not in set(chosen)])
+        if held_out:
+            rest = [_windows(tokenizer.encode(text), window) for text in held_out]
+        # All texts in turn: the last of what is captured is what predictors are scored on.
+        self._captured = [ids for _, ids in sorted(captured, key=lambda pair: pair[0])]
+        each = -(-_EVALUATED_WINDOWS // len(rest))
+        self._held_out = [windows[at] for windows in rest for at in _spread(len(windows), each)]
+        if not self._captured or len(self._held_out) < 2:
             raise TextError(
                 f"[fit-predictor] expected text for a window of {window} tokens to capture and two held out, "
-                f"got {len(self._ids)} and {len(rest)} tokens: give more text, or --held-out"
+                f"got {len(self._captured)} and {len(self._held_out)}: give more text, or --held-out"
             )
-        self._held_out = windows[:: -(-len(windows) // _EVALUATED_WINDOWS)]
         self._ffns = {_name(ffn): ffn for ffn in ffns_of(self._file)}
         if self._file.activation is None or not self._file.gated:
             raise ModelFileError(f"[{path}] expected gated FFNs with a known activation, got others")
@@ -108,7 +118,7 @@ class ModelFileSource:
             for kind, rows in (("ffn_norm", x), ("residual", residual)):
                 with files[name][kind].open("ab") as file:
                     rows.astype(np.float16).tofile(file)
-        size, tokens = self._file.hidden_size, len(self._ids)
+        size, tokens = self._file.hidden_size, self._window * len(self._captured)
         return {
             name: CapturedInputs(files=paths, hidden_size=size, tokens_seen=tokens)
             for name, paths in files.items()
@@ -120,10 +130,9 @@ class ModelFileSource:
         eps = float(file.metadata[f"{file.architecture}.attention.layer_norm_rms_epsilon"])
         norms = [file.dequantised(f"blk.{layer}.ffn_norm.weight") for layer in range(file.num_hidden_layers)]
         session = _native.Model(file.path, threads=self._threads).session(self._window)
-        for start in range(0, len(self._ids), self._window):
+        for window in self._captured:
             session.truncate(0)
-            ids = np.array(self._ids[start : start + self._window], np.int32)
-            captured = session.capture(ids, list(range(len(norms))))
+            captured = session.capture(np.array(window, np.int32), list(range(len(norms))))
             inputs = []
             for layer, (_, _, _, residual, _) in enumerate(captured):
                 scale = 1 / np.sqrt(np.square(residual).mean(axis=1, keepdims=True) + eps)
@@ -140,7 +149,7 @@ class ModelFileSource:
         """Measure predicted mode; see `turbosparse.predict.source.PredictorSource`."""
         windows = self._held_out[part == "report" :: 2]
         if part == "probe":
-            windows = windows[:_PROBED_WINDOWS]
+            windows = [windows[at] for at in _spread(len(windows), _PROBED_WINDOWS)]
         ids = [token for window in windows for token in window]
         return [self._evaluate(placed, ids) for placed in configurations]
 
@@ -226,6 +235,16 @@ class _Layers(Mapping[str, FFNLayer]):
             row_bytes=RowBytes(*(row_bytes(name, file.hidden_size) for name in types)),
             thresholds=thresholds and (torch.tensor(thresholds[0]), torch.tensor(thresholds[1])),
         )
+
+
+def _windows(ids: Sequence[int], size: int) -> list[list[int]]:
+    return [list(ids[start : start + size]) for start in range(0, len(ids) - size + 1, size)]
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """At most so many of the indices, evenly over all."""
+    count = min(count, length)
+    return [i * length // count for i in range(count)]
 
 
 def _name(ffn: FFN) -> str:

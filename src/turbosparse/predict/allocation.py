@@ -53,7 +53,7 @@ class Tradeoff:
     read_bytes: NDArray[np.float64]
     """[K], per token that reaches the layer."""
     lost: NDArray[np.float64]
-    """[K], share of the energy of the layer's output."""
+    """[K], share of the energy of the neurons' outputs, mean over tokens."""
 
     def choice(self, kind: str, at: int) -> Choice:
         """Name one of the points.

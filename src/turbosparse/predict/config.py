@@ -44,7 +44,7 @@ class PredictorConfig:
     """Peak of AdamW's learning rate, above 0; rises over the first steps, then falls linearly to 0."""
     norm_weight: float = 1.0
     """How much more an active neuron with a large output counts: its loss is weighted by
-    1 + norm_weight * ||n_i|| / mean ||n||; at least 0."""
+    1 + norm_weight * ||n_i|| / mean ||n||, the mean over the token's neurons; at least 0."""
     finetune_steps: int = 0
     """Steps of straight-through fine-tuning after the fit, at least 0."""
     finetune: str = "predictors"

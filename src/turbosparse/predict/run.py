@@ -4,6 +4,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from turbosparse.errors import ConfigError
 from turbosparse.predict.config import PredictorConfig
 from turbosparse.predict.layer_fit import LayerFit
 from turbosparse.predict.report import PredictorReport, save_predictors, save_report
@@ -39,6 +40,11 @@ def fit_predictors(source: PredictorSource, output: Path, config: PredictorConfi
         captured = source.capture(directory, config.inputs)
         fits: dict[str, LayerFit] = {}
         for name, layer in source.layers.items():
+            if config.labels == "nonzero" and layer.thresholds is None and not layer.activation.is_sparse:
+                raise ConfigError(
+                    f"[predictor.labels] expected cett for {layer.activation.name}, none of whose neurons is "
+                    "zero, got nonzero: --labels cett --cett 0.2, or a model file with thresholds"
+                )
             fits[name] = LayerFit(layer, captured[name], config)
             _LOG.info("fitted %s (%d of %d)", name, len(fits), len(source.layers))
         selection = Selection(source, fits, config)

@@ -131,16 +131,17 @@ def trade_off(scores: Tensor, neurons: Neurons, layer: FFNLayer, predictor_bytes
 
     Notes
     -----
-    What is lost is the sum of squared norms of the missed neurons' outputs over that of the FFN's output:
-    additive over neurons, so that all thresholds take one pass of N x F. Vectors that cancel or agree make
-    the true error smaller or larger; perplexity decides in the end.
+    What is lost of a token is the share of its energy that the missed neurons have, energy being the squared
+    norm of a neuron's output: additive over neurons, so that all thresholds take one pass of N x F. Vectors
+    that cancel or agree make the true error smaller or larger; perplexity decides in the end. Shares are
+    averaged, not energies: the first token of a sequence can have a thousand times the norm of the others.
     """
     tokens = len(scores)
     sample = scores.flatten()[:: max(scores.numel() // 1_000_000, 1)].float()
     levels = torch.quantile(sample, torch.linspace(0, 1, _LEVELS + 1)[:-1]).unique()  # ascending
     met = torch.bucketize(scores.float(), levels, right=True).flatten()  # how many levels a score is at least
     energy = (neurons.activations * layer.down.norm(dim=0)).square()
-    output = (neurons.activations @ layer.down.T).square().sum()
+    energy /= energy.sum(dim=1, keepdim=True).clamp(min=1e-30)
 
     def _of_candidates(weights: Tensor) -> NDArray[np.float64]:
         per_level = torch.bincount(met, weights.flatten().double(), len(levels) + 1)
@@ -152,7 +153,4 @@ def trade_off(scores: Tensor, neurons: Neurons, layer: FFNLayer, predictor_bytes
     ]
     read = np.asarray(layer.row_bytes) @ np.stack(counts) + predictor_bytes
     total = float(energy.sum()) / tokens
-    scale = float(output) / tokens or 1.0
-    return Tradeoff(
-        thresholds=levels.double().numpy(), read_bytes=read, lost=np.maximum(total - kept, 0.0) / scale
-    )
+    return Tradeoff(thresholds=levels.double().numpy(), read_bytes=read, lost=np.maximum(total - kept, 0.0))

@@ -5,6 +5,7 @@ makes the layers' choices one curve (`turbosparse.predict.allocation`); perplexi
 measured at some points of it, and the cheapest within the budget is kept.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -30,9 +31,10 @@ from turbosparse.predict.source import PredictorSource, TextPart
 
 __all__ = ["Selection"]
 
+_LOG = logging.getLogger(__name__)
 _SHARES_OF_EXACT = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
 _REFINEMENTS = 3
-_PROBED_LOSS = 0.02  # share of a layer's output energy at which its weight is measured
+_PROBED_LOSS = 0.02  # share of a layer's energy at which its weight is measured
 
 
 class Selection:
@@ -57,6 +59,7 @@ class Selection:
         self._usable = [f"low_rank_{rank}" for rank in config.ranks]
         self._dense_bytes = sum(fit.menu.share * fit.layer.dense_bytes for fit in fits.values())
         weights = self._weights()
+        _LOG.info("weighed %d layers", len(weights))
         self._menus = {name: replace(fit.menu, weight=weights[name]) for name, fit in fits.items()}
         tried, last = self._walk(only(self._menus, self._usable))
         self._best = tried[last][0]
@@ -112,7 +115,15 @@ class Selection:
         for _ in range(1 + _REFINEMENTS):
             known = {each.read_bytes for each, _ in tried}
             new = list({each.read_bytes: each for each in found if each.read_bytes not in known}.values())
-            tried += zip(new, self._points(new, "choose"), strict=True)
+            for each in new:
+                (point,) = self._points([each], "choose")
+                tried.append((each, point))
+                _LOG.info(
+                    "tried %.1f%% of the bytes: perplexity %.3f, KL %.4f",
+                    100 * point.bytes_ratio,
+                    point.evaluation.perplexity,
+                    point.evaluation.kl_divergence,
+                )
             tried.sort(key=lambda pair: -pair[0].read_bytes)
             perplexities = [point.evaluation.perplexity for _, point in tried]
             limit = perplexities[0] * (1 + self._config.ppl_budget)

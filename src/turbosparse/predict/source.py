@@ -1,5 +1,6 @@
 """Where the activations of a model come from, and its perplexity with predictors on: torch, or the engine."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -23,11 +24,13 @@ from turbosparse.predict.layers import layers_of
 
 __all__ = ["HuggingFaceSource", "PredictorSource", "TextPart"]
 
+_LOG = logging.getLogger(__name__)
+
 TextPart = Literal["probe", "choose", "report"]
 """Held-out text comes in two halves: one to choose thresholds by, one to report. A probe is a little of the
 first."""
-_EVALUATION_SEQUENCES = 32  # at most, per source of text
-_PROBE_SEQUENCES = 2
+_EVALUATION_SEQUENCES = 64  # at most, of all sources of text together
+_PROBE_SEQUENCES = 4
 
 
 class PredictorSource(CapturedFFNs, Protocol):
@@ -102,14 +105,17 @@ class HuggingFaceSource:
         mixture = Mixture(data, encode, split=split, seed=seed)
         count = max(tokens // data.sequence_length, 1)
         self.rows = [row for row, _ in zip(mixture, range(count), strict=False)]
+        if len(self.rows) < count:
+            _LOG.info("the text ends after %d tokens to capture", len(self.rows) * data.sequence_length)
         self._held_out: list[PackedSequence] = []
-        for source in data.held_out or data.sources:
+        sources = data.held_out or data.sources
+        for source in sources:
             self._held_out += held_out_sequences(
                 source,
                 encode,
                 split=None if data.held_out else split,
                 sequence_length=data.sequence_length,
-                count=_EVALUATION_SEQUENCES,
+                count=-(-_EVALUATION_SEQUENCES // len(sources)),
             )
         if len(self._held_out) < 2:
             raise DataError(
@@ -126,7 +132,9 @@ class HuggingFaceSource:
     ) -> list[Evaluation]:
         """Measure the model with several sets of predictors; see `PredictorSource`."""
         rows = self._held_out[part == "report" :: 2]
-        return evaluate(self.model, configurations, rows[:_PROBE_SEQUENCES] if part == "probe" else rows)
+        if part == "probe":
+            rows = rows[:: -(-len(rows) // _PROBE_SEQUENCES)]
+        return evaluate(self.model, configurations, rows)
 
     def finetune(
         self, placed: Mapping[str, PlacedPredictor], price: float, output: Path, config: PredictorConfig
