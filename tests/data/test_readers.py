@@ -82,6 +82,26 @@ def test_token_ids_are_read_as_they_are(tmp_path: Path) -> None:
     assert reader.corrupt == 1
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        '[{"role": "user", "content": null}]',
+        '[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]',
+        '[{"role": "user", "content": "\\ud800"}]',
+        '[{"role": "user"}, 3]',
+        '"half a pair: \\ud800"',
+        "[3, -1]",
+        "[]",
+    ],
+)
+def test_values_that_cannot_be_trained_on_are_counted(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": {value}}}\n{{"text": "fine"}}\n', encoding="utf-8")
+    reader = open_reader(SourceConfig(path=str(path)))
+    assert list(reader) == ["fine"]
+    assert reader.corrupt == 1
+
+
 def test_corrupt_lines_are_counted_up_to_a_limit(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     good = '{"text": "fine"}\n'

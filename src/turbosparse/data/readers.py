@@ -10,7 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from turbosparse.data.config import SourceConfig
 from turbosparse.errors import DataError
@@ -80,14 +80,28 @@ class DocumentReader(ABC):
 
     def _field(self, record: Any, place: str) -> Document | None:
         value = record.get(self.config.field) if isinstance(record, dict) else None
-        if isinstance(value, str) and value.strip():
+        if _is_document(value):
             return value
-        if isinstance(value, list) and value and all(isinstance(m, dict) and "content" in m for m in value):
-            return value
-        if isinstance(value, list) and value and all(type(token) is int for token in value):
-            return value
-        self._count_corrupt(place, f"no text, messages or token ids in field {self.config.field!r}")
+        self._count_corrupt(place, f"no text, messages of text or token ids in field {self.config.field!r}")
         return None
+
+
+def _is_document(value: Any) -> TypeGuard[Document]:
+    if not isinstance(value, list):
+        return isinstance(value, str) and bool(value.strip()) and _is_unicode(value)
+    if all(type(token) is int for token in value):
+        return bool(value) and min(value) >= 0
+    contents = [message.get("content") if isinstance(message, dict) else None for message in value]
+    return all(isinstance(content, str) and _is_unicode(content) for content in contents)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no lone half of a surrogate pair, which JSON can spell and tokenizers do not take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _glob(pattern: str) -> list[str]:
