@@ -8,6 +8,7 @@ document, from which transformers derives a mask that keeps documents apart.
 """
 
 import copy
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -44,19 +45,21 @@ class SourceCounts:
 
 
 _SPREAD = 100
+_LOG = logging.getLogger(__name__)
 
 
 class _SourceStream:
     """Packed sequences of one source."""
 
-    def __init__(self, config: SourceConfig, data: DataConfig, seed: str, split: HeldOutSplit) -> None:
-        self.config = config
+    def __init__(self, index: int, data: DataConfig, seed: int, split: HeldOutSplit) -> None:
+        self.config = data.sources[index]
+        self.name = data.source_names()[index]
         self.counts = SourceCounts()
-        self._reader = open_reader(config, data.max_corrupt_percent)
+        self._reader = open_reader(self.config, data.max_corrupt_percent)
         self._block_size = data.shuffle_documents
         self._length = data.sequence_length
         self._max_characters = data.max_document_characters
-        self._seed = seed
+        self._seed = f"{seed}/{index}"
         self._split = split
         self._block_start: Any = None
         self._block: list[Document] = []
@@ -199,7 +202,7 @@ class Mixture:
             "held_out_percent": split.percent,
         }
         self._streams = [
-            _SourceStream(source, config, f"{seed}/{index}", split)
+            _SourceStream(index, config, seed, split)
             for index, source in enumerate(config.sources)
             if source.weight > 0
         ]
@@ -254,7 +257,7 @@ class Mixture:
         """Return what was drawn from each source: counts, and its share of the tokens."""
         total = sum(stream.counts.tokens for stream in self._streams) or 1
         return {
-            stream.config.path: {
+            stream.name: {
                 **asdict(stream.counts),
                 "corrupt_records": stream._reader.corrupt,
                 "token_share": stream.counts.tokens / total,
