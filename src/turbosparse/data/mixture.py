@@ -67,6 +67,21 @@ class _SourceStream:
         self._ids: list[int] = []
         self._positions: list[int] = []
         self._labels: list[int] = []
+        self._check_not_empty()
+
+    def _check_not_empty(self) -> None:
+        """Look for one document to train on, before a run spends time on anything else."""
+        for document in self._reader:
+            if not self._split.is_held_out(document):
+                break
+            self.counts.held_out_documents += 1
+        else:
+            count = self.counts.held_out_documents
+            found = f"none: all {count} are held out" if count else "none"
+            raise DataError(f"[{self.name}] expected documents to train on, got {found}")
+        self.counts = SourceCounts()
+        self._reader.seek(None)
+        self._reader.records = self._reader.corrupt = 0
 
     def draw(self, encode: Encoder) -> PackedSequence | None:
         """Return the next sequence, or None when the source is dry and shall stop."""
@@ -101,13 +116,19 @@ class _SourceStream:
         self._block = self._fill_block()
         if self._block:
             return
-        if self.counts.documents == 0:
-            raise DataError(f"[{self.config.path}] expected documents to train on, got none")
         self.counts.passes += 1
         if self.config.on_end == "error":
             raise DataError(
                 f"[{self.config.path}] expected enough documents for the run, got the end after "
                 f"{self.counts.documents} documents, {self.counts.tokens} tokens; set on_end to repeat"
+            )
+        if self.counts.passes == 1:
+            _LOG.warning(
+                "[%s] expected more documents, got the end after %d documents, %d tokens; %s",
+                self.name,
+                self.counts.documents,
+                self.counts.tokens,
+                "they are repeated" if self.config.on_end == "repeat" else "other sources fill its share",
             )
         if self.config.on_end == "repeat":
             self._reader.seek(None)
