@@ -103,6 +103,16 @@ def test_held_out_documents_are_never_drawn(sources: tuple[SourceConfig, ...], t
     assert all(bytes(row.input_ids) in text for row in rows)
 
 
+def test_held_out_text_is_not_looked_for_without_end(
+    sources: tuple[SourceConfig, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turbosparse.data.mixture._MOST_CHARACTERS", 500)
+    rows = held_out_sequences(sources[0], encode, split=None, sequence_length=16, count=5)
+    start = Path(sources[0].path).read_text("utf-8").replace("\n\n\n", "\0")[:800].encode()
+    assert len(rows) == 5
+    assert all(bytes(row.input_ids) in start for row in rows)
+
+
 def test_long_documents_are_cut_at_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     paragraphs = [f"paragraph {i} " + "x" * (i % 60) for i in range(200)]

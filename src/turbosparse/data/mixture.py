@@ -44,7 +44,9 @@ class SourceCounts:
     passes: int = 0
 
 
+# Held-out text for evaluation is spread over so many times as much, out of so many characters read.
 _SPREAD = 100
+_MOST_CHARACTERS = 1_000_000_000
 _LOG = logging.getLogger(__name__)
 
 
@@ -184,6 +186,13 @@ def _cut(text: str, limit: int) -> list[str]:
     return [piece for piece in pieces if piece.strip()]
 
 
+def _size(document: Document) -> int:
+    """Count the characters of a document, four for a token id."""
+    if isinstance(document, str):
+        return len(document)
+    return sum(len(part["content"]) if isinstance(part, dict) else 4 for part in document)
+
+
 def _restart(positions: list[int]) -> list[int]:
     """Let the tail of a document that began in the sequence before start at 0."""
     first = positions[0]
@@ -308,13 +317,15 @@ def held_out_sequences(
     Returns
     -------
     sequence of PackedSequence
-        At most `count`, out of the source's first 100 times as many.
+        At most `count`, out of the source's first 100 times as many, and of its first 1e9 characters.
     """
     reader = open_reader(source, max_corrupt_percent=100)
     ids: list[int] = []
+    characters = 0
     for document in reader:
-        if len(ids) >= _SPREAD * count * sequence_length:
+        if len(ids) >= _SPREAD * count * sequence_length or characters >= _MOST_CHARACTERS:
             break
+        characters += _size(document)
         if split is None or split.is_held_out(document):
             ids += encode(document)[0]
     starts = range(0, len(ids) - sequence_length + 1, sequence_length)
