@@ -52,6 +52,33 @@ def test_dry_run(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_of_a_fresh_model(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f"""output = "{tmp_path / "run"}"
+[fresh]
+hidden_size = 32
+intermediate_size = 48
+num_hidden_layers = 2
+num_attention_heads = 2
+vocab_size = 300
+context_length = 32
+[data]
+sequence_length = 32
+sources = [{{ path = "{base / "stories.txt"}" }}]
+[[stages]]
+name = "one"
+tokens = 1024
+loss = {{ next_token = 1.0 }}
+learning_rate = 1e-3
+""",
+        encoding="utf-8",
+    )
+    assert main(["sparsify", "--dry-run", str(recipe)]) == 0
+    assert "one: 1,024 tokens" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

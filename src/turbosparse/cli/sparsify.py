@@ -5,8 +5,10 @@ What to do stands in a recipe (TOML; see examples/), or for a quick start in --m
 """
 
 import argparse
+import dataclasses
 import logging
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -103,16 +105,19 @@ def _recipe(args: argparse.Namespace) -> "Recipe":
 
 def _print_estimate(recipe: "Recipe") -> None:
     from turbosparse.cli.console import console
-    from turbosparse.sparsify.estimate import estimate_run, measure_flops
+    from turbosparse.sparsify.estimate import check_data, estimate_run, measure_flops
     from turbosparse.sparsify.fresh_model import start_fresh
 
-    recipe = start_fresh(recipe)
-    flops = measure_flops(bf16=recipe.precision != "fp32")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    out = console()
-    out.print(f"measured {flops / 1e9:.0f} GFLOP/s per process, {processes} process(es)")
-    for stage in estimate_run(recipe, flops=flops, processes=processes):
-        out.print(
-            f"{stage.name}: {stage.tokens:,} tokens in {stage.steps:,} steps, {stage.memory_gb:.1f} GB per "
-            f"process plus activations, {stage.flops_per_token / 1e9:.2f} GFLOP/token, {stage.hours:.1f} h"
-        )
+    with tempfile.TemporaryDirectory() as scratch:
+        recipe = start_fresh(dataclasses.replace(recipe, output=scratch))
+        flops = measure_flops(bf16=recipe.precision != "fp32")
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        out = console()
+        out.print(f"measured {flops / 1e9:.0f} GFLOP/s per process, {processes} process(es)")
+        for stage in estimate_run(recipe, flops=flops, processes=processes):
+            out.print(
+                f"{stage.name}: {stage.tokens:,} tokens in {stage.steps:,} steps, {stage.memory_gb:.1f} GB "
+                f"per process plus activations, {stage.flops_per_token / 1e9:.2f} GFLOP/token, "
+                f"{stage.hours:.1f} h"
+            )
+        check_data(recipe)
