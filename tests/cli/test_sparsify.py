@@ -52,6 +52,26 @@ def test_dry_run(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_names_a_missing_source(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [part.replace("stories.txt", "none.txt") for part in quick(base, tmp_path / "run")]
+    assert main(["sparsify", "--dry-run", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert "distillation: 2,560 tokens" in captured.out
+    assert "none.txt] expected a file or a dataset id" in captured.err
+
+
+def test_dry_run_tells_what_export_will_refuse(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sparsify", "--dry-run", *quick(base, tmp_path / "run"), "--activation"]
+    assert main([*arguments, "fatrelu:0.1"]) == 0
+    assert "export" not in capsys.readouterr().err
+    assert main([*arguments, "shifted_relu:0.1"]) == 0
+    assert "export will refuse the result: expected the name of an activation" in capsys.readouterr().err
+
+
 def test_dry_run_of_a_fresh_model(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = tmp_path / "r.toml"
     recipe.write_text(

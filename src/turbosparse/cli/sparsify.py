@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbosparse.cli.model_options import check_model_name
-from turbosparse.errors import ConfigError
+from turbosparse.errors import ConfigError, ModelFileError
 
 if TYPE_CHECKING:
     from turbosparse.sparsify.recipe import Recipe
 
 __all__ = ["add_arguments", "run"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -120,4 +122,18 @@ def _print_estimate(recipe: "Recipe") -> None:
                 f"per process plus activations, {stage.flops_per_token / 1e9:.2f} GFLOP/token, "
                 f"{stage.hours:.1f} h"
             )
+        _warn_of_export(recipe, Path(scratch))
         check_data(recipe)
+
+
+def _warn_of_export(recipe: "Recipe", scratch: Path) -> None:
+    """Say so before the training if `export` will not take its result."""
+    from turbosparse.export.hf_config import HFConfig
+    from turbosparse.sparsify.estimate import swapped_outline
+
+    swapped_outline(recipe).config.save_pretrained(scratch)
+    try:
+        HFConfig(scratch)
+    except ModelFileError as error:
+        reason = str(error).split("] ", 1)[-1]
+        _LOG.warning("[%s] can be trained, but export will refuse the result: %s", recipe.model, reason)
