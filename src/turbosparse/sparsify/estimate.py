@@ -189,7 +189,7 @@ def _has_teacher(stage: StageConfig) -> bool:
 
 def _element_bytes(recipe: Recipe) -> int:
     """Bytes of what is computed, and of the teacher's weights."""
-    return 2 if recipe.precision != "fp32" and _has_bf16() else 4
+    return 2 if recipe.precision == "bf16" or (recipe.precision == "auto" and _has_bf16()) else 4
 
 
 def _model_bytes(recipe: Recipe, stage: StageConfig, *, total: int, ffn: int, embeddings: int) -> int:
