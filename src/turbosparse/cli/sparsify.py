@@ -122,18 +122,19 @@ def _print_estimate(recipe: "Recipe") -> None:
                 f"per process plus activations, {stage.flops_per_token / 1e9:.2f} GFLOP/token, "
                 f"{stage.hours:.1f} h"
             )
-        _warn_of_export(recipe, Path(scratch))
+        _warn_of_export(recipe)
         check_data(recipe)
 
 
-def _warn_of_export(recipe: "Recipe", scratch: Path) -> None:
+def _warn_of_export(recipe: "Recipe") -> None:
     """Say so before the training if `export` will not take its result."""
     from turbosparse.export.hf_config import HFConfig
     from turbosparse.sparsify.estimate import swapped_outline
 
-    swapped_outline(recipe).config.save_pretrained(scratch)
     try:
-        HFConfig(scratch)
+        with tempfile.TemporaryDirectory() as directory:
+            swapped_outline(recipe).config.save_pretrained(directory)
+            HFConfig(Path(directory))
     except ModelFileError as error:
         reason = str(error).split("] ", 1)[-1]
         _LOG.warning("[%s] can be trained, but export will refuse the result: %s", recipe.model, reason)
