@@ -52,6 +52,53 @@ def test_dry_run(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_names_a_missing_source(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [part.replace("stories.txt", "none.txt") for part in quick(base, tmp_path / "run")]
+    assert main(["sparsify", "--dry-run", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert "distillation: 2,560 tokens" in captured.out
+    assert "none.txt] expected a file or a dataset id" in captured.err
+
+
+def test_dry_run_tells_what_export_will_refuse(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["sparsify", "--dry-run", *quick(base, tmp_path / "run"), "--activation"]
+    assert main([*arguments, "fatrelu:0.1"]) == 0
+    assert "export" not in capsys.readouterr().err
+    assert main([*arguments, "shifted_relu:0.1"]) == 0
+    assert "export will refuse the result: expected the name of an activation" in capsys.readouterr().err
+
+
+def test_dry_run_of_a_fresh_model(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        f"""output = "{tmp_path / "run"}"
+[fresh]
+hidden_size = 32
+intermediate_size = 48
+num_hidden_layers = 2
+num_attention_heads = 2
+vocab_size = 300
+context_length = 32
+[data]
+sequence_length = 32
+sources = [{{ path = "{base / "stories.txt"}" }}]
+[[stages]]
+name = "one"
+tokens = 1024
+loss = {{ next_token = 1.0 }}
+learning_rate = 1e-3
+""",
+        encoding="utf-8",
+    )
+    assert main(["sparsify", "--dry-run", str(recipe)]) == 0
+    assert "one: 1,024 tokens" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

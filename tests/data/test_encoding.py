@@ -53,3 +53,8 @@ def test_unknown_end_token_and_missing_template(tokenizer: Any) -> None:
 def test_token_ids_made_beforehand(tokenizer: Any) -> None:
     ids, labels = make_encoder(tokenizer)([5, 6, 7])
     assert ids == labels == [5, 6, 7, tokenizer.eos_token_id]
+
+
+def test_token_ids_of_another_vocabulary(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"\[token ids\] expected .* 0 to 256, got 999"):
+        make_encoder(tokenizer)([5, 999])

@@ -103,6 +103,16 @@ def test_held_out_documents_are_never_drawn(sources: tuple[SourceConfig, ...], t
     assert all(bytes(row.input_ids) in text for row in rows)
 
 
+def test_held_out_text_is_not_looked_for_without_end(
+    sources: tuple[SourceConfig, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turbosparse.data.mixture._MOST_CHARACTERS", 500)
+    rows = held_out_sequences(sources[0], encode, split=None, sequence_length=16, count=5)
+    start = Path(sources[0].path).read_text("utf-8").replace("\n\n\n", "\0")[:800].encode()
+    assert len(rows) == 5
+    assert all(bytes(row.input_ids) in start for row in rows)
+
+
 def test_long_documents_are_cut_at_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     paragraphs = [f"paragraph {i} " + "x" * (i % 60) for i in range(200)]
@@ -139,6 +149,29 @@ def test_a_source_that_stops_leaves_its_share_to_the_others(sources: tuple[Sourc
     assert 0 < len(take(make(both_stop), 10_000)) < 400
 
 
+@pytest.mark.parametrize(
+    ("on_end", "what"), [("repeat", "they are repeated"), ("stop", "other sources fill its share")]
+)
+def test_a_source_that_runs_dry_is_named_once(
+    sources: tuple[SourceConfig, ...], on_end: str, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    take(make((SourceConfig(path=sources[0].path, on_end=on_end),)), 1000)
+    (message,) = caplog.messages
+    assert f"{sources[0].path}] expected more documents, got the end after 60" in message
+    assert message.endswith(what)
+
+
+def test_sources_of_one_path_are_counted_apart(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one", "body": "two"}\n' * 20, encoding="utf-8")
+    text = SourceConfig(path=str(path))
+    mixture = make((text, SourceConfig(path=str(path), field="body"), text), length=16)
+    take(mixture, 5)  # draws one more
+    report = mixture.report()
+    assert list(report) == [f"{path} (text)", f"{path} (body)", f"{path} (text) #2"]
+    assert [source["tokens"] for source in report.values()] == [32, 32, 32]
+
+
 def test_a_source_that_must_not_run_dry(sources: tuple[SourceConfig, ...]) -> None:
     config = SourceConfig(path=sources[0].path, on_end="error")
     with pytest.raises(DataError, match=r"stories\.txt\] expected enough documents .* got the end after 60"):
@@ -148,8 +181,13 @@ def test_a_source_that_must_not_run_dry(sources: tuple[SourceConfig, ...]) -> No
 def test_an_empty_source(tmp_path: Path) -> None:
     path = tmp_path / "empty.txt"
     path.write_text("\n\n", encoding="utf-8")
-    with pytest.raises(DataError, match=r"empty\.txt\] expected documents to train on, got none"):
-        take(make((SourceConfig(path=str(path)),)), 1)
+    with pytest.raises(DataError, match=r"empty\.txt\] expected documents to train on, got none$"):
+        make((SourceConfig(path=str(path)),))
+
+
+def test_a_source_that_is_held_out_as_a_whole(sources: tuple[SourceConfig, ...]) -> None:
+    with pytest.raises(DataError, match=r"stories\.txt\] .* to train on, got none: all 60 are held out"):
+        make(sources, split=HeldOutSplit(100))
 
 
 def test_a_state_of_other_sources_is_refused(sources: tuple[SourceConfig, ...]) -> None:

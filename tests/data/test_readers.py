@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from turbosparse.data.config import SourceConfig
+from turbosparse.data.config import DataConfig, SourceConfig
+from turbosparse.data.held_out import split_of
 from turbosparse.data.readers import DocumentReader, open_reader
 from turbosparse.errors import DataError
 
@@ -82,6 +83,26 @@ def test_token_ids_are_read_as_they_are(tmp_path: Path) -> None:
     assert reader.corrupt == 1
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        '[{"role": "user", "content": null}]',
+        '[{"role": "user", "content": [{"type": "text", "text": "hi"}]}]',
+        '[{"role": "user", "content": "\\ud800"}]',
+        '[{"role": "user"}, 3]',
+        '"half a pair: \\ud800"',
+        "[3, -1]",
+        "[]",
+    ],
+)
+def test_values_that_cannot_be_trained_on_are_counted(value: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": {value}}}\n{{"text": "fine"}}\n', encoding="utf-8")
+    reader = open_reader(SourceConfig(path=str(path)))
+    assert list(reader) == ["fine"]
+    assert reader.corrupt == 1
+
+
 def test_corrupt_lines_are_counted_up_to_a_limit(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     good = '{"text": "fine"}\n'
@@ -115,3 +136,42 @@ def test_a_broken_parquet_file(tmp_path: Path) -> None:
     path.write_bytes(b"PAR1 but no more")
     with pytest.raises(DataError, match="expected a parquet file"):
         read_all(open_reader(SourceConfig(path=str(path))))
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path: Path) -> None:
+    config = write(tmp_path, "parquet")
+    data = bytearray(Path(config.path).read_bytes())
+    data[4:60] = b"x" * 56
+    Path(config.path).write_bytes(data)
+    with pytest.raises(DataError, match=r"a\.parquet\] expected a whole parquet file, got"):
+        read_all(open_reader(config))
+
+
+def test_parquet_text_that_is_not_utf8_is_counted(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"text": pyarrow.array([b"\xff", b"fine"]).view(pyarrow.utf8())}), path)
+    reader = open_reader(SourceConfig(path=str(path)))
+    assert read_all(reader) == ["fine"]
+    assert reader.corrupt == 1
+
+
+def test_files_of_no_known_format(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(b"\x1f\x8b")
+    with pytest.raises(DataError, match=r"a\.jsonl\.gz\] expected text, jsonl or parquet, got a compressed"):
+        open_reader(SourceConfig(path=str(path)))
+    path = tmp_path / "a.json"
+    path.write_text('[\n{"text": "a"}\n]', encoding="utf-8")
+    with pytest.raises(DataError, match=r"a\.json\] expected one JSON object per line, got a JSON array"):
+        read_all(open_reader(SourceConfig(path=str(path))))
+
+
+def test_evaluation_text_may_have_as_many_corrupt_records(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("broken\n" * 5 + '{"text": "fine"}\n', encoding="utf-8")
+    source = SourceConfig(path=str(path))
+    split = split_of(DataConfig(sources=(source,), held_out=(source,), max_corrupt_percent=6))
+    assert split.is_held_out("fine")

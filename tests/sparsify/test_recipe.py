@@ -1,5 +1,7 @@
 """Recipes: defaults, settings on top, and every way to get them wrong."""
 
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +32,24 @@ def test_round_trip() -> None:
     assert recipe.data_of(recipe.stages[0]) is recipe.data
 
 
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "examples").glob("*.toml")), ids=lambda path: path.name)
+EXAMPLES = REPOSITORY / "examples"
+RECIPES = sorted([*EXAMPLES.glob("*.toml"), *EXAMPLES.glob("cluster/*.toml")])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_the_examples_are_valid(path: Path) -> None:
-    assert load_recipe(path).stages
+    recipe = load_recipe(path)
+    assert recipe.stages
+    # The fit and the original are on each device as a whole before they are sharded.
+    assert not recipe.fsdp or not recipe.initial_fit_tokens
+
+
+@pytest.mark.parametrize("name", ["one_node.sh", "many_nodes.slurm"])
+def test_the_launch_scripts_parse(name: str) -> None:
+    script = EXAMPLES / "cluster" / name
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    for recipe in re.findall(r"examples/\S+\.toml", script.read_text(encoding="utf-8")):
+        assert (REPOSITORY / recipe).is_file()
 
 
 def test_settings_override_the_file(tmp_path: Path) -> None:

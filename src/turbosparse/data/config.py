@@ -85,3 +85,22 @@ class DataConfig:
             raise ConfigError(f"[data.held_out_percent] expected 0 to 50, got {self.held_out_percent}")
         if not 0 <= self.max_corrupt_percent <= 100:
             raise ConfigError(f"[data.max_corrupt_percent] expected 0 to 100, got {self.max_corrupt_percent}")
+
+    def source_names(self) -> tuple[str, ...]:
+        """Name the sources apart.
+
+        Returns
+        -------
+        tuple of str
+            One for each: its path, and with it what sources of one path differ in.
+        """
+        names: list[str] = []
+        for source in self.sources:
+            same = [other for other in self.sources if other.path == source.path]
+            fields = [f for f in ("subset", "split", "field") if len({getattr(s, f) for s in same}) > 1]
+            name = source.path
+            if fields:
+                name += f" ({', '.join(getattr(source, f) or 'default' for f in fields)})"
+            count = sum(known == name or known.startswith(f"{name} #") for known in names)
+            names.append(f"{name} #{count + 1}" if count else name)
+        return tuple(names)

@@ -31,7 +31,8 @@ def make_encoder(tokenizer: Any, document_end: str = "", *, answers_only: bool =
     Raises
     ------
     DataError
-        If the token is unknown.
+        If the token is unknown; from the function, if token ids made beforehand are not of the vocabulary, or
+        the tokenizer has no chat template that fits.
     """
     end = tokenizer.convert_tokens_to_ids(document_end) if document_end else tokenizer.eos_token_id
     if end is None or (
@@ -41,6 +42,8 @@ def make_encoder(tokenizer: Any, document_end: str = "", *, answers_only: bool =
             f"[data.document_end] expected a token of the model's vocabulary, got {document_end!r}"
         )
 
+    vocabulary = len(tokenizer)
+
     def _encode(document: Document) -> tuple[list[int], list[int]]:
         if isinstance(document, str):
             ids = [*tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"], end]
@@ -48,8 +51,12 @@ def make_encoder(tokenizer: Any, document_end: str = "", *, answers_only: bool =
         messages = [part for part in document if isinstance(part, dict)]
         if messages:
             return _encode_chat(tokenizer, messages, answers_only=answers_only)
-        ids = [*(part for part in document if isinstance(part, int)), end]
-        return ids, list(ids)
+        ids = [part for part in document if isinstance(part, int)]
+        if max(ids) >= vocabulary:  # not one bad record: all of them are another tokenizer's
+            raise DataError(
+                f"[token ids] expected ids of the model's vocabulary, 0 to {vocabulary - 1}, got {max(ids)}"
+            )
+        return [*ids, end], [*ids, end]
 
     return _encode
 

@@ -88,7 +88,7 @@ def split_of(data: DataConfig) -> HeldOutSplit:
     """
     excluded: set[str] = set()
     for source in data.held_out:
-        hashes = {document_hash(document) for document in open_reader(source)}
+        hashes = {document_hash(document) for document in open_reader(source, data.max_corrupt_percent)}
         if not hashes:
             raise DataError(f"[{source.path}] expected documents to hold out, got none")
         excluded |= hashes

@@ -8,6 +8,7 @@ document, from which transformers derives a mask that keeps documents apart.
 """
 
 import copy
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -43,20 +44,24 @@ class SourceCounts:
     passes: int = 0
 
 
+# Held-out text for evaluation is spread over so many times as much, out of so many characters read.
 _SPREAD = 100
+_MOST_CHARACTERS = 1_000_000_000
+_LOG = logging.getLogger(__name__)
 
 
 class _SourceStream:
     """Packed sequences of one source."""
 
-    def __init__(self, config: SourceConfig, data: DataConfig, seed: str, split: HeldOutSplit) -> None:
-        self.config = config
+    def __init__(self, index: int, data: DataConfig, seed: int, split: HeldOutSplit) -> None:
+        self.config = data.sources[index]
+        self.name = data.source_names()[index]
         self.counts = SourceCounts()
-        self._reader = open_reader(config, data.max_corrupt_percent)
+        self._reader = open_reader(self.config, data.max_corrupt_percent)
         self._block_size = data.shuffle_documents
         self._length = data.sequence_length
         self._max_characters = data.max_document_characters
-        self._seed = seed
+        self._seed = f"{seed}/{index}"
         self._split = split
         self._block_start: Any = None
         self._block: list[Document] = []
@@ -64,6 +69,21 @@ class _SourceStream:
         self._ids: list[int] = []
         self._positions: list[int] = []
         self._labels: list[int] = []
+        self._check_not_empty()
+
+    def _check_not_empty(self) -> None:
+        """Look for one document to train on, before a run spends time on anything else."""
+        for document in self._reader:
+            if not self._split.is_held_out(document):
+                break
+            self.counts.held_out_documents += 1
+        else:
+            count = self.counts.held_out_documents
+            found = f"none: all {count} are held out" if count else "none"
+            raise DataError(f"[{self.name}] expected documents to train on, got {found}")
+        self.counts = SourceCounts()
+        self._reader.seek(None)
+        self._reader.records = self._reader.corrupt = 0
 
     def draw(self, encode: Encoder) -> PackedSequence | None:
         """Return the next sequence, or None when the source is dry and shall stop."""
@@ -98,13 +118,19 @@ class _SourceStream:
         self._block = self._fill_block()
         if self._block:
             return
-        if self.counts.documents == 0:
-            raise DataError(f"[{self.config.path}] expected documents to train on, got none")
         self.counts.passes += 1
         if self.config.on_end == "error":
             raise DataError(
                 f"[{self.config.path}] expected enough documents for the run, got the end after "
                 f"{self.counts.documents} documents, {self.counts.tokens} tokens; set on_end to repeat"
+            )
+        if self.counts.passes == 1:
+            _LOG.warning(
+                "[%s] expected more documents, got the end after %d documents, %d tokens; %s",
+                self.name,
+                self.counts.documents,
+                self.counts.tokens,
+                "they are repeated" if self.config.on_end == "repeat" else "other sources fill its share",
             )
         if self.config.on_end == "repeat":
             self._reader.seek(None)
@@ -160,6 +186,13 @@ def _cut(text: str, limit: int) -> list[str]:
     return [piece for piece in pieces if piece.strip()]
 
 
+def _size(document: Document) -> int:
+    """Count the characters of a document, four for a token id."""
+    if isinstance(document, str):
+        return len(document)
+    return sum(len(part["content"]) if isinstance(part, dict) else 4 for part in document)
+
+
 def _restart(positions: list[int]) -> list[int]:
     """Let the tail of a document that began in the sequence before start at 0."""
     first = positions[0]
@@ -199,7 +232,7 @@ class Mixture:
             "held_out_percent": split.percent,
         }
         self._streams = [
-            _SourceStream(source, config, f"{seed}/{index}", split)
+            _SourceStream(index, config, seed, split)
             for index, source in enumerate(config.sources)
             if source.weight > 0
         ]
@@ -254,7 +287,7 @@ class Mixture:
         """Return what was drawn from each source: counts, and its share of the tokens."""
         total = sum(stream.counts.tokens for stream in self._streams) or 1
         return {
-            stream.config.path: {
+            stream.name: {
                 **asdict(stream.counts),
                 "corrupt_records": stream._reader.corrupt,
                 "token_share": stream.counts.tokens / total,
@@ -284,13 +317,15 @@ def held_out_sequences(
     Returns
     -------
     sequence of PackedSequence
-        At most `count`, out of the source's first 100 times as many.
+        At most `count`, out of the source's first 100 times as many, and of its first 1e9 characters.
     """
     reader = open_reader(source, max_corrupt_percent=100)
     ids: list[int] = []
+    characters = 0
     for document in reader:
-        if len(ids) >= _SPREAD * count * sequence_length:
+        if len(ids) >= _SPREAD * count * sequence_length or characters >= _MOST_CHARACTERS:
             break
+        characters += _size(document)
         if split is None or split.is_held_out(document):
             ids += encode(document)[0]
     starts = range(0, len(ids) - sequence_length + 1, sequence_length)

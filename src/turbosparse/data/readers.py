@@ -10,7 +10,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from turbosparse.data.config import SourceConfig
 from turbosparse.errors import DataError
@@ -80,14 +80,28 @@ class DocumentReader(ABC):
 
     def _field(self, record: Any, place: str) -> Document | None:
         value = record.get(self.config.field) if isinstance(record, dict) else None
-        if isinstance(value, str) and value.strip():
+        if _is_document(value):
             return value
-        if isinstance(value, list) and value and all(isinstance(m, dict) and "content" in m for m in value):
-            return value
-        if isinstance(value, list) and value and all(type(token) is int for token in value):
-            return value
-        self._count_corrupt(place, f"no text, messages or token ids in field {self.config.field!r}")
+        self._count_corrupt(place, f"no text, messages of text or token ids in field {self.config.field!r}")
         return None
+
+
+def _is_document(value: Any) -> TypeGuard[Document]:
+    if not isinstance(value, list):
+        return isinstance(value, str) and bool(value.strip()) and _is_unicode(value)
+    if all(type(token) is int for token in value):
+        return bool(value) and min(value) >= 0
+    contents = [message.get("content") if isinstance(message, dict) else None for message in value]
+    return all(isinstance(content, str) and _is_unicode(content) for content in contents)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no lone half of a surrogate pair, which JSON can spell and tokenizers do not take."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _glob(pattern: str) -> list[str]:
@@ -163,6 +177,8 @@ class _JsonLinesReader(_FileReader):
         with path.open("rb") as file:
             file.seek(offset)
             for line in file:
+                if offset == 0 and line.lstrip().startswith(b"["):
+                    raise DataError(f"[{path}] expected one JSON object per line, got a JSON array")
                 offset += len(line)
                 if not line.strip():
                     continue
@@ -179,11 +195,11 @@ class _JsonLinesReader(_FileReader):
 
 class _ParquetReader(_FileReader):
     def _documents(self, path: Path, offset: int) -> Iterator[tuple[Document, int]]:
-        from pyarrow import ArrowInvalid, parquet  # noqa: PLC0415 -- only where a source needs it
+        from pyarrow import ArrowException, parquet  # noqa: PLC0415 -- only where a source needs it
 
         try:
             file = parquet.ParquetFile(path)
-        except ArrowInvalid as error:
+        except (ArrowException, OSError) as error:
             raise DataError(f"[{path}] expected a parquet file, got: {error}") from error
         if self.config.field not in file.schema_arrow.names:
             raise DataError(
@@ -193,10 +209,18 @@ class _ParquetReader(_FileReader):
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
             if offset < start + rows:
-                column = file.read_row_group(group, columns=[self.config.field]).column(0)
+                try:
+                    column = file.read_row_group(group, columns=[self.config.field]).column(0)
+                except (ArrowException, OSError) as error:
+                    raise DataError(f"[{path}] expected a whole parquet file, got: {error}") from error
                 for row in range(max(offset - start, 0), rows):
                     self.records += 1
-                    document = self._field({self.config.field: column[row].as_py()}, str(path))
+                    try:
+                        record = {self.config.field: column[row].as_py()}
+                    except UnicodeDecodeError as error:
+                        self._count_corrupt(str(path), f"not UTF-8: {error.reason}")
+                        continue
+                    document = self._field(record, str(path))
                     if document is not None:
                         yield document, start + row + 1
             start += rows
@@ -248,6 +272,7 @@ _BY_SUFFIX = {
     ".json": "jsonl",
     ".parquet": "parquet",
 }
+_COMPRESSED = (".gz", ".zst", ".bz2", ".xz", ".zip", ".7z")
 
 
 def open_reader(config: SourceConfig, max_corrupt_percent: float = 1.0) -> DocumentReader:
@@ -269,11 +294,13 @@ def open_reader(config: SourceConfig, max_corrupt_percent: float = 1.0) -> Docum
     Raises
     ------
     DataError
-        If there is no such file or dataset.
+        If there is no such file or dataset, or the file is a compressed one.
     """
     kind = config.format
     if kind == "auto":
         matches = _glob(config.path)
         name = Path(matches[0] if matches else config.path)
+        if name.suffix in _COMPRESSED and name.is_file():
+            raise DataError(f"[{name}] expected text, jsonl or parquet, got a compressed file: unpack it")
         kind = _BY_SUFFIX.get(name.suffix, "text" if name.is_file() else "hub")
     return _BY_FORMAT[kind](config, max_corrupt_percent)

@@ -2,19 +2,26 @@
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from turbosparse.models.registry import register
+from turbosparse.data.encoding import make_encoder
+from turbosparse.data.held_out import split_of
+from turbosparse.data.mixture import Mixture
+from turbosparse.errors import ConfigError
+from turbosparse.models.activations import parse_activation
+from turbosparse.models.registry import activation_of, register, swap_activation
 from turbosparse.sparsify.recipe import Recipe, StageConfig
+from turbosparse.sparsify.stage import _has_bf16
 from turbosparse.sparsify.upcycling import mixture_config
 
-__all__ = ["StageEstimate", "estimate_run", "measure_flops"]
+__all__ = ["StageEstimate", "check_data", "estimate_run", "measure_flops", "swapped_outline"]
 
 _PARAMETER_BYTES = 4  # fp32 master weights
 _OPTIMIZER_BYTES = 12  # fp32 gradient and two Adam moments
-_TEACHER_BYTES = 2  # bf16
+_AVERAGE_BYTES = 4
 _MATRIX_SIZE = 1024
 
 
@@ -58,6 +65,54 @@ def measure_flops(*, bf16: bool, seconds: float = 0.5) -> float:
     return count * 2 * _MATRIX_SIZE**3 / (time.perf_counter() - start)
 
 
+def swapped_outline(recipe: Recipe) -> Any:
+    """Build the model that a recipe trains, without its weights.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The run; of the model only the configuration is read.
+
+    Returns
+    -------
+    PreTrainedModel
+        On the device ``meta``.
+
+    Raises
+    ------
+    ConfigError
+        If its activation cannot be swapped.
+    """
+    register()
+    config = AutoConfig.from_pretrained(recipe.model)
+    if recipe.upcycle is not None:
+        config = mixture_config(config, recipe.upcycle)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    activation = parse_activation(recipe.activation)
+    if not (recipe.from_scratch and activation == activation_of(model)):
+        swap_activation(model, activation)
+    return model
+
+
+def check_data(recipe: Recipe) -> None:
+    """Open every source of a recipe and read it up to the first document to train on.
+
+    Parameters
+    ----------
+    recipe : Recipe
+        The run; of the model only the tokenizer is read.
+
+    Raises
+    ------
+    DataError
+        If a source is missing or empty.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    for data in dict.fromkeys(recipe.data_of(stage) for stage in recipe.stages):
+        Mixture(data, make_encoder(tokenizer, data.document_end), split=split_of(data))
+
+
 def estimate_run(recipe: Recipe, *, flops: float, processes: int = 1) -> list[StageEstimate]:
     """Work out what each stage of a recipe needs.
 
@@ -74,36 +129,34 @@ def estimate_run(recipe: Recipe, *, flops: float, processes: int = 1) -> list[St
     -------
     list of StageEstimate
         One per stage.
+
+    Raises
+    ------
+    ConfigError
+        If the recipe does not fit the model or the number of processes.
     """
-    register()
-    config = AutoConfig.from_pretrained(recipe.model)
-    if recipe.upcycle is not None:
-        config = mixture_config(config, recipe.upcycle)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = swapped_outline(recipe)
+    config = model.config
     total = sum(parameter.numel() for parameter in model.parameters())
     vocabulary, hidden = model.get_input_embeddings().weight.shape
     # The head multiplies, the input embedding only looks up; tied ones are counted once already.
     multiplied = total if config.tie_word_embeddings else total - vocabulary * hidden
+    embeddings = vocabulary * hidden * (1 if config.tie_word_embeddings else 2)
     ffn = sum(p.numel() for name, p in model.named_parameters() if ".mlp." in name or ".experts." in name)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     idle = experts - experts * config.num_experts_per_tok // config.num_experts if experts else 0
     estimates = []
     for stage in recipe.stages:
+        _check_stage(recipe, stage, processes)
         length = recipe.data_of(stage).sequence_length
         steps = stage.steps(length)
         tokens = steps * stage.batch_sequences * length
         per_token = _flops_per_token(stage, multiplied - idle, ffn - idle, vocabulary * hidden)
-        trainable = ffn if stage.loss.is_regression_only or stage.trainable == "ffn" else total
-        memory = total * _PARAMETER_BYTES + trainable * _OPTIMIZER_BYTES
-        if stage.loss.needs_teacher or stage.loss.ffn_output:
-            memory += total * _TEACHER_BYTES
+        memory = _model_bytes(recipe, stage, total=total, ffn=ffn, embeddings=embeddings)
         if recipe.fsdp:
-            memory //= processes
-        if not stage.loss.is_regression_only:
-            memory += (
-                3 * 2 * stage.micro_batch * length * vocabulary
-            )  # two sets of logits and a gradient, bf16
+            memory = max(memory // processes, _bytes_before_sharding(recipe, stage, total))
+        if not stage.loss.is_regression_only:  # two sets of logits and a gradient
+            memory += 3 * _element_bytes(recipe) * stage.micro_batch * length * vocabulary
         estimates.append(
             StageEstimate(
                 name=stage.name,
@@ -115,6 +168,48 @@ def estimate_run(recipe: Recipe, *, flops: float, processes: int = 1) -> list[St
             )
         )
     return estimates
+
+
+def _check_stage(recipe: Recipe, stage: StageConfig, processes: int) -> None:
+    """Refuse what the stage itself refuses when it starts."""
+    if stage.batch_sequences % (stage.micro_batch * processes):
+        raise ConfigError(
+            f"[stages.{stage.name}.batch_sequences] expected a multiple of micro_batch * processes = "
+            f"{stage.micro_batch} * {processes}, got {stage.batch_sequences}"
+        )
+    if recipe.from_scratch and _has_teacher(stage):
+        raise ConfigError(
+            "[from_scratch] expected next_token and activation_l1 losses only, got one of a teacher"
+        )
+
+
+def _has_teacher(stage: StageConfig) -> bool:
+    return stage.loss.needs_teacher or stage.loss.ffn_output > 0
+
+
+def _element_bytes(recipe: Recipe) -> int:
+    """Bytes of what is computed, and of the teacher's weights."""
+    return 2 if recipe.precision == "bf16" or (recipe.precision == "auto" and _has_bf16()) else 4
+
+
+def _model_bytes(recipe: Recipe, stage: StageConfig, *, total: int, ffn: int, embeddings: int) -> int:
+    trained = total - embeddings if stage.trainable == "all_but_embeddings" else total
+    if stage.loss.is_regression_only or stage.trainable == "ffn":
+        trained = ffn
+    each = _OPTIMIZER_BYTES + (_AVERAGE_BYTES if stage.average_tokens else 0)
+    teacher = total * _element_bytes(recipe) if _has_teacher(stage) else 0
+    return total * _PARAMETER_BYTES + trained * each + teacher
+
+
+def _bytes_before_sharding(recipe: Recipe, stage: StageConfig, total: int) -> int:
+    """The original, and a model that is fitted, are on each device as a whole before they are sharded."""
+    is_fitted = (
+        stage is recipe.stages[0]
+        and recipe.initial_fit_tokens > 0
+        and not (recipe.from_scratch or stage.blend_tokens)
+    )
+    teacher = total * _element_bytes(recipe) if _has_teacher(stage) else 0
+    return teacher + (total * _PARAMETER_BYTES if is_fitted else 0)
 
 
 def _flops_per_token(stage: StageConfig, multiplied: int, ffn: int, head: int) -> float:

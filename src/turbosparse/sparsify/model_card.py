@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from turbosparse.data.config import SourceConfig
 from turbosparse.sparsify.recipe import Recipe, StageConfig
 
 __all__ = ["DRAWN_FILE", "model_card"]
@@ -69,15 +70,13 @@ def model_card(recipe: Recipe, stage: StageConfig, *, metrics_file: Path) -> str
             ("source", "licence", "documents", "tokens"),
             (
                 (
-                    Path(source.path).stem if Path(source.path).exists() else source.path,
+                    _title(source.path) + name.removeprefix(source.path),
                     source.license or "not stated",
-                    f"{drawn[source.path]['documents']:,}",
-                    f"{drawn[source.path]['tokens']:,}",
+                    f"{drawn[name]['documents']:,}",
+                    f"{drawn[name]['tokens']:,}",
                 )
-                for source in {
-                    source.path: source for done in stages for source in recipe.data_of(done).sources
-                }.values()
-                if source.path in drawn
+                for name, source in _sources(recipe, stages).items()
+                if name in drawn
             ),
         ),
         "Settings, versions and the SHA-256 of every local source are in the run's `run.json`.",
@@ -97,6 +96,19 @@ def _origin(recipe: Recipe, base: str) -> str:
         )
     swapped = f"the activation of its feed-forward layers replaced by {recipe.activation}"
     return f"{base}{experts}, {swapped} and trained"
+
+
+def _sources(recipe: Recipe, stages: Iterable[StageConfig]) -> dict[str, SourceConfig]:
+    mixtures = [recipe.data_of(stage) for stage in stages]
+    return {
+        name: source
+        for data in mixtures
+        for name, source in zip(data.source_names(), data.sources, strict=True)
+    }
+
+
+def _title(path: str) -> str:
+    return Path(path).stem if Path(path).exists() else path
 
 
 def _tokens(recipe: Recipe, stage: StageConfig) -> int:
@@ -120,9 +132,9 @@ def _drawn(stages: Iterable[StageConfig], output: Path) -> dict[str, Counter[str
 
 
 def _add(totals: dict[str, Counter[str]], drawn: Mapping[str, Any]) -> None:
-    for path, counts in drawn.items():
+    for source, counts in drawn.items():
         own = {name: counts[name] for name in ("documents", "tokens")}
-        totals.setdefault(path, Counter()).update(own)
+        totals.setdefault(source, Counter()).update(own)
 
 
 def _evaluations(metrics_file: Path, stage: str) -> dict[str, dict[str, Any]]:
