@@ -349,6 +349,33 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     assert checkpoint_steps(Path(recipe.output) / "stage0") == [1, 2]
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_diverged_weights_are_not_saved(make_recipe: MakeRecipe, steps: int) -> None:
+    recipe = make_recipe(
+        DISTILLATION | {"learning_rate": 1e30, "tokens": steps * 128},
+        checkpoint_minutes=1e-9,
+        keep_checkpoints=1,
+    )
+    with pytest.raises(TrainingError, match=r"expected a finite .* at step 1; there is no checkpoint"):
+        run_recipe(recipe)
+    assert not checkpoint_steps(Path(recipe.output) / "stage0")
+    assert not (Path(recipe.output) / "stage0" / "model").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = logit_divergence
+
+    def steep(*args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = original(*args, **kwargs)
+        return loss + (loss - loss.detach()).sqrt()  # + 0 with an infinite slope
+
+    monkeypatch.setattr(trainer_module, "logit_divergence", steep)
+    with pytest.raises(TrainingError, match=r"expected a finite gradient norm, got (nan|inf) at step 1"):
+        run_recipe(make_recipe(DISTILLATION))
+
+
 def test_a_full_disk_leaves_the_checkpoints_before(
     make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -277,6 +277,7 @@ class Stage:
             for name in texts:
                 rows = self.evaluation[name]
                 loss = mean_loss(model, rows, batch_size=self.stage.micro_batch, device=trainer.args.device)
+                trainer.check_finite(f"loss on {name}", loss, step=trainer.state.global_step)
                 perplexities[_PERPLEXITY + name] = math.exp(min(loss, 700.0))
         return perplexities
 

@@ -79,6 +79,7 @@ class StageTrainer(Trainer):
         if average is not None:
             self.add_callback(average)
         self._staging: str | None = None
+        self._last_inputs: dict[str, Any] = {}
         self._parts: dict[str, Tensor] = {}
         self._parts_since: int | None = None  # the step after which they are summed
         self._layer_errors: Tensor | None = None
@@ -119,6 +120,7 @@ class StageTrainer(Trainer):
             "position_ids": inputs["position_ids"],
             "use_cache": False,
         }
+        self._last_inputs = model_inputs
         self._set_progress()
         if self._parts_since is None:
             self._parts_since = self.state.global_step
@@ -201,13 +203,50 @@ class StageTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Tensor], num_items_in_batch: Any = None) -> Tensor:
         """Run one micro-batch; stop before the weights can change if its loss is not finite."""
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        if not math.isfinite(float(loss)):
-            step = self.state.global_step + 1
-            raise TrainingError(
-                f"[{self.stage.name}] expected a finite loss, got {float(loss)} at step {step}; the "
-                "checkpoints before it are intact: lower the learning rate or start from one of them"
-            )
+        self.check_finite("loss", loss, step=self.state.global_step + 1)
         return loss
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self.check_finite("gradient norm", norm, step=self.state.global_step + 1)
+        return norm
+
+    def check_finite(self, name: str, value: Any, *, step: int) -> None:
+        """Stop a run that diverged.
+
+        Parameters
+        ----------
+        name : str
+            What the value is.
+        value : float or Tensor
+            One number.
+        step : int
+            Where it arose.
+
+        Raises
+        ------
+        TrainingError
+            If it is infinite or NaN.
+        """
+        if math.isfinite(float(value)):
+            return
+        steps = checkpoint_steps(Path(self.args.output_dir))
+        left = f"checkpoint-{steps[-1]} is intact" if steps else "there is no checkpoint of this stage yet"
+        raise TrainingError(
+            f"[{self.stage.name}] expected a finite {name}, got {float(value)} at step {step}; {left}: lower "
+            "the learning rate"
+        )
+
+    @torch.no_grad()
+    def _check_weights(self) -> None:
+        """Refuse weights that a step blew up: its own loss was still that of the weights before."""
+        only_last = 1 if self.stage.loss.is_regression_only else 0
+        training = self.model.training
+        self.model.eval()
+        with self.accelerator.autocast():
+            logits = self.model(**self._last_inputs, logits_to_keep=only_last).logits
+        self.model.train(training)
+        self.check_finite("output", logits.float().abs().max(), step=self.state.global_step)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the learning rate follow the stage's schedule."""
@@ -313,6 +352,7 @@ class StageTrainer(Trainer):
         staging = root / ".incomplete"
         name = f"checkpoint-{self.state.global_step}"
         is_main = self.is_world_process_zero()
+        self._check_weights()
         if is_main:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
