@@ -189,6 +189,37 @@ def test_a_finished_run_is_not_run_again(make_recipe: MakeRecipe) -> None:
     assert (Path(recipe.output) / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_finished_run_of_another_kind_is_refused(make_recipe: MakeRecipe, tmp_path: Path, base: Path) -> None:
+    recipe = make_recipe(DISTILLATION)
+    run_recipe(recipe)
+    data = {"sequence_length": 32, "sources": [{"path": str(base / "stories.txt")}]}
+    others = [
+        (make_recipe(DISTILLATION, activation="relu2"), "activation relu2, got drelu"),
+        (make_recipe(DISTILLATION, model=str(tmp_path)), "model .*, got .*/model"),
+        (make_recipe(DISTILLATION, data=data), "data .*, got .*records"),
+        (make_recipe(DISTILLATION | {"tokens": 256}), "tokens 256, got 768"),
+    ]
+    for other, message in others:
+        with pytest.raises(TrainingError, match=f"expected a finished stage with {message}"):
+            run_recipe(other)
+    with pytest.raises(TrainingError, match="expected a finished stage with control True, got False"):
+        run_recipe(recipe, control=True)
+    directory = Path(recipe.output) / "stage0"
+    (directory / "run.json").unlink()  # as where the model was put there by hand
+    assert run_recipe(others[0][0]).finished
+
+
+def test_a_finished_run_is_made_longer(make_recipe: MakeRecipe) -> None:
+    run_recipe(make_recipe(DISTILLATION))
+    longer = make_recipe(DISTILLATION | {"tokens": 32 * 4 * 8})
+    assert run_recipe(longer).finished
+    assert [line["step"] for line in metrics(longer)] == list(range(1, 9))
+    assert sorted(path.name for path in (Path(longer.output) / "stage0").glob("model*")) == ["model", "model-6"]
+    run_recipe(make_recipe(DISTILLATION | {"tokens": 32 * 4 * 8}, DISTILLATION))
+    with pytest.raises(TrainingError, match="expected as many as before, since stage stage1 began"):
+        run_recipe(make_recipe(DISTILLATION | {"tokens": 32 * 4 * 10}, DISTILLATION))
+
+
 def test_a_decayed_copy_from_a_checkpoint(make_recipe: MakeRecipe) -> None:
     stable = make_recipe(DISTILLATION, output="stable")
     run_recipe(stable)
@@ -200,6 +231,21 @@ def test_a_decayed_copy_from_a_checkpoint(make_recipe: MakeRecipe) -> None:
     assert [line["step"] for line in lines] == [7, 8, 9]
     assert lines[-1]["learning_rate"] < lines[0]["learning_rate"]
     assert len(metrics(decayed, event="original")) == 1  # what the copy is compared with
+
+
+def test_a_checkpoint_at_the_end_is_not_trained_further(make_recipe: MakeRecipe) -> None:
+    recipe = make_recipe(DISTILLATION | {"average_tokens": 256})
+    model = run_recipe(recipe).model
+    before, lines = weights(model), metrics(recipe)
+    model.rename(model.with_name("lost"))  # as after a crash between the last checkpoint and the model
+    assert run_recipe(recipe).finished
+    assert metrics(recipe) == lines
+    assert len(metrics(recipe, event="evaluation")) == 2
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+    shorter = make_recipe(DISTILLATION | {"tokens": 32 * 4 * 4, "average_tokens": 256}, output="shorter")
+    found = weights(run_recipe(shorter, from_checkpoint=model.parent / "checkpoint-6").model)
+    assert all(torch.equal(value, before[name]) for name, value in found.items())
+    assert [line["step"] for line in metrics(shorter, event="evaluation")] == [6]
 
 
 def test_the_recipe_decides_the_learning_rate_of_a_resumed_run(

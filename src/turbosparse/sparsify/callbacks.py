@@ -12,10 +12,14 @@ from transformers import TrainerCallback
 
 from turbosparse.sparsify.recipe import Recipe
 
-__all__ = ["RunCallback"]
+__all__ = ["EndReachedError", "RunCallback"]
 
 _LOG = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class EndReachedError(Exception):
+    """Everything is loaded from a checkpoint at the end of its stage; the Trainer would do one step more."""
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -40,7 +44,9 @@ class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock and take the signals over."""
+        """Start the clock and take the signals over, unless there is nothing to train."""
+        if state.global_step >= state.max_steps:
+            raise EndReachedError
         self._saved = time.monotonic()
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)

@@ -28,7 +28,7 @@ from turbosparse.measure.held_out_loss import batch_of, mean_loss
 from turbosparse.models.activations import parse_activation
 from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
 from turbosparse.models.registry import activation_of, load_model, swap_activation
-from turbosparse.sparsify.callbacks import RunCallback
+from turbosparse.sparsify.callbacks import EndReachedError, RunCallback
 from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, sync_files
 from turbosparse.sparsify.initial_fit import fit_swapped_ffns
 from turbosparse.sparsify.model_card import DRAWN_FILE, model_card
@@ -39,10 +39,11 @@ from turbosparse.sparsify.trainer import StageTrainer
 from turbosparse.sparsify.upcycling import start_of
 from turbosparse.sparsify.weight_average import WeightAverage
 
-__all__ = ["MODEL_DIRECTORY", "Stage"]
+__all__ = ["MODEL_DIRECTORY", "RECORD_FILE", "Stage"]
 
 _LOG = logging.getLogger(__name__)
 MODEL_DIRECTORY = "model"
+RECORD_FILE = "run.json"
 METRICS_FILE = "metrics.jsonl"
 _PERPLEXITY = "perplexity_"  # and the name of a held-out text: a field of the metrics
 # Up to here plain attention beats torch's fused CPU kernel: steps on sequences of 256 take 0.89 of the time.
@@ -145,6 +146,9 @@ class Stage:
             trainer.add_callback(TensorBoardCallback(SummaryWriter(str(directory))))
         try:
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        except EndReachedError:
+            if not self._is_evaluated(trainer.state.global_step):
+                self._evaluate(trainer)
         finally:
             callback.release()
         if trainer.state.global_step < trainer.state.max_steps:
@@ -268,6 +272,12 @@ class Stage:
             self._report(trainer, {"event": "original", **found})
             self.original_unknown = []
 
+    def _is_evaluated(self, step: int) -> bool:
+        return any(
+            line.get("event") == "evaluation" and (line["stage"], line["step"]) == (self.stage.name, step)
+            for line in _metrics(Path(self.recipe.output) / METRICS_FILE)
+        )
+
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.applied()
 
@@ -310,7 +320,7 @@ class Stage:
             "versions": {name: _version(name) for name in ("turbosparse", "torch", "transformers")},
             "machine": platform.processor() or platform.machine(),
         }
-        (self.directory / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        (self.directory / RECORD_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     def _forget_metrics_after(self, step: int) -> None:
         """Take out the lines of steps that a crash undid and that are about to be done again."""
