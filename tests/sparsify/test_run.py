@@ -342,6 +342,16 @@ def test_experts_and_fused_projections_learn(
     assert activation_of(load_model(result.model)) == Activation(name="drelu")
 
 
+def test_l1_of_experts_without_tokens(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    make_hf_model("mixtral", num_local_experts=16).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    data = dataclasses.asdict(make_recipe(DISTILLATION).data) | {"sequence_length": 8}
+    stage = {"loss": {"next_token": 1.0, "activation_l1": 0.01}, "tokens": 64, "micro_batch": 1}
+    recipe = make_recipe(stage, model=str(tmp_path / "model"), data=data)
+    run_recipe(recipe)
+    assert all(0 < line["loss_activation_l1"] < 100 for line in metrics(recipe))
+
+
 def test_mixed_precision_stays_near_full_precision(make_recipe: MakeRecipe) -> None:
     stages = (REGRESSION, DISTILLATION)
     results = []
@@ -440,6 +450,45 @@ def test_a_full_disk_leaves_the_checkpoints_before(
     directory = Path(recipe.output) / "stage0"
     assert checkpoint_steps(directory) == [1, 2]
     assert not (directory / ".incomplete").exists()
+
+
+def test_a_full_disk_while_metrics_are_written(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = make_recipe(DISTILLATION)
+    path = Path(recipe.output) / "metrics.jsonl"
+    original = Path.open
+
+    def full(self: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if self == path and mode == "a" and len(losses(recipe)) == 2:
+            with original(self, "a", encoding="utf-8") as file:
+                file.write('{"stage": "stage0", "st')
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(self, mode, *args, **kwargs)
+
+    path.parent.mkdir()
+    path.write_text("", encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl\] expected room for the metrics, got .*No space"):
+            run_recipe(recipe)
+    assert checkpoint_steps(Path(recipe.output) / "stage0") == [4]
+    assert run_recipe(recipe).finished
+    assert [line["step"] for line in metrics(recipe)] == [1, 2, 5, 6]
+
+
+def test_a_crash_before_the_first_checkpoint(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(DISTILLATION)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "learning_rate_factor", lambda step, **_: 1 / (3 - step))
+        with pytest.raises(ZeroDivisionError):
+            run_recipe(recipe)
+    with (Path(recipe.output) / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"stage": "stage0", "st')
+    assert run_recipe(recipe).finished
+    assert [line["step"] for line in metrics(recipe)] == [1, 2, 3, 4, 5, 6]
+    assert len(metrics(recipe, event="original")) == 1
+    assert [line["step"] for line in metrics(recipe, event="evaluation")] == [0, 6]
 
 
 def test_a_checkpoint_of_another_model_is_refused(

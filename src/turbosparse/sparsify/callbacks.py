@@ -33,13 +33,18 @@ class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         Tokens per optimizer step.
     evaluate : callable
         Called without arguments to evaluate.
+    failed : callable
+        Whether something other than the training failed, so that the run stops like at a signal.
     """
 
-    def __init__(self, recipe: Recipe, step_tokens: int, evaluate: Callable[[], None]) -> None:
+    def __init__(
+        self, recipe: Recipe, step_tokens: int, *, evaluate: Callable[[], None], failed: Callable[[], bool]
+    ) -> None:
         self.interrupted = False
         self._recipe = recipe
         self._step_tokens = step_tokens
         self._evaluate = evaluate
+        self._failed = failed
         self._saved = time.monotonic()
         self._previous: dict[int, Any] = {}
 
@@ -66,7 +71,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Ask the Trainer for a checkpoint or an end."""
         due = time.monotonic() - self._saved > self._recipe.checkpoint_minutes * 60
-        self.interrupted, due = _any_process(self.interrupted, due)
+        self.interrupted, due = _any_process(self.interrupted or self._failed(), due)
         finished = state.global_step >= state.max_steps
         if due or finished or self.interrupted:
             control.should_save = True

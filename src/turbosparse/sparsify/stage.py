@@ -23,7 +23,7 @@ from turbosparse.data.config import DataConfig, SourceConfig
 from turbosparse.data.encoding import make_encoder
 from turbosparse.data.held_out import HeldOutSplit, split_of
 from turbosparse.data.mixture import Encoder, Mixture, PackedSequence, held_out_sequences
-from turbosparse.errors import ConfigError
+from turbosparse.errors import ConfigError, TrainingError
 from turbosparse.measure.held_out_loss import batch_of, mean_loss
 from turbosparse.models.activations import parse_activation
 from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
@@ -31,6 +31,7 @@ from turbosparse.models.registry import activation_of, load_model, swap_activati
 from turbosparse.sparsify.callbacks import EndReachedError, RunCallback
 from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, sync_files
 from turbosparse.sparsify.initial_fit import fit_swapped_ffns
+from turbosparse.sparsify.metrics_file import METRICS_FILE, forget_metrics, read_metrics
 from turbosparse.sparsify.model_card import DRAWN_FILE, model_card
 from turbosparse.sparsify.recipe import Recipe, StageConfig, recipe_to_dict
 from turbosparse.sparsify.sharding import fsdp_arguments, shard_teacher
@@ -44,7 +45,6 @@ __all__ = ["MODEL_DIRECTORY", "RECORD_FILE", "Stage"]
 _LOG = logging.getLogger(__name__)
 MODEL_DIRECTORY = "model"
 RECORD_FILE = "run.json"
-METRICS_FILE = "metrics.jsonl"
 _PERPLEXITY = "perplexity_"  # and the name of a held-out text: a field of the metrics
 # Up to here plain attention beats torch's fused CPU kernel: steps on sequences of 256 take 0.89 of the time.
 _SHORT_SEQUENCE = 512
@@ -136,9 +136,15 @@ class Stage:
             processing_class=self.tokenizer,
         )
         self._write_record(trainer.is_world_process_zero())
-        if self.checkpoint is not None and trainer.is_world_process_zero():
-            self._forget_metrics_after(_step_of(self.checkpoint))
-        callback = RunCallback(self.recipe, self._step_tokens(), lambda: self._evaluate(trainer))
+        if trainer.is_world_process_zero():
+            done = -1 if self.checkpoint is None else _step_of(self.checkpoint)
+            forget_metrics(Path(self.recipe.output) / METRICS_FILE, self.stage.name, after=done)
+        callback = RunCallback(
+            self.recipe,
+            self._step_tokens(),
+            evaluate=lambda: self._evaluate(trainer),
+            failed=lambda: trainer.metrics_error is not None,
+        )
         trainer.remove_callback(PrinterCallback)  # the run logs its own lines
         trainer.add_callback(callback)
         if self.recipe.tensorboard:
@@ -151,6 +157,11 @@ class Stage:
                 self._evaluate(trainer)
         finally:
             callback.release()
+        if trainer.metrics_error is not None:
+            raise TrainingError(
+                f"[{Path(self.recipe.output) / METRICS_FILE}] expected room for the metrics, got "
+                f"{trainer.metrics_error}; the run goes on from its last checkpoint"
+            )
         if trainer.state.global_step < trainer.state.max_steps:
             return False
         self._save_model(trainer)
@@ -275,7 +286,7 @@ class Stage:
     def _is_evaluated(self, step: int) -> bool:
         return any(
             line.get("event") == "evaluation" and (line["stage"], line["step"]) == (self.stage.name, step)
-            for line in _metrics(Path(self.recipe.output) / METRICS_FILE)
+            for line in read_metrics(Path(self.recipe.output) / METRICS_FILE)
         )
 
     def _averaged(self) -> AbstractContextManager[None]:
@@ -321,15 +332,6 @@ class Stage:
             "machine": platform.processor() or platform.machine(),
         }
         (self.directory / RECORD_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-
-    def _forget_metrics_after(self, step: int) -> None:
-        """Take out the lines of steps that a crash undid and that are about to be done again."""
-        path = Path(self.recipe.output) / METRICS_FILE
-        own = self.stage.name
-        kept = [line for line in _metrics(path) if line["stage"] != own or line["step"] <= step]
-        staging = path.with_suffix(".incomplete")
-        staging.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        staging.replace(path)
 
     def _save_model(self, trainer: StageTrainer) -> None:
         """Leave the stage's model as a Hugging Face directory, whole or not at all."""
@@ -381,17 +383,9 @@ def _evaluation_text(
     return texts
 
 
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's metrics, without one that a crash cut."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
 def _original_texts(metrics: Path) -> set[str]:
     """Texts on which the run has evaluated the original model; the stages of a run may differ in them."""
-    originals = (record for record in _metrics(metrics) if record.get("event") == "original")
+    originals = (record for record in read_metrics(metrics) if record.get("event") == "original")
     names = {name for record in originals for name in record if name.startswith(_PERPLEXITY)}
     return {name.removeprefix(_PERPLEXITY) for name in names}
 

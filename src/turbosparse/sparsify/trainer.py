@@ -73,6 +73,7 @@ class StageTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.probes = ProbeSet(self.model)
         self._identity = identity
+        self.metrics_error: OSError | None = None
         self._metrics_file = metrics_file
         self._keep_checkpoints = keep_checkpoints
         self._average = average
@@ -320,7 +321,7 @@ class StageTrainer(Trainer):
         record : dict
             Names and numbers, or lists of numbers.
         """
-        if not self.is_world_process_zero():
+        if not self.is_world_process_zero() or self.metrics_error is not None:
             return
         line = {
             "stage": self.stage.name,
@@ -328,8 +329,11 @@ class StageTrainer(Trainer):
             "time": round(time.time(), 1),
             **record,
         }
-        with self._metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with self._metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # the run stops with a checkpoint at the end of the step
+            self.metrics_error = error
 
     # Checkpoints
 
