@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
+from safetensors import SafetensorError
 
 from tests.sparsify.conftest import MakeRecipe
 from tests.tiny_hf import make_hf_model, make_tokenizer
@@ -25,6 +26,7 @@ from turbosparse.sparsify.checkpoints import checkpoint_steps, latest_checkpoint
 from turbosparse.sparsify.recipe import Recipe
 from turbosparse.sparsify.run import run_recipe
 from turbosparse.sparsify.stage import Stage
+from turbosparse.sparsify.trainer import StageTrainer
 
 REGRESSION = {"loss": {"ffn_output": 1.0}}
 DISTILLATION = {"loss": {"logits": 1.0}}
@@ -189,7 +191,9 @@ def test_a_finished_run_is_not_run_again(make_recipe: MakeRecipe) -> None:
     assert (Path(recipe.output) / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_finished_run_of_another_kind_is_refused(make_recipe: MakeRecipe, tmp_path: Path, base: Path) -> None:
+def test_a_finished_run_of_another_kind_is_refused(
+    make_recipe: MakeRecipe, tmp_path: Path, base: Path
+) -> None:
     recipe = make_recipe(DISTILLATION)
     run_recipe(recipe)
     data = {"sequence_length": 32, "sources": [{"path": str(base / "stories.txt")}]}
@@ -214,7 +218,10 @@ def test_a_finished_run_is_made_longer(make_recipe: MakeRecipe) -> None:
     longer = make_recipe(DISTILLATION | {"tokens": 32 * 4 * 8})
     assert run_recipe(longer).finished
     assert [line["step"] for line in metrics(longer)] == list(range(1, 9))
-    assert sorted(path.name for path in (Path(longer.output) / "stage0").glob("model*")) == ["model", "model-6"]
+    assert sorted(path.name for path in (Path(longer.output) / "stage0").glob("model*")) == [
+        "model",
+        "model-6",
+    ]
     run_recipe(make_recipe(DISTILLATION | {"tokens": 32 * 4 * 8}, DISTILLATION))
     with pytest.raises(TrainingError, match="expected as many as before, since stage stage1 began"):
         run_recipe(make_recipe(DISTILLATION | {"tokens": 32 * 4 * 10}, DISTILLATION))
@@ -445,11 +452,34 @@ def test_a_full_disk_leaves_the_checkpoints_before(
         original(value, file, *args, **kwargs)
 
     monkeypatch.setattr(torch, "save", save)
-    with pytest.raises(TrainingError, match=r"expected room for a checkpoint, got .*No space left"):
+    with pytest.raises(TrainingError, match=r"expected to write checkpoint-3, got .*No space left"):
         run_recipe(recipe)
     directory = Path(recipe.output) / "stage0"
     assert checkpoint_steps(directory) == [1, 2]
     assert not (directory / ".incomplete").exists()
+
+
+def test_a_full_disk_at_the_end(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(REGRESSION)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "save_model", full)
+        with pytest.raises(TrainingError, match=r"expected to write checkpoint-6, got I/O error: No space"):
+            run_recipe(recipe)
+    original = StageTrainer.save_model
+
+    def last_full(self: StageTrainer, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        original(self, output_dir, _internal_call) if _internal_call else full()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "save_model", last_full)
+        with pytest.raises(TrainingError, match=r"model\] expected to write model, got I/O error: No space"):
+            run_recipe(recipe)
+    assert not (Path(recipe.output) / "stage0" / ".model").exists()
+    assert run_recipe(recipe).finished
 
 
 def test_a_full_disk_while_metrics_are_written(
@@ -470,14 +500,18 @@ def test_a_full_disk_while_metrics_are_written(
     path.write_text("", encoding="utf-8")
     with monkeypatch.context() as patch:
         patch.setattr(Path, "open", full)
-        with pytest.raises(TrainingError, match=r"metrics\.jsonl\] expected room for the metrics, got .*No space"):
+        with pytest.raises(
+            TrainingError, match=r"metrics\.jsonl\] expected room for the metrics, got .*No space"
+        ):
             run_recipe(recipe)
     assert checkpoint_steps(Path(recipe.output) / "stage0") == [4]
     assert run_recipe(recipe).finished
     assert [line["step"] for line in metrics(recipe)] == [1, 2, 5, 6]
 
 
-def test_a_crash_before_the_first_checkpoint(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_crash_before_the_first_checkpoint(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = make_recipe(DISTILLATION)
     with monkeypatch.context() as patch:
         patch.setattr(trainer_module, "learning_rate_factor", lambda step, **_: 1 / (3 - step))

@@ -2,8 +2,14 @@
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
 
 from turbosparse.errors import TrainingError
 
@@ -14,6 +20,7 @@ __all__ = [
     "latest_checkpoint",
     "read_identity",
     "sync_files",
+    "writing",
 ]
 
 COMPLETE_FILE = "turbosparse_run.json"
@@ -113,3 +120,30 @@ def sync_files(directory: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+@contextmanager
+def writing(path: Path, staging: Path) -> Iterator[None]:
+    """Say in one line why what is written within this block could not be, and take away its beginning.
+
+    Parameters
+    ----------
+    path : Path
+        Where it was to be.
+    staging : Path
+        Where it is written first.
+
+    Raises
+    ------
+    TrainingError
+        If the disk is full, or anything else went wrong.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        free = shutil.disk_usage(path.parent).free / 1e9
+        raise TrainingError(
+            f"[{path}] expected to write {path.name}, got {error} ({free:.1f} GB free); the checkpoints "
+            "before it are intact"
+        ) from error

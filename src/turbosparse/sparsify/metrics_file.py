@@ -52,9 +52,7 @@ def forget_metrics(path: Path, stage: str, *, after: int) -> None:
     kept = [
         record
         for record in read_metrics(path)
-        if record.get("stage") != stage
-        or record.get("step", 0) <= after
-        or record.get("event") == "original"
+        if record.get("stage") != stage or record.get("step", 0) <= after or record.get("event") == "original"
     ]
     staging = path.with_suffix(".incomplete")
     staging.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

@@ -126,7 +126,7 @@ def _stages_from(stages: list[StageConfig], checkpoint: Path) -> list[StageConfi
 
 
 def _is_finished(recipe: Recipe, stage: StageConfig, *, control: bool) -> bool:
-    """Whether a stage has left its model; refuse one of another run, take away one that shall train longer."""
+    """Whether a stage left its model; refuse one of another run, set aside one that shall train longer."""
     directory = Path(recipe.output) / stage.name
     model, record = directory / MODEL_DIRECTORY, directory / RECORD_FILE
     if not model.is_dir():

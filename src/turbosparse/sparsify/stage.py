@@ -29,7 +29,7 @@ from turbosparse.models.activations import parse_activation
 from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
 from turbosparse.models.registry import activation_of, load_model, swap_activation
 from turbosparse.sparsify.callbacks import EndReachedError, RunCallback
-from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, sync_files
+from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, sync_files, writing
 from turbosparse.sparsify.initial_fit import fit_swapped_ffns
 from turbosparse.sparsify.metrics_file import METRICS_FILE, forget_metrics, read_metrics
 from turbosparse.sparsify.model_card import DRAWN_FILE, model_card
@@ -336,18 +336,19 @@ class Stage:
     def _save_model(self, trainer: StageTrainer) -> None:
         """Leave the stage's model as a Hugging Face directory, whole or not at all."""
         staging, final = self.directory / ".model", self.directory / MODEL_DIRECTORY
-        with self._averaged():
-            trainer.save_model(str(staging))
-        if trainer.is_world_process_zero():
-            self.stream.save(trainer.state.global_step, staging)
-            drawn = json.loads((staging / DATA_STATE_FILE).read_text(encoding="utf-8"))["drawn"]
-            (self.directory / DRAWN_FILE).write_text(json.dumps(drawn, indent=1), encoding="utf-8")
-            if not self.control:
-                metrics = Path(self.recipe.output) / METRICS_FILE
-                card = model_card(self.recipe, self.stage, metrics_file=metrics)
-                (staging / "README.md").write_text(card, encoding="utf-8")
-            sync_files(staging)
-            staging.replace(final)
+        with writing(final, staging):
+            with self._averaged():
+                trainer.save_model(str(staging))
+            if trainer.is_world_process_zero():
+                self.stream.save(trainer.state.global_step, staging)
+                drawn = json.loads((staging / DATA_STATE_FILE).read_text(encoding="utf-8"))["drawn"]
+                (self.directory / DRAWN_FILE).write_text(json.dumps(drawn, indent=1), encoding="utf-8")
+                if not self.control:
+                    metrics = Path(self.recipe.output) / METRICS_FILE
+                    card = model_card(self.recipe, self.stage, metrics_file=metrics)
+                    (staging / "README.md").write_text(card, encoding="utf-8")
+                sync_files(staging)
+                staging.replace(final)
         trainer.accelerator.wait_for_everyone()
 
 

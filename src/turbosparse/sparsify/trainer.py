@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional
 from transformers import Trainer
@@ -17,7 +16,7 @@ from transformers import Trainer
 from turbosparse.data.encoding import IGNORED_LABEL
 from turbosparse.errors import ConfigError, TrainingError
 from turbosparse.measure.divergence import logit_divergence, relative_error
-from turbosparse.sparsify.checkpoints import COMPLETE_FILE, checkpoint_steps, sync_files
+from turbosparse.sparsify.checkpoints import COMPLETE_FILE, checkpoint_steps, sync_files, writing
 from turbosparse.sparsify.probes import ProbeSet
 from turbosparse.sparsify.recipe import StageConfig
 from turbosparse.sparsify.routing import balance_loss
@@ -362,20 +361,14 @@ class StageTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         self._staging = str(staging)
         try:
-            super()._save_checkpoint(model, trial)
-            if self._average is not None:
-                self._average.save(staging / name)
-            if is_main:
-                self.stream.save(self.state.global_step, staging / name)
-                (staging / name / COMPLETE_FILE).write_text(json.dumps(self._identity), encoding="utf-8")
-                sync_files(staging / name)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            free = shutil.disk_usage(root).free / 1e9
-            shutil.rmtree(staging, ignore_errors=True)
-            raise TrainingError(
-                f"[{root / name}] expected room for a checkpoint, got {error} ({free:.1f} GB free); "
-                "earlier checkpoints are intact"
-            ) from error
+            with writing(root / name, staging):
+                super()._save_checkpoint(model, trial)
+                if self._average is not None:
+                    self._average.save(staging / name)
+                if is_main:
+                    self.stream.save(self.state.global_step, staging / name)
+                    (staging / name / COMPLETE_FILE).write_text(json.dumps(self._identity), encoding="utf-8")
+                    sync_files(staging / name)
         finally:
             self._staging = None
         self.accelerator.wait_for_everyone()
