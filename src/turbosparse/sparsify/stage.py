@@ -136,6 +136,10 @@ class Stage:
             processing_class=self.tokenizer,
         )
         self._write_record(trainer.is_world_process_zero())
+        return self._run(trainer)
+
+    def _run(self, trainer: StageTrainer) -> bool:
+        """Train, and save the model if no signal came."""
         if trainer.is_world_process_zero():
             done = -1 if self.checkpoint is None else _step_of(self.checkpoint)
             forget_metrics(Path(self.recipe.output) / METRICS_FILE, self.stage.name, after=done)
