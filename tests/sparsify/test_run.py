@@ -13,13 +13,14 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
+from transformers import AutoConfig
 
 from tests.sparsify.conftest import MakeRecipe
 from tests.tiny_hf import make_hf_model, make_tokenizer
 from turbosparse.errors import ConfigError, DataError, TrainingError
 from turbosparse.measure.divergence import logit_divergence
 from turbosparse.models.activations import Activation
-from turbosparse.models.registry import activation_of, load_model
+from turbosparse.models.registry import activation_of, load_model, swap_activation
 from turbosparse.sparsify import trainer as trainer_module
 from turbosparse.sparsify.callbacks import RunCallback
 from turbosparse.sparsify.checkpoints import checkpoint_steps, latest_checkpoint
@@ -437,6 +438,30 @@ def test_a_gradient_that_is_not_finite_stops_the_run(
     monkeypatch.setattr(trainer_module, "logit_divergence", steep)
     with pytest.raises(TrainingError, match=r"expected a finite gradient norm, got (nan|inf) at step 1"):
         run_recipe(make_recipe(DISTILLATION))
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+def test_a_model_without_gated_ffn_is_refused_before_text_is_read(
+    make_recipe: MakeRecipe, tmp_path: Path, model_type: str
+) -> None:
+    AutoConfig.for_model(model_type).save_pretrained(tmp_path / "model")
+    data = {"sources": [{"path": "nowhere.txt", "format": "text"}]}
+    recipe = make_recipe(DISTILLATION, model=str(tmp_path / "model"), data=data)
+    with pytest.raises(ConfigError, match=rf"expected a model .*, got '{model_type}'"):
+        run_recipe(recipe)
+    with pytest.raises(
+        ConfigError, match=rf"\[{model_type}\] expected a model whose .* hidden_act, got one without"
+    ):
+        run_recipe(recipe, control=True)
+
+
+def test_a_swapped_model_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    swap_activation(make_hf_model(), Activation(name="drelu")).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = make_recipe(DISTILLATION, model=str(tmp_path / "model"))
+    with pytest.raises(ConfigError, match="expected a model that is not swapped yet, got drelu"):
+        run_recipe(recipe)
+    assert run_recipe(recipe, control=True).finished
 
 
 def test_a_full_disk_leaves_the_checkpoints_before(

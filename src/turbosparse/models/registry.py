@@ -23,7 +23,16 @@ from turbosparse.errors import ConfigError, ModelFileError
 from turbosparse.models.activations import Activation, parse_activation
 from turbosparse.models.gated_ffn import replace_ffns
 
-__all__ = ["MODEL_TYPES", "activation_of", "load_model", "register", "swap_activation"]
+__all__ = [
+    "MODEL_TYPES",
+    "activation_of",
+    "activation_of_config",
+    "check_swappable",
+    "load_config",
+    "load_model",
+    "register",
+    "swap_activation",
+]
 
 MODEL_TYPES = (
     "llama",
@@ -45,12 +54,17 @@ _PREFIX = "turbosparse_"
 
 def _hidden_act_field(config: Any) -> str:
     """Gemma 2 and later name the field differently."""
-    return "hidden_activation" if hasattr(config, "hidden_activation") else "hidden_act"
+    return "hidden_act" if getattr(config, "hidden_activation", None) is None else "hidden_activation"
 
 
 def _config_activation(config: Any) -> Activation:
     """Return what the FFN computes by ``hidden_act`` alone."""
-    return parse_activation(str(getattr(config, _hidden_act_field(config))))
+    name = getattr(config, _hidden_act_field(config), None)
+    if name is None:
+        raise ConfigError(
+            f"[{config.model_type}] expected a model whose configuration has hidden_act, got one without"
+        )
+    return parse_activation(str(name))
 
 
 @functools.cache
@@ -101,8 +115,79 @@ def activation_of(model: Any) -> Activation:
     Activation
         The activation.
     """
-    recorded = getattr(model.config, "turbosparse", None)
-    return Activation(**recorded) if recorded else _config_activation(model.config)
+    return activation_of_config(model.config)
+
+
+def activation_of_config(config: Any) -> Activation:
+    """Return what the FFNs of a model with this configuration compute.
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        Of any supported causal language model, swapped or not.
+
+    Returns
+    -------
+    Activation
+        The activation.
+
+    Raises
+    ------
+    ConfigError
+        If the configuration does not say.
+    """
+    recorded = getattr(config, "turbosparse", None)
+    return Activation(**recorded) if recorded else _config_activation(config)
+
+
+def load_config(path: str | Path) -> Any:
+    """Load the configuration of a causal language model, swapped or not.
+
+    Parameters
+    ----------
+    path : str or Path
+        A Hugging Face directory or model id.
+
+    Returns
+    -------
+    PretrainedConfig
+        The configuration.
+
+    Raises
+    ------
+    ModelFileError
+        If there is none, or none of a type that transformers knows.
+    """
+    _register_type_of(path)
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelFileError(f"[{path}] expected the configuration of a model, got: {reason}") from error
+
+
+def check_swappable(config: Any) -> None:
+    """Refuse a model whose activation cannot be swapped.
+
+    Parameters
+    ----------
+    config : PretrainedConfig
+        Its configuration.
+
+    Raises
+    ------
+    ConfigError
+        If its type is not of `MODEL_TYPES`, or it is swapped already.
+    """
+    base_type = str(config.model_type).removeprefix(_PREFIX)
+    if base_type not in MODEL_TYPES:
+        raise ConfigError(
+            f"[swap] expected a model with gated FFNs of type {', '.join(MODEL_TYPES)}, got {base_type!r}"
+        )
+    if base_type != config.model_type:
+        raise ConfigError(
+            f"[swap] expected a model that is not swapped yet, got {activation_of_config(config)}"
+        )
 
 
 def swap_activation(model: Any, activation: Activation) -> Any:
@@ -128,19 +213,13 @@ def swap_activation(model: Any, activation: Activation) -> Any:
     ConfigError
         If the model's type is not supported or has no gated FFN.
     """
-    base_type = str(model.config.model_type).removeprefix(_PREFIX)
-    if base_type not in MODEL_TYPES:
-        raise ConfigError(
-            f"[swap] expected a model with gated FFNs of type {', '.join(MODEL_TYPES)}, got {base_type!r}"
-        )
-    if base_type != model.config.model_type:
-        raise ConfigError(f"[swap] expected a model that is not swapped yet, got {activation_of(model)}")
+    check_swappable(model.config)
     replace_ffns(model, activation, _config_activation(model.config))
     model.config.turbosparse_training = {"tokens": 0}  # training counts; export refuses what has none
     if activation.hidden_act is not None:
         setattr(model.config, _hidden_act_field(model.config), activation.hidden_act)
         return model
-    config_class, model_class = _classes(base_type)
+    config_class, model_class = _classes(model.config.model_type)
     model.config.__class__ = config_class  # submodules share this object
     model.config.model_type = config_class.model_type
     model.config.turbosparse = {"name": activation.name, "threshold": activation.threshold}
@@ -168,13 +247,7 @@ def load_model(path: str | Path, **options: Any) -> Any:
     ModelFileError
         If weights are missing; transformers itself would only warn and fill in random ones.
     """
-    config_file = Path(path) / "config.json"
-    if config_file.is_file():
-        model_type = str(json.loads(config_file.read_text(encoding="utf-8")).get("model_type", ""))
-        if model_type.startswith(_PREFIX):
-            register(model_type.removeprefix(_PREFIX))
-    else:
-        register()
+    _register_type_of(path)
     model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     if missing:
@@ -183,3 +256,14 @@ def load_model(path: str | Path, **options: Any) -> Any:
             f"such as {missing[0]}"
         )
     return model.eval()
+
+
+def _register_type_of(path: str | Path) -> None:
+    """Make transformers know the swapped type that a directory may hold."""
+    config_file = Path(path) / "config.json"
+    if config_file.is_file():
+        model_type = str(json.loads(config_file.read_text(encoding="utf-8")).get("model_type", ""))
+        if model_type.startswith(_PREFIX):
+            register(model_type.removeprefix(_PREFIX))
+    else:
+        register()

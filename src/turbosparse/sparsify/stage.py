@@ -27,7 +27,14 @@ from turbosparse.errors import ConfigError, TrainingError
 from turbosparse.measure.held_out_loss import batch_of, mean_loss
 from turbosparse.models.activations import parse_activation
 from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
-from turbosparse.models.registry import activation_of, load_model, swap_activation
+from turbosparse.models.registry import (
+    activation_of,
+    activation_of_config,
+    check_swappable,
+    load_config,
+    load_model,
+    swap_activation,
+)
 from turbosparse.sparsify.callbacks import EndReachedError, RunCallback
 from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, sync_files, writing
 from turbosparse.sparsify.initial_fit import fit_swapped_ffns
@@ -82,6 +89,7 @@ class Stage:
         self.recipe, self.stage, self.directory, self.previous = recipe, stage, directory, previous
         self.control = control
         self.data = recipe.data_of(stage)
+        self._check_model()
         self.tokenizer = AutoTokenizer.from_pretrained(recipe.model)
         self.encode = make_encoder(self.tokenizer, self.data.document_end, answers_only=stage.answers_only)
         self.split = split_of(self.data)
@@ -98,6 +106,17 @@ class Stage:
             if stage.average_tokens
             else None
         )
+
+    def _check_model(self) -> None:
+        """Refuse what the losses or the swap will, before any text is read."""
+        if self.previous is not None:
+            return
+        config = load_config(start_of(self.recipe))
+        if self.control or self.recipe.from_scratch:
+            original = activation_of_config(config)
+            if self.control or parse_activation(self.recipe.activation) == original:
+                return
+        check_swappable(config)
 
     def train(self) -> bool:
         """Train the stage to its end; False if a signal came first."""
@@ -224,16 +243,14 @@ class Stage:
         dtype = torch.bfloat16 if _has_bf16() and self.recipe.precision != "fp32" else torch.float32
         # An upcycled mixture starts as the dense model, which is cheaper; FFNs are compared one by one.
         teacher = load_model(start_of(self.recipe) if loss.ffn_output else self.recipe.model, dtype=dtype)
-        replace_ffns(teacher, activation_of(teacher), activation_of(teacher))
+        _keep_activation(teacher)
         return teacher.requires_grad_(False).to(device)
 
     def _load_model(self, device: Any) -> Any:
         recipe = self.recipe
         if self.previous is not None:
             model = load_model(self.previous, dtype=torch.float32)
-            if not gated_ffns(model):
-                replace_ffns(model, activation_of(model), activation_of(model))
-            return model
+            return _keep_activation(model)
         if recipe.from_scratch:
             config = AutoConfig.from_pretrained(recipe.model)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -241,8 +258,7 @@ class Stage:
             model = load_model(start_of(recipe), dtype=torch.float32)
         activation = parse_activation(recipe.activation)
         if self.control or (recipe.from_scratch and activation == activation_of(model)):
-            replace_ffns(model, activation_of(model), activation_of(model))
-            return model
+            return _keep_activation(model)
         swap_activation(model, activation)
         fit = recipe.initial_fit_tokens and not recipe.from_scratch and not self.stage.blend_tokens
         if self.checkpoint is None and fit:
@@ -354,6 +370,13 @@ class Stage:
                 sync_files(staging)
                 staging.replace(final)
         trainer.accelerator.wait_for_everyone()
+
+
+def _keep_activation(model: Any) -> Any:
+    """Give a model that comes without `GatedFFN` modules ones that compute what it does."""
+    if not gated_ffns(model):
+        replace_ffns(model, activation_of(model), activation_of(model))
+    return model
 
 
 def _set_trainable(model: Any, stage: StageConfig) -> None:
