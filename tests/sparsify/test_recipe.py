@@ -84,6 +84,8 @@ def test_wrong_recipes(changes: dict[str, Any], message: str) -> None:
         ({"schedule": "step"}, "one of wsd, cosine, constant"),
         ({"trainable": "none"}, "one of ffn, all, all_but_embeddings"),
         ({"warmup_tokens": 900, "decay_tokens": 200}, "at most the stage's 1000 tokens"),
+        ({"blend_tokens": 1001}, r"blend_tokens\] expected at most the stage's 1000 tokens, got 1001"),
+        ({"threshold_tokens": 1001}, r"threshold_tokens\] expected at most the stage's 1000 tokens"),
         ({"temperature": 0.0}, "a temperature above 0"),
         ({"name": "../x"}, "letters and digits"),
     ],

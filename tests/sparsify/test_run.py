@@ -19,6 +19,7 @@ from tests.sparsify.conftest import MakeRecipe
 from tests.tiny_hf import make_hf_model, make_tokenizer
 from turbosparse.errors import ConfigError, DataError, TrainingError
 from turbosparse.measure.divergence import logit_divergence
+from turbosparse.measure.held_out_loss import mean_loss
 from turbosparse.models.activations import Activation
 from turbosparse.models.registry import activation_of, load_model, swap_activation
 from turbosparse.sparsify import trainer as trainer_module
@@ -323,6 +324,17 @@ def test_all_losses_together(make_recipe: MakeRecipe) -> None:
         assert line["loss"] == pytest.approx(total, rel=1e-4)
         assert line["perplexity"] == pytest.approx(math.exp(line["loss_next_token"]), rel=1e-6)
     assert lines[-1]["zeros"] > lines[0]["zeros"]
+
+
+def test_what_is_evaluated_is_as_far_as_the_training(make_recipe: MakeRecipe) -> None:
+    tokens = 32 * 4 * 6 + 100  # rounded down to six steps
+    recipe = make_recipe(DISTILLATION | {"tokens": tokens, "blend_tokens": tokens})
+    model = run_recipe(recipe).model
+    first, last = metrics(recipe, event="evaluation")
+    (original,) = metrics(recipe, event="original")
+    assert first["perplexity_book"] == pytest.approx(original["perplexity_book"], rel=1e-3)
+    rows = Stage(recipe, recipe.stages[0], model.parent, None, None, control=False).evaluation["book"]
+    assert last["perplexity_book"] == pytest.approx(math.exp(mean_loss(load_model(model), rows)), rel=1e-3)
 
 
 def test_micro_batches_do_not_change_the_losses(make_recipe: MakeRecipe) -> None:

@@ -111,9 +111,11 @@ class StageConfig:
     top_k: int = 0
     """Keep the teacher's k most likely tokens and the mass of the rest; 0 keeps all."""
     blend_tokens: int = 0
-    """Go from the original activation to the new one over so many tokens; 0 swaps at once."""
+    """Go from the original activation to the new one over so many tokens, at most the stage's; 0 swaps at
+    once."""
     threshold_tokens: int = 0
-    """Raise the activation's threshold from 0 over so many tokens; 0 sets it at once."""
+    """Raise the activation's threshold from 0 over so many tokens, at most the stage's; 0 sets it at
+    once."""
     l1_ramp_tokens: int = 0
     """Tokens over which the L1 weight rises from 0, at least 0."""
     l1_ramp: str = "sine"
@@ -176,6 +178,13 @@ class StageConfig:
             f"at most the stage's {self.tokens} tokens",
             self.warmup_tokens + self.decay_tokens,
         )
+        for name in ("blend_tokens", "threshold_tokens"):
+            _check(
+                getattr(self, name) <= self.tokens,
+                f"{place}.{name}",
+                f"at most the stage's {self.tokens} tokens",
+                getattr(self, name),
+            )
 
     def steps(self, sequence_length: int) -> int:
         """Optimizer steps of the stage.

@@ -287,6 +287,7 @@ class Stage:
         model = trainer.model
         was_training = model.training
         model.eval()
+        trainer.set_progress()
         training_counts = trainer.probes.take_counts()
         record: dict[str, Any] = {
             "event": "evaluation",

@@ -121,7 +121,7 @@ class StageTrainer(Trainer):
             "use_cache": False,
         }
         self._last_inputs = model_inputs
-        self._set_progress()
+        self.set_progress()
         if self._parts_since is None:
             self._parts_since = self.state.global_step
         with self.probes.watch():
@@ -187,8 +187,11 @@ class StageTrainer(Trainer):
             parts["hidden_states"] = (loss.hidden_states, errors.mean() / self._accumulation)
         return parts
 
-    def _set_progress(self) -> None:
+    def set_progress(self) -> None:
+        """Set how far the activation is by now; at the end of the stage it is what the saved model has."""
         done = self._tokens_done()
+        if self.state.global_step >= self.args.max_steps:
+            done = max(self.stage.blend_tokens, self.stage.threshold_tokens)
         self.probes.set_progress(
             blend=ramp(done, self.stage.blend_tokens), threshold=ramp(done, self.stage.threshold_tokens)
         )
