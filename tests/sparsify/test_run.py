@@ -572,6 +572,69 @@ def test_a_checkpoint_of_another_model_is_refused(
         run_recipe(make_recipe(DISTILLATION, activation="relu2"))
 
 
+@pytest.fixture
+def stopped(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of step 2."""
+    recipe = make_recipe(DISTILLATION | {"average_tokens": 256})
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        run_recipe(recipe)
+    return Path(recipe.output) / "stage0" / "checkpoint-2"
+
+
+def test_a_checkpoint_of_an_earlier_version_is_accepted(make_recipe: MakeRecipe, stopped: Path) -> None:
+    file = stopped / "turbosparse_run.json"
+    identity = json.loads(file.read_text(encoding="utf-8"))
+    assert set(identity) > {"stage", "activation", "fsdp", "parameters"}
+    earlier = {name: identity[name] for name in ("stage", "activation", "fsdp", "parameters")}
+    file.write_text(json.dumps(earlier), encoding="utf-8")
+    assert run_recipe(make_recipe(DISTILLATION | {"average_tokens": 256})).finished
+
+
+def test_a_checkpoint_of_other_settings_is_refused(
+    make_recipe: MakeRecipe, stopped: Path, tmp_path: Path
+) -> None:
+    other = make_hf_model()
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight.mul_(2)
+    other.save_pretrained(tmp_path / "other")
+    make_tokenizer().save_pretrained(tmp_path / "other")
+    data = dataclasses.asdict(make_recipe(DISTILLATION).data) | {"sequence_length": 16}
+    changed = [
+        (make_recipe(DISTILLATION, model=str(tmp_path / "other")), "expected a checkpoint with base_model"),
+        (make_recipe(DISTILLATION | {"batch_sequences": 2}), "with batch_sequences 2, got 4"),
+        (make_recipe(DISTILLATION, data=data), "with sequence_length 16, got 32"),
+        (make_recipe(DISTILLATION | {"trainable": "ffn"}), "expected a whole checkpoint of these parameters"),
+    ]
+    for recipe, message in changed:
+        with pytest.raises(TrainingError, match=message):
+            run_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "optimizer.pt",
+        "scheduler.pt",
+        "trainer_state.json",
+        "rng_state.pth",
+        "average/.metadata",
+        "data_state.json",
+    ],
+)
+def test_a_damaged_checkpoint_is_one_line(make_recipe: MakeRecipe, stopped: Path, name: str) -> None:
+    recipe = make_recipe(DISTILLATION | {"average_tokens": 256})
+    content = (stopped / name).read_bytes()
+    (stopped / name).write_bytes(content[: len(content) // 2])
+    with pytest.raises((TrainingError, DataError), match=r"checkpoint-2.*\] expected"):
+        run_recipe(recipe)
+    if name != "rng_state.pth":  # without one, the random numbers are others
+        (stopped / name).unlink()
+        with pytest.raises((TrainingError, DataError), match=r"checkpoint-2.*\] expected"):
+            run_recipe(recipe)
+
+
 def test_batches_that_do_not_divide(make_recipe: MakeRecipe) -> None:
     with pytest.raises(ConfigError, match=r"expected a multiple of micro_batch \* processes = 3 \* 1, got 4"):
         run_recipe(make_recipe(DISTILLATION | {"micro_batch": 3}))

@@ -7,10 +7,12 @@ it, ``AutoModelForCausalLM.from_pretrained`` works after `register` (which `load
 """
 
 import functools
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
@@ -18,6 +20,7 @@ from transformers.conversion_mapping import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import cached_file
 
 from turbosparse.errors import ConfigError, ModelFileError
 from turbosparse.models.activations import Activation, parse_activation
@@ -27,6 +30,7 @@ __all__ = [
     "MODEL_TYPES",
     "activation_of",
     "activation_of_config",
+    "base_fingerprint",
     "check_swappable",
     "load_config",
     "load_model",
@@ -164,6 +168,40 @@ def load_config(path: str | Path) -> Any:
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelFileError(f"[{path}] expected the configuration of a model, got: {reason}") from error
+
+
+def base_fingerprint(path: str | Path) -> str:
+    """Tell models of one shape apart by the first row of each tensor.
+
+    Parameters
+    ----------
+    path : str or Path
+        A Hugging Face directory or model id.
+
+    Returns
+    -------
+    str
+        Hexadecimal digits that do not depend on how the tensors are spread over files; empty where there are
+        no safetensors files to read.
+    """
+    try:
+        folder = Path(cached_file(path, "config.json")).parent
+    except OSError:
+        return ""
+    rows: dict[str, bytes] = {}
+    try:
+        for file in folder.glob("model*.safetensors"):
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 -- no dict
+                    part = tensors.get_slice(name)
+                    row = part[:1] if part.get_shape() else tensors.get_tensor(name)
+                    rows[name] = row.float().numpy().tobytes()
+    except (OSError, SafetensorError):
+        return ""
+    digest = hashlib.sha256()
+    for name in sorted(rows):
+        digest.update(name.encode() + rows[name])
+    return digest.hexdigest()[:16] if rows else ""
 
 
 def check_swappable(config: Any) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
-from turbosparse.errors import TrainingError
+from turbosparse.errors import TrainingError, TurboSparseError
 
 __all__ = [
     "COMPLETE_FILE",
@@ -19,6 +20,8 @@ __all__ = [
     "checkpoint_steps",
     "latest_checkpoint",
     "read_identity",
+    "reading",
+    "step_of",
     "sync_files",
     "writing",
 ]
@@ -103,9 +106,66 @@ def check_identity(checkpoint: Path, expected: dict[str, Any]) -> None:
     """
     identity = read_identity(checkpoint)
     for name, value in expected.items():
-        got = identity.get(name, False)
+        got = identity.get(name, False if name == "fsdp" else value)  # earlier versions wrote fewer names
         if got != value:
             raise TrainingError(f"[{checkpoint}] expected a checkpoint with {name} {value}, got {got}")
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint was written at.
+
+    Parameters
+    ----------
+    checkpoint : Path
+        A checkpoint's directory.
+
+    Returns
+    -------
+    int
+        Optimizer steps done.
+
+    Raises
+    ------
+    TrainingError
+        If it is damaged.
+    """
+    with reading(checkpoint):
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return int(state["global_step"])
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Say in one line why what is read within this block is not what a run can go on from.
+
+    Parameters
+    ----------
+    checkpoint : Path
+        A checkpoint's directory.
+
+    Raises
+    ------
+    TrainingError
+        If a file is missing, cut, or of other parameters.
+    """
+    try:
+        yield
+    except TurboSparseError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        SafetensorError,
+        CheckpointException,
+    ) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(
+            f"[{checkpoint}] expected a whole checkpoint of these parameters, got: {reason}"
+        ) from error
 
 
 def sync_files(directory: Path) -> None:

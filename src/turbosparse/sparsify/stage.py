@@ -30,13 +30,14 @@ from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
 from turbosparse.models.registry import (
     activation_of,
     activation_of_config,
+    base_fingerprint,
     check_swappable,
     load_config,
     load_model,
     swap_activation,
 )
 from turbosparse.sparsify.callbacks import EndReachedError, RunCallback
-from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, sync_files, writing
+from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, step_of, sync_files, writing
 from turbosparse.sparsify.initial_fit import fit_swapped_ffns
 from turbosparse.sparsify.metrics_file import METRICS_FILE, forget_metrics, read_metrics
 from turbosparse.sparsify.model_card import DRAWN_FILE, model_card
@@ -129,15 +130,10 @@ class Stage:
         if arguments.device.type == "cpu" and self.data.sequence_length <= _SHORT_SEQUENCE:
             for each in filter(None, (model, teacher)):
                 each.set_attn_implementation("eager")
-        identity = {
-            "stage": self.stage.name,
-            "activation": str(activation_of(model)),
-            "fsdp": self.recipe.fsdp,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        }
+        identity = self._identity(model)
         if self.checkpoint is not None:
             check_identity(self.checkpoint, identity)
-            self.stream.restore(self.checkpoint, step=_step_of(self.checkpoint))
+            self.stream.restore(self.checkpoint, step=step_of(self.checkpoint))
             _LOG.info("[%s] goes on from %s", self.stage.name, self.checkpoint)
         elif self.previous is not None and self.stage.data is None:
             self.stream.restore(self.previous, step=0)
@@ -160,7 +156,7 @@ class Stage:
     def _run(self, trainer: StageTrainer) -> bool:
         """Train, and save the model if no signal came."""
         if trainer.is_world_process_zero():
-            done = -1 if self.checkpoint is None else _step_of(self.checkpoint)
+            done = -1 if self.checkpoint is None else step_of(self.checkpoint)
             forget_metrics(Path(self.recipe.output) / METRICS_FILE, self.stage.name, after=done)
         callback = RunCallback(
             self.recipe,
@@ -189,6 +185,19 @@ class Stage:
             return False
         self._save_model(trainer)
         return True
+
+    def _identity(self, model: Any) -> dict[str, Any]:
+        """What a checkpoint must have in common with the stage."""
+        base = "" if self.recipe.from_scratch else base_fingerprint(self.recipe.model)
+        return {
+            "stage": self.stage.name,
+            "activation": str(activation_of(model)),
+            "fsdp": self.recipe.fsdp,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "batch_sequences": self.stage.batch_sequences,
+            "sequence_length": self.data.sequence_length,
+            **({"base_model": base} if base else {}),
+        }
 
     def _arguments(self) -> Any:
         recipe, stage = self.recipe, self.stage
@@ -435,10 +444,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:  # used from a source tree
         return "not installed"
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
 def _activation_checkpointing(enabled: bool) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from transformers import Trainer
 from turbosparse.data.encoding import IGNORED_LABEL
 from turbosparse.errors import ConfigError, TrainingError
 from turbosparse.measure.divergence import logit_divergence, relative_error
-from turbosparse.sparsify.checkpoints import COMPLETE_FILE, checkpoint_steps, sync_files, writing
+from turbosparse.sparsify.checkpoints import COMPLETE_FILE, checkpoint_steps, reading, sync_files, writing
 from turbosparse.sparsify.probes import ProbeSet
 from turbosparse.sparsify.recipe import StageConfig
 from turbosparse.sparsify.routing import balance_loss
@@ -273,7 +273,14 @@ class StageTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load both, but let the recipe decide the rates, so that a run can go on with others."""
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        with reading(Path(checkpoint)):
+            # transformers would begin with an empty optimizer.
+            for kind in ("optimizer", "scheduler"):
+                if not any(Path(checkpoint).glob(f"{kind}*")):
+                    raise FileNotFoundError(f"no {kind}")
+            super()._load_optimizer_and_scheduler(checkpoint)
         scheduler = self.lr_scheduler
         peak = self.stage.learning_rate
         scheduler.base_lrs = [peak] * len(self.optimizer.param_groups)
@@ -282,6 +289,14 @@ class StageTrainer(Trainer):
             group["betas"] = (self.args.adam_beta1, self.args.adam_beta2)
             group["lr"] = peak * scheduler.lr_lambdas[0](scheduler.last_epoch)
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        with reading(Path(resume_from_checkpoint)):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with reading(Path(checkpoint or "")):
+            super()._load_rng_state(checkpoint)
 
     # Metrics
 
