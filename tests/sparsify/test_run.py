@@ -22,11 +22,12 @@ from turbosparse.measure.divergence import logit_divergence
 from turbosparse.measure.held_out_loss import mean_loss
 from turbosparse.models.activations import Activation
 from turbosparse.models.registry import activation_of, load_model, swap_activation
+from turbosparse.sparsify import run as run_module
 from turbosparse.sparsify import trainer as trainer_module
 from turbosparse.sparsify.callbacks import RunCallback
 from turbosparse.sparsify.checkpoints import checkpoint_steps, latest_checkpoint
 from turbosparse.sparsify.recipe import Recipe
-from turbosparse.sparsify.run import run_recipe
+from turbosparse.sparsify.run import control_recipe, run_recipe
 from turbosparse.sparsify.stage import Stage
 from turbosparse.sparsify.trainer import StageTrainer
 
@@ -295,6 +296,28 @@ def test_control_trains_the_original_activation_on_the_same_tokens(make_recipe: 
     ]
     assert drawn[0] == drawn[1]
     assert "loss_next_token" in metrics(recipe)[0]
+
+
+def test_control_trains_the_same_weights(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(
+        DISTILLATION | {"trainable": "all_but_embeddings"}, REGRESSION | {"trainable": "ffn"}
+    )
+    stages = control_recipe(recipe).stages
+    assert [stage.trainable for stage in stages] == ["all_but_embeddings", "all"]
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2)
+        patch.setattr(run_module, "control_recipe", lambda recipe: _all_trained(control_recipe(recipe)))
+        run_recipe(recipe, control=True)
+    file = Path(recipe.output) / "stage0" / "checkpoint-2" / "turbosparse_run.json"
+    identity = json.loads(file.read_text(encoding="utf-8"))
+    assert identity.pop("trainable") == "all"
+    file.write_text(json.dumps(identity), encoding="utf-8")  # as earlier versions wrote it
+    assert run_recipe(recipe, control=True).finished
+
+
+def _all_trained(recipe: Recipe) -> Recipe:
+    stages = tuple(dataclasses.replace(stage, trainable="all") for stage in recipe.stages)
+    return dataclasses.replace(recipe, stages=stages)
 
 
 def test_all_losses_together(make_recipe: MakeRecipe) -> None:
@@ -604,7 +627,7 @@ def test_a_checkpoint_of_other_settings_is_refused(
         (make_recipe(DISTILLATION, model=str(tmp_path / "other")), "expected a checkpoint with base_model"),
         (make_recipe(DISTILLATION | {"batch_sequences": 2}), "with batch_sequences 2, got 4"),
         (make_recipe(DISTILLATION, data=data), "with sequence_length 16, got 32"),
-        (make_recipe(DISTILLATION | {"trainable": "ffn"}), "expected a whole checkpoint of these parameters"),
+        (make_recipe(DISTILLATION | {"trainable": "ffn"}), "with trainable ffn, got all"),
     ]
     for recipe, message in changed:
         with pytest.raises(TrainingError, match=message):

@@ -99,7 +99,8 @@ def control_recipe(recipe: Recipe) -> Recipe:
     Returns
     -------
     Recipe
-        With next-token loss in place of losses that compare with the original FFNs.
+        With next-token loss in place of losses that compare with the original FFNs, and with all weights
+        trained where only FFNs were.
     """
     stages = []
     for stage in recipe.stages:
@@ -109,8 +110,9 @@ def control_recipe(recipe: Recipe) -> Recipe:
             activation_l1=0.0,
             next_token=stage.loss.next_token or float(not (stage.loss.logits or stage.loss.hidden_states)),
         )
+        trainable = "all" if stage.trainable == "ffn" else stage.trainable
         stages.append(
-            dataclasses.replace(stage, loss=loss, trainable="all", blend_tokens=0, threshold_tokens=0)
+            dataclasses.replace(stage, loss=loss, trainable=trainable, blend_tokens=0, threshold_tokens=0)
         )
     return dataclasses.replace(recipe, stages=tuple(stages), initial_fit_tokens=0)
 

@@ -37,7 +37,14 @@ from turbosparse.models.registry import (
     swap_activation,
 )
 from turbosparse.sparsify.callbacks import EndReachedError, RunCallback
-from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, step_of, sync_files, writing
+from turbosparse.sparsify.checkpoints import (
+    check_identity,
+    latest_checkpoint,
+    read_identity,
+    step_of,
+    sync_files,
+    writing,
+)
 from turbosparse.sparsify.initial_fit import fit_swapped_ffns
 from turbosparse.sparsify.metrics_file import METRICS_FILE, forget_metrics, read_metrics
 from turbosparse.sparsify.model_card import DRAWN_FILE, model_card
@@ -99,6 +106,9 @@ class Stage:
         self.mixture = Mixture(self.data, self.encode, split=self.split, seed=order)
         self.evaluation = _evaluation_text(recipe, self.data, self.encode, self.split)
         self.checkpoint = latest_checkpoint(directory) or from_checkpoint
+        self.trainable = "ffn" if stage.loss.is_regression_only else stage.trainable
+        if control and self.checkpoint is not None:  # those of earlier versions train all weights
+            self.trainable = read_identity(self.checkpoint).get("trainable", "all")
         self.stream = SequenceStream(self.mixture, stage.batch_sequences)
         known = _original_texts(Path(recipe.output) / METRICS_FILE)
         self.original_unknown = [name for name in self.evaluation if name not in known]
@@ -137,7 +147,7 @@ class Stage:
             _LOG.info("[%s] goes on from %s", self.stage.name, self.checkpoint)
         elif self.previous is not None and self.stage.data is None:
             self.stream.restore(self.previous, step=0)
-        _set_trainable(model, self.stage)
+        _set_trainable(model, self.trainable)
         trainer = StageTrainer(
             model=model,
             args=arguments,
@@ -194,6 +204,7 @@ class Stage:
             "activation": str(activation_of(model)),
             "fsdp": self.recipe.fsdp,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "trainable": self.trainable,
             "batch_sequences": self.stage.batch_sequences,
             "sequence_length": self.data.sequence_length,
             **({"base_model": base} if base else {}),
@@ -389,9 +400,8 @@ def _keep_activation(model: Any) -> Any:
     return model
 
 
-def _set_trainable(model: Any, stage: StageConfig) -> None:
+def _set_trainable(model: Any, mode: str) -> None:
     """Freeze what the stage does not train."""
-    mode = "ffn" if stage.loss.is_regression_only else stage.trainable
     model.requires_grad_(mode != "ffn")
     if mode == "ffn":
         for ffn in gated_ffns(model).values():
