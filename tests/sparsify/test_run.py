@@ -50,15 +50,32 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return dict(load_model(path).state_dict())
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+def interrupt_at(
+    monkeypatch: pytest.MonkeyPatch, step: int, *, times: int = 1, number: signal.Signals = signal.SIGTERM
+) -> None:
     original = RunCallback.on_step_end
 
     def on_step_end(self: RunCallback, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         if state.global_step == step:
-            signal.raise_signal(signal.SIGTERM)
+            for _ in range(times):
+                signal.raise_signal(number)
         return original(self, args, state, control, **kwargs)
 
     monkeypatch.setattr(RunCallback, "on_step_end", on_step_end)
+
+
+def test_signals_that_torchrun_repeats(make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = make_recipe(DISTILLATION)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 2, times=3)
+        assert not run_recipe(recipe).finished
+    assert checkpoint_steps(Path(recipe.output) / "stage0") == [2]
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_at(patch, 4, times=2, number=signal.SIGINT)
+        patch.setattr(signal, "SIG_DFL", signal.default_int_handler)
+        run_recipe(recipe)
 
 
 def test_two_stages_learn_and_leave_a_model(make_recipe: MakeRecipe) -> None:

@@ -1,6 +1,7 @@
 """When to checkpoint, evaluate and stop: by time, by tokens and by signals."""
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -59,6 +60,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self._evaluate()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted and "TORCHELASTIC_RUN_ID" in os.environ:
+            return  # torchrun passes on what the scheduler sent to every process
         if self.interrupted:  # a second one does not wait for the step
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
