@@ -5,6 +5,7 @@ import errno
 import itertools
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,24 @@ def test_a_mixture_of_the_second_stage_is_in_another_order(make_recipe: MakeReci
     recipe = make_recipe(DISTILLATION, DISTILLATION | own)
     assert begin(recipe, 0) == begin(shared, 0) == begin(shared, 1)
     assert begin(recipe, 1) == begin(recipe, 1) != begin(recipe, 0)
+
+
+def test_texts_of_one_name_are_all_evaluated(make_recipe: MakeRecipe, base: Path, tmp_path: Path) -> None:
+    paths = {name: tmp_path / name for name in ("x/train.txt", "y/train.txt", "y/train.jsonl")}
+    for path, source in zip(paths.values(), ("stories.txt", "book.txt", "records.jsonl"), strict=True):
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(base / source, path)
+    sources = [{"path": str(paths[name])} for name in ("x/train.txt", "y/train.jsonl", "y/train.jsonl")]
+    data = {
+        "sequence_length": 32,
+        "held_out_percent": 10.0,
+        "sources": [*sources, {"path": str(base / "records.jsonl")}],
+        "held_out": [{"path": str(paths["y/train.txt"])}],
+    }
+    recipe = make_recipe(DISTILLATION, data=data)
+    stage = Stage(recipe, recipe.stages[0], Path(recipe.output), None, None, control=False)
+    expected = {"y/train.txt", "x/train.txt", "train.jsonl#3", "train.jsonl#4", "records"}
+    assert set(stage.evaluation) == expected
 
 
 def test_the_initial_fit_loses_less(make_recipe: MakeRecipe) -> None:

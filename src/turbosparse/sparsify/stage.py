@@ -415,7 +415,8 @@ def _evaluation_text(
     recipe: Recipe, data: DataConfig, encode: Encoder, split: HeldOutSplit
 ) -> dict[str, Sequence[PackedSequence]]:
     texts: dict[str, Sequence[PackedSequence]] = {}
-    for source in (*data.held_out, *data.sources):
+    sources = (*data.held_out, *data.sources)
+    for source, name in zip(sources, _text_names([source.path for source in sources]), strict=True):
         own = source in data.held_out
         rows = held_out_sequences(
             source,
@@ -425,10 +426,28 @@ def _evaluation_text(
             count=recipe.evaluation_sequences if own else max(recipe.evaluation_sequences // 4, 1),
         )
         if rows:
-            texts[Path(source.path).stem] = rows
+            texts[name] = rows
         else:
             _LOG.warning("[%s] has less held-out text than one sequence; it is not evaluated", source.path)
     return texts
+
+
+def _text_names(paths: Sequence[str]) -> list[str]:
+    """Call each text by its file's stem, or by as much of its path as tells it from the others."""
+    names: list[str] = []
+    for index, path in enumerate(paths):
+        stem = Path(path).stem
+        if [Path(other).stem for other in paths].count(stem) == 1:
+            names.append(stem)
+            continue
+        for length in range(1, len(Path(path).parts) + 1):
+            name = "/".join(Path(path).parts[-length:])
+            if sum("/".join(Path(other).parts[-length:]) == name for other in paths) == 1:
+                break
+        else:
+            name = f"{Path(path).name}#{index + 1}"  # another part of the same file
+        names.append(name)
+    return names
 
 
 def _original_texts(metrics: Path) -> set[str]:
