@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -19,10 +19,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Printe
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import set_seed
 
-from turbosparse.data.config import DataConfig, SourceConfig
+from turbosparse.data.config import SourceConfig
 from turbosparse.data.encoding import make_encoder
-from turbosparse.data.held_out import HeldOutSplit, split_of
-from turbosparse.data.mixture import Encoder, Mixture, PackedSequence, held_out_sequences
+from turbosparse.data.held_out import split_of
+from turbosparse.data.mixture import Mixture
 from turbosparse.errors import ConfigError, TrainingError
 from turbosparse.measure.held_out_loss import batch_of, mean_loss
 from turbosparse.models.activations import parse_activation
@@ -45,6 +45,7 @@ from turbosparse.sparsify.checkpoints import (
     sync_files,
     writing,
 )
+from turbosparse.sparsify.evaluation_texts import PERPLEXITY, evaluation_texts, texts_of_original
 from turbosparse.sparsify.initial_fit import fit_swapped_ffns
 from turbosparse.sparsify.metrics_file import METRICS_FILE, forget_metrics, read_metrics
 from turbosparse.sparsify.model_card import DRAWN_FILE, model_card
@@ -60,7 +61,6 @@ __all__ = ["MODEL_DIRECTORY", "RECORD_FILE", "Stage"]
 _LOG = logging.getLogger(__name__)
 MODEL_DIRECTORY = "model"
 RECORD_FILE = "run.json"
-_PERPLEXITY = "perplexity_"  # and the name of a held-out text: a field of the metrics
 # Up to here plain attention beats torch's fused CPU kernel: steps on sequences of 256 take 0.89 of the time.
 _SHORT_SEQUENCE = 512
 
@@ -104,13 +104,13 @@ class Stage:
         # A mixture of the stage's own must not begin with the documents that an earlier stage began with.
         order = recipe.seed + (recipe.stages.index(stage) if stage.data else 0)
         self.mixture = Mixture(self.data, self.encode, split=self.split, seed=order)
-        self.evaluation = _evaluation_text(recipe, self.data, self.encode, self.split)
+        self.evaluation = evaluation_texts(recipe, self.data, self.encode, self.split)
         self.checkpoint = latest_checkpoint(directory) or from_checkpoint
         self.trainable = "ffn" if stage.loss.is_regression_only else stage.trainable
         if control and self.checkpoint is not None:  # those of earlier versions train all weights
             self.trainable = read_identity(self.checkpoint).get("trainable", "all")
         self.stream = SequenceStream(self.mixture, stage.batch_sequences)
-        known = _original_texts(Path(recipe.output) / METRICS_FILE)
+        known = texts_of_original(Path(recipe.output) / METRICS_FILE)
         self.original_unknown = [name for name in self.evaluation if name not in known]
         self.average = (
             WeightAverage(max(stage.average_tokens / self._step_tokens(), 1.0), self.checkpoint)
@@ -340,15 +340,15 @@ class Stage:
                 rows = self.evaluation[name]
                 loss = mean_loss(model, rows, batch_size=self.stage.micro_batch, device=trainer.args.device)
                 trainer.check_finite(f"loss on {name}", loss, step=trainer.state.global_step)
-                perplexities[_PERPLEXITY + name] = math.exp(min(loss, 700.0))
+                perplexities[PERPLEXITY + name] = math.exp(min(loss, 700.0))
         return perplexities
 
     def _report(self, trainer: StageTrainer, record: dict[str, Any]) -> None:
         trainer.write_metrics(record)
         text = ", ".join(
-            f"{name.removeprefix(_PERPLEXITY)} {value:.2f}"
+            f"{name.removeprefix(PERPLEXITY)} {value:.2f}"
             for name, value in record.items()
-            if name.startswith(_PERPLEXITY)
+            if name.startswith(PERPLEXITY)
         )
         found = f"; zeros {record['zeros']:.1%}" if record.get("zeros") else ""
         if "routing_entropy" in record:
@@ -409,52 +409,6 @@ def _set_trainable(model: Any, mode: str) -> None:
     elif mode == "all_but_embeddings":
         for part in (model.get_input_embeddings(), model.get_output_embeddings()):
             part.requires_grad_(False)
-
-
-def _evaluation_text(
-    recipe: Recipe, data: DataConfig, encode: Encoder, split: HeldOutSplit
-) -> dict[str, Sequence[PackedSequence]]:
-    texts: dict[str, Sequence[PackedSequence]] = {}
-    sources = (*data.held_out, *data.sources)
-    for source, name in zip(sources, _text_names([source.path for source in sources]), strict=True):
-        own = source in data.held_out
-        rows = held_out_sequences(
-            source,
-            encode,
-            split=None if own else split,
-            sequence_length=data.sequence_length,
-            count=recipe.evaluation_sequences if own else max(recipe.evaluation_sequences // 4, 1),
-        )
-        if rows:
-            texts[name] = rows
-        else:
-            _LOG.warning("[%s] has less held-out text than one sequence; it is not evaluated", source.path)
-    return texts
-
-
-def _text_names(paths: Sequence[str]) -> list[str]:
-    """Call each text by its file's stem, or by as much of its path as tells it from the others."""
-    names: list[str] = []
-    for index, path in enumerate(paths):
-        stem = Path(path).stem
-        if [Path(other).stem for other in paths].count(stem) == 1:
-            names.append(stem)
-            continue
-        for length in range(1, len(Path(path).parts) + 1):
-            name = "/".join(Path(path).parts[-length:])
-            if sum("/".join(Path(other).parts[-length:]) == name for other in paths) == 1:
-                break
-        else:
-            name = f"{Path(path).name}#{index + 1}"  # another part of the same file
-        names.append(name)
-    return names
-
-
-def _original_texts(metrics: Path) -> set[str]:
-    """Texts on which the run has evaluated the original model; the stages of a run may differ in them."""
-    originals = (record for record in read_metrics(metrics) if record.get("event") == "original")
-    names = {name for record in originals for name in record if name.startswith(_PERPLEXITY)}
-    return {name.removeprefix(_PERPLEXITY) for name in names}
 
 
 def _file_hash(source: SourceConfig) -> str:
