@@ -18,7 +18,7 @@ from transformers import AutoConfig
 
 from tests.sparsify.conftest import MakeRecipe
 from tests.tiny_hf import make_hf_model, make_tokenizer
-from turbosparse.errors import ConfigError, DataError, TrainingError
+from turbosparse.errors import ConfigError, DataError, ModelFileError, TokenizerError, TrainingError
 from turbosparse.measure.divergence import logit_divergence
 from turbosparse.measure.held_out_loss import mean_loss
 from turbosparse.models.activations import Activation
@@ -703,6 +703,28 @@ def test_sources_that_all_run_dry(make_recipe: MakeRecipe, base: Path) -> None:
     data = {"sequence_length": 32, "sources": [{"path": str(base / "book.txt"), "on_end": "stop"}]}
     recipe = make_recipe(DISTILLATION | {"tokens": 32 * 4 * 50}, data=data)
     with pytest.raises(DataError, match="expected text for the whole stage, got the end"):
+        run_recipe(recipe)
+
+
+def test_wrong_starts_are_one_line(make_recipe: MakeRecipe, base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"top_k\] expected at most the vocabulary's 260 tokens, got 261"):
+        run_recipe(make_recipe(DISTILLATION | {"top_k": 261}))
+    data = {"sequence_length": 4096, "sources": [{"path": str(base / "book.txt"), "on_end": "stop"}]}
+    with pytest.raises(DataError, match="expected text for the initial fit, got less than one sequence"):
+        run_recipe(make_recipe(DISTILLATION, data=data, initial_fit_tokens=4096))
+    broken = make_hf_model()
+    with torch.no_grad():
+        broken.model.embed_tokens.weight.fill_(math.nan)
+    broken.save_pretrained(tmp_path / "model")
+    recipe = make_recipe(DISTILLATION, model=str(tmp_path / "model"), initial_fit_tokens=64)
+    with pytest.raises(TokenizerError, match="expected a model with a tokenizer, got: "):
+        run_recipe(recipe)
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ModelFileError, match="expected a model whose FFNs return numbers, got NaN"):
+        run_recipe(recipe)
+    weights_file = tmp_path / "model" / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:1000])
+    with pytest.raises(ModelFileError, match="expected a whole causal language model, got: "):
         run_recipe(recipe)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
@@ -22,7 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import cached_file
 
-from turbosparse.errors import ConfigError, ModelFileError
+from turbosparse.errors import ConfigError, ModelFileError, TokenizerError
 from turbosparse.models.activations import Activation, parse_activation
 from turbosparse.models.gated_ffn import replace_ffns
 
@@ -34,6 +34,7 @@ __all__ = [
     "check_swappable",
     "load_config",
     "load_model",
+    "load_tokenizer",
     "register",
     "swap_activation",
 ]
@@ -160,13 +161,13 @@ def load_config(path: str | Path) -> Any:
     Raises
     ------
     ModelFileError
-        If there is none, or none of a type that transformers knows.
+        If it is not of a type that transformers knows.
     """
     _register_type_of(path)
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except ValueError as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ModelFileError(f"[{path}] expected the configuration of a model, got: {reason}") from error
 
 
@@ -265,6 +266,31 @@ def swap_activation(model: Any, activation: Activation) -> Any:
     return model
 
 
+def load_tokenizer(path: str | Path) -> Any:
+    """Load the tokenizer of a model.
+
+    Parameters
+    ----------
+    path : str or Path
+        A Hugging Face directory or model id.
+
+    Returns
+    -------
+    PreTrainedTokenizerBase
+        The tokenizer.
+
+    Raises
+    ------
+    TokenizerError
+        If there is none, or a broken one.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise TokenizerError(f"[{path}] expected a model with a tokenizer, got: {reason}") from error
+
+
 def load_model(path: str | Path, **options: Any) -> Any:
     """Load a causal language model, swapped or not; swapped ones come with their `GatedFFN` modules.
 
@@ -283,10 +309,14 @@ def load_model(path: str | Path, **options: Any) -> Any:
     Raises
     ------
     ModelFileError
-        If weights are missing; transformers itself would only warn and fill in random ones.
+        If files are broken or weights missing; transformers itself would only warn and fill in random ones.
     """
     _register_type_of(path)
-    model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    except (ValueError, SafetensorError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ModelFileError(f"[{path}] expected a whole causal language model, got: {reason}") from error
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelFileError(

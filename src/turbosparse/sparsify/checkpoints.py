@@ -162,7 +162,7 @@ def reading(checkpoint: Path) -> Iterator[None]:
         SafetensorError,
         CheckpointException,
     ) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise TrainingError(
             f"[{checkpoint}] expected a whole checkpoint of these parameters, got: {reason}"
         ) from error

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import set_seed
 
@@ -23,7 +23,7 @@ from turbosparse.data.config import SourceConfig
 from turbosparse.data.encoding import make_encoder
 from turbosparse.data.held_out import split_of
 from turbosparse.data.mixture import Mixture
-from turbosparse.errors import ConfigError, TrainingError
+from turbosparse.errors import ConfigError, DataError, ModelFileError, TrainingError
 from turbosparse.measure.held_out_loss import batch_of, mean_loss
 from turbosparse.models.activations import parse_activation
 from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
@@ -34,6 +34,7 @@ from turbosparse.models.registry import (
     check_swappable,
     load_config,
     load_model,
+    load_tokenizer,
     swap_activation,
 )
 from turbosparse.sparsify.callbacks import EndReachedError, RunCallback
@@ -98,7 +99,7 @@ class Stage:
         self.control = control
         self.data = recipe.data_of(stage)
         self._check_model()
-        self.tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        self.tokenizer = load_tokenizer(recipe.model)
         self.encode = make_encoder(self.tokenizer, self.data.document_end, answers_only=stage.answers_only)
         self.split = split_of(self.data)
         # A mixture of the stage's own must not begin with the documents that an earlier stage began with.
@@ -289,11 +290,17 @@ class Stage:
         count = math.ceil(self.recipe.initial_fit_tokens / self.data.sequence_length)
         rows = Mixture(self.data, self.encode, split=self.split, seed=self.recipe.seed)
         text = [row for row, _ in zip(rows, range(count), strict=False)]
+        if not text:
+            raise DataError("[data] expected text for the initial fit, got less than one sequence")
         _LOG.info(
             "[%s] fitting the swapped FFNs to the original ones on %d sequences", self.stage.name, count
         )
         errors = fit_swapped_ffns(model.eval(), batch_of(text, model.device))
         known = [error for error in errors if not math.isnan(error)]
+        if not known:
+            raise ModelFileError(
+                f"[{start_of(self.recipe)}] expected a model whose FFNs return numbers, got NaN"
+            )
         _LOG.info(
             "[%s] squared error of %d FFN outputs, relative: mean %.2f, worst %.2f%s",
             self.stage.name,

@@ -93,6 +93,12 @@ class StageTrainer(Trainer):
                 f"[stages.{stage.name}.loss.router_balance] expected a mixture of experts, got a model of "
                 f"type {self.model.config.model_type}"
             )
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        if stage.top_k > vocabulary:
+            raise ConfigError(
+                f"[stages.{stage.name}.top_k] expected at most the vocabulary's {vocabulary} tokens, got "
+                f"{stage.top_k}"
+            )
         if loss.activation_l1:
             self.probes.keep_l1()
         if loss.ffn_output:
