@@ -1,6 +1,7 @@
 """The recipe of a run: frozen settings, filled from a TOML file, ``field=value`` settings, or in Python."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,7 @@ class LossWeights:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            _check(value >= 0, f"loss.{item.name}", "a weight of at least 0", value)
+            _check(0 <= value < math.inf, f"loss.{item.name}", "a finite weight of at least 0", value)
         taught = {name: value for name, value in vars(self).items() if name != "router_balance"}
         _check(any(taught.values()), "loss", "at least one weight above 0", taught)
 
@@ -254,11 +255,12 @@ class Recipe:
             _check(bool(self.model), "model", "a directory or model id, or [fresh]", self.model)
         else:
             _check(not self.model, "model", "none beside [fresh]", self.model)
+        random = self.fresh is not None or self.from_scratch
         if self.upcycle is not None:
-            fresh = self.fresh is not None or self.from_scratch
-            _check(not fresh, "upcycle", "a trained model", "random weights")
+            _check(not random, "upcycle", "a trained model", "random weights")
         _check(bool(self.output), "output", "a directory", self.output)
-        parse_activation(self.activation)
+        sparse = parse_activation(self.activation).is_sparse
+        _check(sparse or random, "activation", "one with exact zeros for a trained model", self.activation)
         _check(self.initial_fit_tokens >= 0, "initial_fit_tokens", "at least 0", self.initial_fit_tokens)
         _check(bool(self.stages), "stages", "at least one stage", self.stages)
         names = [stage.name for stage in self.stages]
