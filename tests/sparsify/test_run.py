@@ -14,6 +14,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped, unused-ignore]
 from transformers import AutoConfig
 
 from tests.sparsify.conftest import MakeRecipe
@@ -103,7 +104,13 @@ def test_two_stages_learn_and_leave_a_model(make_recipe: MakeRecipe) -> None:
     assert {"perplexity_book", "perplexity_stories", "perplexity_records"} <= set(evaluations[0])
     drawn = json.loads((Path(recipe.output) / "stage1" / "data_drawn.json").read_text(encoding="utf-8"))
     assert sum(source["tokens"] for source in drawn.values()) == 60 * 4 * 32
-    assert any((Path(recipe.output) / "tensorboard" / "stage1").iterdir())
+    drawn = EventAccumulator(str(Path(recipe.output) / "tensorboard" / "stage1"))
+    drawn.Reload()
+    points = {name: [event.value for event in drawn.Scalars(name)] for name in drawn.Tags()["scalars"]}
+    assert points["evaluation/perplexity_book"] == pytest.approx(
+        [line["perplexity_book"] for line in evaluations[2:]], rel=1e-5
+    )
+    assert points["train/zeros_per_layer/1"][-1] == pytest.approx(line["zeros_per_layer"][1], rel=1e-5)
     record = json.loads((Path(recipe.output) / "stage0" / "run.json").read_text(encoding="utf-8"))
     assert all(len(digest) == 64 for digest in record["sources"].values())
     card = ModelCard.load(result.model / "README.md")

@@ -179,7 +179,8 @@ class Stage:
         trainer.add_callback(callback)
         if self.recipe.tensorboard:
             directory = Path(self.recipe.output) / "tensorboard" / self.stage.name
-            trainer.add_callback(TensorBoardCallback(SummaryWriter(str(directory))))
+            trainer.tensorboard = SummaryWriter(str(directory))
+            trainer.add_callback(TensorBoardCallback(trainer.tensorboard))
         try:
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
         except EndReachedError:

@@ -72,6 +72,8 @@ class StageTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self.probes = ProbeSet(self.model)
         self._identity = identity
+        self.tensorboard: Any = None
+        """A SummaryWriter, where metrics are drawn as well."""
         self.metrics_error: OSError | None = None
         self._metrics_file = metrics_file
         self._keep_checkpoints = keep_checkpoints
@@ -353,10 +355,24 @@ class StageTrainer(Trainer):
             **record,
         }
         try:
+            if self.tensorboard is not None:
+                self._draw(record)
             with self._metrics_file.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         except OSError as error:  # the run stops with a checkpoint at the end of the step
             self.metrics_error = error
+
+    def _draw(self, record: dict[str, Any]) -> None:
+        """Show what the Trainer does not: values per layer, and all of evaluations."""
+        event = record.get("event")
+        place = f"{event or 'train'}/"
+        for name, value in record.items():
+            if isinstance(value, list):
+                for layer, part in enumerate(value):
+                    self.tensorboard.add_scalar(f"{place}{name}/{layer}", part, self.state.global_step)
+            elif event and isinstance(value, int | float):
+                self.tensorboard.add_scalar(place + name, value, self.state.global_step)
+        self.tensorboard.flush()
 
     # Checkpoints
 
