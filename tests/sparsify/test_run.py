@@ -463,6 +463,19 @@ def test_chats_learn_their_answers_alone(make_recipe: MakeRecipe, tmp_path: Path
     assert losses(recipe)[-1] < 0.5 * losses(recipe)[0]
 
 
+def test_text_without_answers_is_told(
+    make_recipe: MakeRecipe, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    path = tmp_path / "chat.jsonl"
+    chats = [[{"role": "user", "content": f"{i} and {i}?" * 6}] for i in range(60)]
+    path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats), encoding="utf-8")
+    data = {"sequence_length": 32, "sources": [{"path": str(path), "field": "messages"}]}
+    recipe = make_recipe({"loss": {"next_token": 1.0}, "answers_only": True, "data": data})
+    run_recipe(recipe)
+    told = [record.getMessage() for record in caplog.records if "no token to learn" in record.getMessage()]
+    assert told == ["[stage0] step 1 has no token to learn: with answers_only it needs chats with answers"]
+
+
 def test_from_scratch(make_recipe: MakeRecipe) -> None:
     recipe = make_recipe(
         {"loss": {"next_token": 1.0}, "tokens": 32 * 4 * 20}, from_scratch=True, activation="relu2"

@@ -81,6 +81,7 @@ class StageTrainer(Trainer):
         if average is not None:
             self.add_callback(average)
         self._staging: str | None = None
+        self._warned_of_nothing = False
         self._last_inputs: dict[str, Any] = {}
         self._parts: dict[str, Tensor] = {}
         self._parts_since: int | None = None  # the step after which they are summed
@@ -141,6 +142,8 @@ class StageTrainer(Trainer):
             )
         learnt = labels != IGNORED_LABEL
         items = learnt.sum() if num_items_in_batch is None else num_items_in_batch
+        if num_items_in_batch is not None and not items:
+            self._warn_of_nothing()
         per_item = self.accelerator.num_processes / max(float(items), 1.0)
         parts: dict[str, tuple[float, Tensor]] = {}
         if loss.needs_teacher:
@@ -174,6 +177,16 @@ class StageTrainer(Trainer):
         for name, (_, value) in parts.items():
             self._parts[name] = self._parts.get(name, torch.zeros_like(value)) + value.detach()
         return (total, outputs) if return_outputs else total
+
+    def _warn_of_nothing(self) -> None:
+        if not self._warned_of_nothing:
+            self._warned_of_nothing = True
+            _LOG.warning(
+                "[%s] step %d has no token to learn%s",
+                self.stage.name,
+                self.state.global_step + 1,
+                ": with answers_only it needs chats with answers" if self.stage.answers_only else "",
+            )
 
     def _teacher_losses(
         self, outputs: Any, expected: Any, learnt: Tensor, per_item: float
@@ -257,7 +270,7 @@ class StageTrainer(Trainer):
         with self.accelerator.autocast():
             logits = self.model(**self._last_inputs, logits_to_keep=only_last).logits
         self.model.train(training)
-        self.check_finite("output", logits.float().abs().max(), step=self.state.global_step)
+        self.check_finite("output", logits.abs().max(), step=self.state.global_step)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Make the learning rate follow the stage's schedule."""
