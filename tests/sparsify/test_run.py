@@ -403,6 +403,17 @@ def test_what_is_evaluated_is_as_far_as_the_training(make_recipe: MakeRecipe) ->
     assert last["perplexity_book"] == pytest.approx(math.exp(mean_loss(load_model(model), rows)), rel=1e-3)
 
 
+def test_distillation_alone_shows_perplexity(make_recipe: MakeRecipe) -> None:
+    distilled = make_recipe(DISTILLATION | {"tokens": 32 * 4})
+    both = make_recipe({"loss": {"logits": 1.0, "next_token": 1.0}, "tokens": 32 * 4}, output="both")
+    for recipe in (distilled, both):
+        run_recipe(recipe)
+    (line,), (expected,) = metrics(distilled), metrics(both)
+    assert line["loss"] == pytest.approx(line["loss_logits"], rel=1e-6)
+    assert line["loss_next_token"] == pytest.approx(expected["loss_next_token"], rel=0.1)  # of 16 positions
+    assert line["perplexity"] == pytest.approx(math.exp(line["loss_next_token"]), rel=1e-6)
+
+
 def test_micro_batches_do_not_change_the_losses(make_recipe: MakeRecipe) -> None:
     results = []
     for micro_batch in (1, 4):

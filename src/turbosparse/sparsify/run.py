@@ -138,7 +138,7 @@ def _is_finished(recipe: Recipe, stage: StageConfig, *, control: bool) -> bool:
     try:
         content = json.loads(record.read_text(encoding="utf-8"))
         found = _kind(content["recipe"], stage.name, control=content["control"])
-    except (OSError, ValueError, LookupError) as error:
+    except (OSError, ValueError, LookupError, StopIteration) as error:
         raise TrainingError(f"[{record}] expected the record of a stage, got: {error!r}") from error
     wanted = _kind(recipe_to_dict(recipe), stage.name, control=control)
     for name, value in wanted.items():

@@ -150,14 +150,11 @@ class StageTrainer(Trainer):
             with torch.no_grad():
                 expected = self.teacher(**model_inputs, output_hidden_states=loss.hidden_states > 0)
             parts |= self._teacher_losses(outputs, expected, learnt, per_item)
-        if loss.next_token:
+        if loss.next_token or loss.logits:
             # All positions: picking those with a label would copy logits and scatter gradients.
-            cross_entropy = functional.cross_entropy(
-                outputs.logits.flatten(0, 1).float(),
-                functional.pad(labels, (0, 1), value=IGNORED_LABEL).flatten(),
-                ignore_index=IGNORED_LABEL,
-                reduction="sum",
-            )
+            targets = functional.pad(labels, (0, 1), value=IGNORED_LABEL).flatten()
+            logits = outputs.logits.flatten(0, 1)
+            cross_entropy = _cross_entropy(logits, targets) if loss.next_token else _watched(logits, targets)
             parts["next_token"] = (loss.next_token, cross_entropy * per_item)
         if loss.router_balance:
             balance = balance_loss(outputs.router_logits, experts_per_token=self._experts_per_token)
@@ -433,3 +430,15 @@ class StageTrainer(Trainer):
                 shutil.rmtree(root / f"checkpoint-{step}", ignore_errors=True)
             _LOG.info("checkpoint %s", root / name)
         self.accelerator.wait_for_everyone()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED_LABEL, reduction="sum")
+
+
+@torch.no_grad()
+def _watched(logits: Tensor, targets: Tensor) -> Tensor:
+    """Estimate the sum from every eighth position: all of them would take 3 % of a step."""
+    part = targets[::8]
+    mean = _cross_entropy(logits[::8], part) / (part != IGNORED_LABEL).sum().clamp(min=1)
+    return mean * (targets != IGNORED_LABEL).sum()
