@@ -39,6 +39,12 @@ def test_a_run_without_a_recipe(base: Path, tmp_path: Path, capsys: pytest.Captu
     assert config["model_type"] == "turbosparse_llama"
 
 
+def test_an_output_with_quotes(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / 'it\'s a \\ "run"'
+    assert main(["sparsify", *quick(base, output), "--tokens=256"]) == 0
+    assert Path(capsys.readouterr().out.splitlines()[-1]) == output / "distillation" / "model"
+
+
 def test_the_control(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train-control", *quick(base, tmp_path / "run")]) == 0
     model = Path(capsys.readouterr().out.splitlines()[-1])
@@ -102,6 +108,10 @@ learning_rate = 1e-3
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ["sparsify", "--model=m", "--output=o", "--text=t", "--tokens=0"],
+            "[--tokens] expected at least 1, got 0",
+        ),
         (["sparsify"], "expected a recipe file, or --model, --text and --output"),
         (["sparsify", "none.toml"], "expected a recipe file, got: No such file"),
         (["sparsify", "none.toml", "--tokens=5"], "expected a recipe or --text and --tokens, got both"),

@@ -49,7 +49,9 @@ def test_parse_and_print_are_inverse(text: str) -> None:
     assert str(parse_activation(text)) == text
 
 
-@pytest.mark.parametrize("text", ["drolu", "fatrelu:much", "relu:0.1", "fatrelu:-1", ""])
+@pytest.mark.parametrize(
+    "text", ["drolu", "fatrelu:much", "relu:0.1", "fatrelu:-1", "drelu:nan", "fatrelu:inf", ""]
+)
 def test_bad_names(text: str) -> None:
     with pytest.raises(ConfigError, match=r"\[activation\] expected"):
         parse_activation(text)

@@ -14,7 +14,15 @@ from tests.tiny_hf import make_hf_model, tiny_ids
 from turbosparse.errors import ConfigError, ModelFileError
 from turbosparse.models.activations import Activation
 from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
-from turbosparse.models.registry import MODEL_TYPES, activation_of, load_model, register, swap_activation
+from turbosparse.models.registry import (
+    MODEL_TYPES,
+    activation_of,
+    activation_of_config,
+    load_config,
+    load_model,
+    register,
+    swap_activation,
+)
 
 DRELU = Activation(name="drelu")
 
@@ -142,3 +150,14 @@ def test_a_second_swap_is_refused() -> None:
 def test_register_twice_is_harmless() -> None:
     register("llama")
     register()
+
+
+def test_a_configuration_that_is_none(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with pytest.raises(ModelFileError, match="expected the configuration of a model, got: "):
+        load_config(tmp_path)
+
+
+def test_a_gemma_whose_later_field_is_empty() -> None:
+    config = AutoConfig.for_model("gemma", hidden_act="gelu_pytorch_tanh", hidden_activation=None)
+    assert activation_of_config(config) == Activation(name="gelu")

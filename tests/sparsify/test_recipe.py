@@ -1,5 +1,6 @@
 """Recipes: defaults, settings on top, and every way to get them wrong."""
 
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -77,6 +78,7 @@ def test_settings_override_the_file(tmp_path: Path) -> None:
         ({"stages": []}, r"\[stages\] expected at least one stage"),
         ({"stages": "one"}, r"\[recipe\.stages\] expected a list"),
         ({"activation": "drolu"}, r"\[activation\] expected one of"),
+        ({"activation": "silu"}, r"\[activation\] expected one with exact zeros .*, got 'silu'"),
         ({"precision": "fp8"}, r"\[precision\] expected one of auto, bf16, fp32, got 'fp8'"),
         ({"data": {"sources": [{"path": "a", "weight": 0}]}}, "weights that sum to more than 0"),
         (
@@ -96,11 +98,14 @@ def test_wrong_recipes(changes: dict[str, Any], message: str) -> None:
     ("changes", "message"),
     [
         ({"loss": {}}, "at least one weight above 0"),
-        ({"loss": {"logits": -1.0}}, r"\[loss\.logits\] expected a weight of at least 0"),
+        ({"loss": {"logits": -1.0}}, r"\[loss\.logits\] expected a finite weight of at least 0"),
+        ({"loss": {"logits": math.inf}}, r"\[loss\.logits\] expected a finite weight of at least 0"),
         ({"learning_rate": 0.0}, "a rate above 0"),
         ({"schedule": "step"}, "one of wsd, cosine, constant"),
         ({"trainable": "none"}, "one of ffn, all, all_but_embeddings"),
         ({"warmup_tokens": 900, "decay_tokens": 200}, "at most the stage's 1000 tokens"),
+        ({"blend_tokens": 1001}, r"blend_tokens\] expected at most the stage's 1000 tokens, got 1001"),
+        ({"threshold_tokens": 1001}, r"threshold_tokens\] expected at most the stage's 1000 tokens"),
         ({"temperature": 0.0}, "a temperature above 0"),
         ({"name": "../x"}, "letters and digits"),
     ],

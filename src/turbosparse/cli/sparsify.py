@@ -6,6 +6,7 @@ What to do stands in a recipe (TOML; see examples/), or for a quick start in --m
 
 import argparse
 import dataclasses
+import json
 import logging
 import os
 import tempfile
@@ -95,14 +96,17 @@ def _recipe(args: argparse.Namespace) -> "Recipe":
     for name in ("model", "output", "activation"):
         value = getattr(args, name)
         if value is not None:
-            settings.append(f"{name}='{value}'")
+            settings.append(f"{name}={json.dumps(value, ensure_ascii=False)}")
     if args.recipe is not None:
         if args.text or args.tokens is not None:
             raise ConfigError("[sparsify] expected a recipe or --text and --tokens, got both")
         return load_recipe(args.recipe, settings)
     if not args.text or args.model is None or args.output is None:
         raise ConfigError("[sparsify] expected a recipe file, or --model, --text and --output")
-    return quick_recipe(args.text, args.tokens or 1_000_000, settings)
+    tokens = 1_000_000 if args.tokens is None else args.tokens
+    if tokens < 1:
+        raise ConfigError(f"[--tokens] expected at least 1, got {tokens}")
+    return quick_recipe(args.text, tokens, settings)
 
 
 def _print_estimate(recipe: "Recipe") -> None:

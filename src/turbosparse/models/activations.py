@@ -17,6 +17,7 @@ drelu      max(0, gate) * max(0, up)         Turbo Sparse, arXiv 2406.05955
 ``drelu`` also takes a threshold: FATReLU on both projections.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -63,9 +64,9 @@ class Activation:
     def __post_init__(self) -> None:
         if self.name not in ACTIVATIONS:
             raise ConfigError(f"[activation] expected one of {', '.join(ACTIVATIONS)}, got {self.name!r}")
-        if self.threshold < 0 or (self.threshold and self.name not in _WITH_THRESHOLD):
+        if not 0 <= self.threshold < math.inf or (self.threshold and self.name not in _WITH_THRESHOLD):
             raise ConfigError(
-                f"[activation] expected a threshold of 0 for {self.name}, or one of at least 0 for "
+                f"[activation] expected a threshold of 0 for {self.name}, or a finite one of at least 0 for "
                 f"{', '.join(_WITH_THRESHOLD)}, got {self.threshold}"
             )
 

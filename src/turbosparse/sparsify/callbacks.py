@@ -1,6 +1,7 @@
 """When to checkpoint, evaluate and stop: by time, by tokens and by signals."""
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -12,10 +13,14 @@ from transformers import TrainerCallback
 
 from turbosparse.sparsify.recipe import Recipe
 
-__all__ = ["RunCallback"]
+__all__ = ["EndReachedError", "RunCallback"]
 
 _LOG = logging.getLogger(__name__)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class EndReachedError(Exception):
+    """Everything is loaded from a checkpoint at the end of its stage; the Trainer would do one step more."""
 
 
 class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
@@ -29,18 +34,25 @@ class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
         Tokens per optimizer step.
     evaluate : callable
         Called without arguments to evaluate.
+    failed : callable
+        Whether something other than the training failed, so that the run stops like at a signal.
     """
 
-    def __init__(self, recipe: Recipe, step_tokens: int, evaluate: Callable[[], None]) -> None:
+    def __init__(
+        self, recipe: Recipe, step_tokens: int, *, evaluate: Callable[[], None], failed: Callable[[], bool]
+    ) -> None:
         self.interrupted = False
         self._recipe = recipe
         self._step_tokens = step_tokens
         self._evaluate = evaluate
+        self._failed = failed
         self._saved = time.monotonic()
         self._previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Start the clock and take the signals over."""
+        """Start the clock and take the signals over, unless there is nothing to train."""
+        if state.global_step >= state.max_steps:
+            raise EndReachedError
         self._saved = time.monotonic()
         for number in _SIGNALS:
             self._previous[number] = signal.signal(number, self._on_signal)
@@ -48,6 +60,8 @@ class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             self._evaluate()
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.interrupted and "TORCHELASTIC_RUN_ID" in os.environ:
+            return  # torchrun passes on what the scheduler sent to every process
         if self.interrupted:  # a second one does not wait for the step
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -60,7 +74,7 @@ class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Ask the Trainer for a checkpoint or an end."""
         due = time.monotonic() - self._saved > self._recipe.checkpoint_minutes * 60
-        self.interrupted, due = _any_process(self.interrupted, due)
+        self.interrupted, due = _any_process(self.interrupted or self._failed(), due)
         finished = state.global_step >= state.max_steps
         if due or finished or self.interrupted:
             control.should_save = True

@@ -2,10 +2,17 @@
 
 import json
 import os
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from turbosparse.errors import TrainingError
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import CheckpointException
+
+from turbosparse.errors import TrainingError, TurboSparseError
 
 __all__ = [
     "COMPLETE_FILE",
@@ -13,7 +20,10 @@ __all__ = [
     "checkpoint_steps",
     "latest_checkpoint",
     "read_identity",
+    "reading",
+    "step_of",
     "sync_files",
+    "writing",
 ]
 
 COMPLETE_FILE = "turbosparse_run.json"
@@ -96,9 +106,66 @@ def check_identity(checkpoint: Path, expected: dict[str, Any]) -> None:
     """
     identity = read_identity(checkpoint)
     for name, value in expected.items():
-        got = identity.get(name, False)
+        got = identity.get(name, False if name == "fsdp" else value)  # earlier versions wrote fewer names
         if got != value:
             raise TrainingError(f"[{checkpoint}] expected a checkpoint with {name} {value}, got {got}")
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step that a checkpoint was written at.
+
+    Parameters
+    ----------
+    checkpoint : Path
+        A checkpoint's directory.
+
+    Returns
+    -------
+    int
+        Optimizer steps done.
+
+    Raises
+    ------
+    TrainingError
+        If it is damaged.
+    """
+    with reading(checkpoint):
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        return int(state["global_step"])
+
+
+@contextmanager
+def reading(checkpoint: Path) -> Iterator[None]:
+    """Say in one line why what is read within this block is not what a run can go on from.
+
+    Parameters
+    ----------
+    checkpoint : Path
+        A checkpoint's directory.
+
+    Raises
+    ------
+    TrainingError
+        If a file is missing, cut, or of other parameters.
+    """
+    try:
+        yield
+    except TurboSparseError:
+        raise
+    except (
+        OSError,
+        ValueError,
+        LookupError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        SafetensorError,
+        CheckpointException,
+    ) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise TrainingError(
+            f"[{checkpoint}] expected a whole checkpoint of these parameters, got: {reason}"
+        ) from error
 
 
 def sync_files(directory: Path) -> None:
@@ -113,3 +180,30 @@ def sync_files(directory: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+@contextmanager
+def writing(path: Path, staging: Path) -> Iterator[None]:
+    """Say in one line why what is written within this block could not be, and take away its beginning.
+
+    Parameters
+    ----------
+    path : Path
+        Where it was to be.
+    staging : Path
+        Where it is written first.
+
+    Raises
+    ------
+    TrainingError
+        If the disk is full, or anything else went wrong.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        free = shutil.disk_usage(path.parent).free / 1e9
+        raise TrainingError(
+            f"[{path}] expected to write {path.name}, got {error} ({free:.1f} GB free); the checkpoints "
+            "before it are intact"
+        ) from error

@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from turbosparse.data.config import SourceConfig
+from turbosparse.sparsify.metrics_file import read_metrics
 from turbosparse.sparsify.recipe import Recipe, StageConfig
 
 __all__ = ["DRAWN_FILE", "model_card"]
@@ -140,8 +141,7 @@ def _add(totals: dict[str, Counter[str]], drawn: Mapping[str, Any]) -> None:
 def _evaluations(metrics_file: Path, stage: str) -> dict[str, dict[str, Any]]:
     """Return the last evaluation of the stage, and the original model's, which may be one per stage."""
     found: dict[str, dict[str, Any]] = {}
-    for line in metrics_file.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
+    for record in read_metrics(metrics_file):
         event = record.get("event")
         if event == "original":
             found[event] = found.get(event, {}) | record

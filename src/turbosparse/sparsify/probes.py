@@ -36,23 +36,25 @@ class LayerProbe:
         self.linked = False
         self.keeps_l1 = False
         self.watching = False
-        self.l1: list[Tensor] = []
         self.errors: list[Tensor] = []
+        self._l1: list[Tensor] = []
+        self._l1_values = 0
         self._zeros: Tensor | None = None
         self._values = 0
         self._load: Tensor | None = None
 
     def on_intermediate(self, intermediate: Tensor) -> None:
-        """Count zeros of the input of the down projection, [..., F], and keep its mean magnitude."""
+        """Count zeros of the input of the down projection, [..., F], and keep its magnitude."""
         if self.watching:
             zeros = intermediate.numel() - intermediate.detach().count_nonzero()
             self._zeros = zeros if self._zeros is None else self._zeros + zeros
             self._values += intermediate.numel()
         if self.keeps_l1 and torch.is_grad_enabled():
             # Under activation checkpointing this is computed again in the backward pass; it is kept once.
-            l1 = intermediate.abs().float().mean()
+            l1 = intermediate.abs().float().sum()
             if self.watching:
-                self.l1.append(l1)
+                self._l1.append(l1)
+                self._l1_values += intermediate.numel()
 
     def run(self, ffn: GatedFFN | GatedExperts, x: Tensor, *routing: Tensor) -> Tensor:
         """Run the FFN and compare it with the reference on the same input."""
@@ -72,6 +74,12 @@ class LayerProbe:
             return output
         expected = expected.to(output.dtype)
         return expected + 0.0 * output if self.linked else expected
+
+    def take_l1(self) -> Tensor | None:
+        """Return the mean magnitude since the last call, over all values of all experts."""
+        l1 = torch.stack(self._l1).sum() / max(self._l1_values, 1) if self._l1 else None
+        self._l1, self._l1_values = [], 0
+        return l1
 
     def take_counts(self) -> LayerCounts:
         """Return what was counted since the last call."""
@@ -141,10 +149,10 @@ class ProbeSet:
 
     def take_losses(self) -> tuple[Tensor | None, Tensor | None, list[Tensor]]:
         """Return the mean L1, the mean FFN error and the errors per layer since the last call."""
-        l1 = [value for probe in self for value in probe.l1]
+        l1 = [value for probe in self if (value := probe.take_l1()) is not None]
         errors = [value for probe in self for value in probe.errors]
         for probe in self:
-            probe.l1, probe.errors = [], []
+            probe.errors = []
         return _mean(l1), _mean(errors), [error.detach() for error in errors]
 
     def take_metrics(self) -> dict[str, Any]:

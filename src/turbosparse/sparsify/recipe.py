@@ -1,6 +1,7 @@
 """The recipe of a run: frozen settings, filled from a TOML file, ``field=value`` settings, or in Python."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,7 @@ class LossWeights:
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             value = getattr(self, item.name)
-            _check(value >= 0, f"loss.{item.name}", "a weight of at least 0", value)
+            _check(0 <= value < math.inf, f"loss.{item.name}", "a finite weight of at least 0", value)
         taught = {name: value for name, value in vars(self).items() if name != "router_balance"}
         _check(any(taught.values()), "loss", "at least one weight above 0", taught)
 
@@ -111,9 +112,11 @@ class StageConfig:
     top_k: int = 0
     """Keep the teacher's k most likely tokens and the mass of the rest; 0 keeps all."""
     blend_tokens: int = 0
-    """Go from the original activation to the new one over so many tokens; 0 swaps at once."""
+    """Go from the original activation to the new one over so many tokens, at most the stage's; 0 swaps at
+    once."""
     threshold_tokens: int = 0
-    """Raise the activation's threshold from 0 over so many tokens; 0 sets it at once."""
+    """Raise the activation's threshold from 0 over so many tokens, at most the stage's; 0 sets it at
+    once."""
     l1_ramp_tokens: int = 0
     """Tokens over which the L1 weight rises from 0, at least 0."""
     l1_ramp: str = "sine"
@@ -176,6 +179,13 @@ class StageConfig:
             f"at most the stage's {self.tokens} tokens",
             self.warmup_tokens + self.decay_tokens,
         )
+        for name in ("blend_tokens", "threshold_tokens"):
+            _check(
+                getattr(self, name) <= self.tokens,
+                f"{place}.{name}",
+                f"at most the stage's {self.tokens} tokens",
+                getattr(self, name),
+            )
 
     def steps(self, sequence_length: int) -> int:
         """Optimizer steps of the stage.
@@ -245,11 +255,12 @@ class Recipe:
             _check(bool(self.model), "model", "a directory or model id, or [fresh]", self.model)
         else:
             _check(not self.model, "model", "none beside [fresh]", self.model)
+        random = self.fresh is not None or self.from_scratch
         if self.upcycle is not None:
-            fresh = self.fresh is not None or self.from_scratch
-            _check(not fresh, "upcycle", "a trained model", "random weights")
+            _check(not random, "upcycle", "a trained model", "random weights")
         _check(bool(self.output), "output", "a directory", self.output)
-        parse_activation(self.activation)
+        sparse = parse_activation(self.activation).is_sparse
+        _check(sparse or random, "activation", "one with exact zeros for a trained model", self.activation)
         _check(self.initial_fit_tokens >= 0, "initial_fit_tokens", "at least 0", self.initial_fit_tokens)
         _check(bool(self.stages), "stages", "at least one stage", self.stages)
         names = [stage.name for stage in self.stages]

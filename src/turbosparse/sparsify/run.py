@@ -1,21 +1,28 @@
 """A run: its stages one after another, each resumable."""
 
 import dataclasses
+import json
+import logging
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from turbosparse.errors import ConfigError
-from turbosparse.sparsify.checkpoints import read_identity
+from turbosparse.errors import ConfigError, TrainingError
+from turbosparse.sparsify.checkpoints import latest_checkpoint, read_identity
 from turbosparse.sparsify.fresh_model import start_fresh
 from turbosparse.sparsify.host_memory import keep_freed_memory
-from turbosparse.sparsify.recipe import Recipe, StageConfig
+from turbosparse.sparsify.recipe import Recipe, StageConfig, recipe_to_dict
 from turbosparse.sparsify.sharding import set_up_single_process
-from turbosparse.sparsify.stage import MODEL_DIRECTORY, Stage
+from turbosparse.sparsify.stage import MODEL_DIRECTORY, RECORD_FILE, Stage
 from turbosparse.sparsify.upcycling import start_of, upcycle
 
 __all__ = ["RunResult", "run_recipe"]
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +58,7 @@ def run_recipe(recipe: Recipe, *, control: bool = False, from_checkpoint: Path |
     ConfigError, DataError
         If the recipe does not fit the model or its sources.
     TrainingError
-        If the loss is not finite, the disk is full or a checkpoint is of another run.
+        If the loss is not finite, the disk is full, or a checkpoint or a finished stage is of another run.
     """
     if control:
         recipe = control_recipe(recipe)
@@ -71,7 +78,7 @@ def run_recipe(recipe: Recipe, *, control: bool = False, from_checkpoint: Path |
     previous: Path | None = None
     for stage in stages:
         directory = output / stage.name
-        if not (directory / MODEL_DIRECTORY).is_dir():
+        if not _is_finished(recipe, stage, control=control):
             finished = Stage(recipe, stage, directory, previous, from_checkpoint, control=control).train()
             if not finished:
                 return RunResult(finished=False, model=previous or Path(start_of(recipe)))
@@ -92,7 +99,8 @@ def control_recipe(recipe: Recipe) -> Recipe:
     Returns
     -------
     Recipe
-        With next-token loss in place of losses that compare with the original FFNs.
+        With next-token loss in place of losses that compare with the original FFNs, and with all weights
+        trained where only FFNs were.
     """
     stages = []
     for stage in recipe.stages:
@@ -102,8 +110,9 @@ def control_recipe(recipe: Recipe) -> Recipe:
             activation_l1=0.0,
             next_token=stage.loss.next_token or float(not (stage.loss.logits or stage.loss.hidden_states)),
         )
+        trainable = "all" if stage.trainable == "ffn" else stage.trainable
         stages.append(
-            dataclasses.replace(stage, loss=loss, trainable="all", blend_tokens=0, threshold_tokens=0)
+            dataclasses.replace(stage, loss=loss, trainable=trainable, blend_tokens=0, threshold_tokens=0)
         )
     return dataclasses.replace(recipe, stages=tuple(stages), initial_fit_tokens=0)
 
@@ -116,3 +125,63 @@ def _stages_from(stages: list[StageConfig], checkpoint: Path) -> list[StageConfi
             f"[{checkpoint}] expected a checkpoint of a stage of {', '.join(names)}, got one of {name}"
         )
     return stages[names.index(name) :]
+
+
+def _is_finished(recipe: Recipe, stage: StageConfig, *, control: bool) -> bool:
+    """Whether a stage left its model; refuse one of another run, set aside one that shall train longer."""
+    directory = Path(recipe.output) / stage.name
+    model, record = directory / MODEL_DIRECTORY, directory / RECORD_FILE
+    if not model.is_dir():
+        return False
+    if not record.is_file():  # put there by hand
+        return True
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+        found = _kind(content["recipe"], stage.name, control=content["control"])
+    except (OSError, ValueError, LookupError, StopIteration) as error:
+        raise TrainingError(f"[{record}] expected the record of a stage, got: {error!r}") from error
+    wanted = _kind(recipe_to_dict(recipe), stage.name, control=control)
+    for name, value in wanted.items():
+        longer = name == "tokens" and value > found[name]
+        if value != found[name] and not longer:
+            raise TrainingError(
+                f"[{model}] expected a finished stage with {name} {value}, got {found[name]}; give the run "
+                "another output"
+            )
+    if wanted["tokens"] == found["tokens"]:
+        return True
+    _set_aside(recipe, stage, model)
+    return False
+
+
+def _kind(recipe: Mapping[str, Any], stage: str, *, control: bool) -> dict[str, Any]:
+    """What a finished stage must have in common with the recipe; only its tokens may grow."""
+    settings = next(each for each in recipe["stages"] if each["name"] == stage)
+    data = settings["data"] or recipe["data"]
+    model = recipe["model"].removeprefix(str(Path(recipe["output"])))
+    step = settings["batch_sequences"] * data["sequence_length"]
+    return {
+        "control": control,
+        "model": str(Path(model).resolve()) if Path(model).exists() else model,
+        **({} if control else {"activation": recipe["activation"]}),
+        "data": [source["path"] for source in data["sources"]],
+        "tokens": max(settings["tokens"] // step, 1) * step,
+    }
+
+
+def _set_aside(recipe: Recipe, stage: StageConfig, model: Path) -> None:
+    """Make room for the model of a stage that goes on from its last checkpoint."""
+    checkpoint = latest_checkpoint(model.parent)
+    if checkpoint is None:
+        raise TrainingError(f"[{model.parent}] expected a checkpoint to train longer from, got none")
+    later = recipe.stages[recipe.stages.index(stage) + 1 :]
+    begun = [each.name for each in later if (Path(recipe.output) / each.name).is_dir()]
+    if begun:
+        raise TrainingError(
+            f"[stages.{stage.name}.tokens] expected as many as before, since stage {begun[0]} began where it "
+            f"ended, got {stage.tokens}"
+        )
+    if os.environ.get("RANK", "0") == "0":
+        kept = model.with_name(checkpoint.name.replace("checkpoint", MODEL_DIRECTORY))
+        _LOG.info("[%s] goes on to %d tokens; the model so far is %s", stage.name, stage.tokens, kept)
+        model.rename(kept)

@@ -7,7 +7,7 @@ import logging
 import math
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from pathlib import Path
@@ -15,22 +15,40 @@ from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import set_seed
 
-from turbosparse.data.config import DataConfig, SourceConfig
+from turbosparse.data.config import SourceConfig
 from turbosparse.data.encoding import make_encoder
-from turbosparse.data.held_out import HeldOutSplit, split_of
-from turbosparse.data.mixture import Encoder, Mixture, PackedSequence, held_out_sequences
-from turbosparse.errors import ConfigError
+from turbosparse.data.held_out import split_of
+from turbosparse.data.mixture import Mixture
+from turbosparse.errors import ConfigError, DataError, ModelFileError, TrainingError
 from turbosparse.measure.held_out_loss import batch_of, mean_loss
 from turbosparse.models.activations import parse_activation
 from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
-from turbosparse.models.registry import activation_of, load_model, swap_activation
-from turbosparse.sparsify.callbacks import RunCallback
-from turbosparse.sparsify.checkpoints import check_identity, latest_checkpoint, sync_files
+from turbosparse.models.registry import (
+    activation_of,
+    activation_of_config,
+    base_fingerprint,
+    check_swappable,
+    load_config,
+    load_model,
+    load_tokenizer,
+    swap_activation,
+)
+from turbosparse.sparsify.callbacks import EndReachedError, RunCallback
+from turbosparse.sparsify.checkpoints import (
+    check_identity,
+    latest_checkpoint,
+    read_identity,
+    step_of,
+    sync_files,
+    writing,
+)
+from turbosparse.sparsify.evaluation_texts import PERPLEXITY, evaluation_texts, texts_of_original
 from turbosparse.sparsify.initial_fit import fit_swapped_ffns
+from turbosparse.sparsify.metrics_file import METRICS_FILE, forget_metrics, read_metrics
 from turbosparse.sparsify.model_card import DRAWN_FILE, model_card
 from turbosparse.sparsify.recipe import Recipe, StageConfig, recipe_to_dict
 from turbosparse.sparsify.sharding import fsdp_arguments, shard_teacher
@@ -39,12 +57,11 @@ from turbosparse.sparsify.trainer import StageTrainer
 from turbosparse.sparsify.upcycling import start_of
 from turbosparse.sparsify.weight_average import WeightAverage
 
-__all__ = ["MODEL_DIRECTORY", "Stage"]
+__all__ = ["MODEL_DIRECTORY", "RECORD_FILE", "Stage"]
 
 _LOG = logging.getLogger(__name__)
 MODEL_DIRECTORY = "model"
-METRICS_FILE = "metrics.jsonl"
-_PERPLEXITY = "perplexity_"  # and the name of a held-out text: a field of the metrics
+RECORD_FILE = "run.json"
 # Up to here plain attention beats torch's fused CPU kernel: steps on sequences of 256 take 0.89 of the time.
 _SHORT_SEQUENCE = 512
 
@@ -81,22 +98,37 @@ class Stage:
         self.recipe, self.stage, self.directory, self.previous = recipe, stage, directory, previous
         self.control = control
         self.data = recipe.data_of(stage)
-        self.tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+        self._check_model()
+        self.tokenizer = load_tokenizer(recipe.model)
         self.encode = make_encoder(self.tokenizer, self.data.document_end, answers_only=stage.answers_only)
         self.split = split_of(self.data)
         # A mixture of the stage's own must not begin with the documents that an earlier stage began with.
         order = recipe.seed + (recipe.stages.index(stage) if stage.data else 0)
         self.mixture = Mixture(self.data, self.encode, split=self.split, seed=order)
-        self.evaluation = _evaluation_text(recipe, self.data, self.encode, self.split)
+        self.evaluation = evaluation_texts(recipe, self.data, self.encode, self.split)
         self.checkpoint = latest_checkpoint(directory) or from_checkpoint
+        self.trainable = "ffn" if stage.loss.is_regression_only else stage.trainable
+        if control and self.checkpoint is not None:  # those of earlier versions train all weights
+            self.trainable = read_identity(self.checkpoint).get("trainable", "all")
         self.stream = SequenceStream(self.mixture, stage.batch_sequences)
-        known = _original_texts(Path(recipe.output) / METRICS_FILE)
+        known = texts_of_original(Path(recipe.output) / METRICS_FILE)
         self.original_unknown = [name for name in self.evaluation if name not in known]
         self.average = (
             WeightAverage(max(stage.average_tokens / self._step_tokens(), 1.0), self.checkpoint)
             if stage.average_tokens
             else None
         )
+
+    def _check_model(self) -> None:
+        """Refuse what the losses or the swap will, before any text is read."""
+        if self.previous is not None:
+            return
+        config = load_config(start_of(self.recipe))
+        if self.control or self.recipe.from_scratch:
+            original = activation_of_config(config)
+            if self.control or parse_activation(self.recipe.activation) == original:
+                return
+        check_swappable(config)
 
     def train(self) -> bool:
         """Train the stage to its end; False if a signal came first."""
@@ -109,19 +141,14 @@ class Stage:
         if arguments.device.type == "cpu" and self.data.sequence_length <= _SHORT_SEQUENCE:
             for each in filter(None, (model, teacher)):
                 each.set_attn_implementation("eager")
-        identity = {
-            "stage": self.stage.name,
-            "activation": str(activation_of(model)),
-            "fsdp": self.recipe.fsdp,
-            "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        }
+        identity = self._identity(model)
         if self.checkpoint is not None:
             check_identity(self.checkpoint, identity)
-            self.stream.restore(self.checkpoint, step=_step_of(self.checkpoint))
+            self.stream.restore(self.checkpoint, step=step_of(self.checkpoint))
             _LOG.info("[%s] goes on from %s", self.stage.name, self.checkpoint)
         elif self.previous is not None and self.stage.data is None:
             self.stream.restore(self.previous, step=0)
-        _set_trainable(model, self.stage)
+        _set_trainable(model, self.trainable)
         trainer = StageTrainer(
             model=model,
             args=arguments,
@@ -135,22 +162,55 @@ class Stage:
             processing_class=self.tokenizer,
         )
         self._write_record(trainer.is_world_process_zero())
-        if self.checkpoint is not None and trainer.is_world_process_zero():
-            self._forget_metrics_after(_step_of(self.checkpoint))
-        callback = RunCallback(self.recipe, self._step_tokens(), lambda: self._evaluate(trainer))
+        return self._run(trainer)
+
+    def _run(self, trainer: StageTrainer) -> bool:
+        """Train, and save the model if no signal came."""
+        if trainer.is_world_process_zero():
+            done = -1 if self.checkpoint is None else step_of(self.checkpoint)
+            forget_metrics(Path(self.recipe.output) / METRICS_FILE, self.stage.name, after=done)
+        callback = RunCallback(
+            self.recipe,
+            self._step_tokens(),
+            evaluate=lambda: self._evaluate(trainer),
+            failed=lambda: trainer.metrics_error is not None,
+        )
         trainer.remove_callback(PrinterCallback)  # the run logs its own lines
         trainer.add_callback(callback)
         if self.recipe.tensorboard:
             directory = Path(self.recipe.output) / "tensorboard" / self.stage.name
-            trainer.add_callback(TensorBoardCallback(SummaryWriter(str(directory))))
+            trainer.tensorboard = SummaryWriter(str(directory))
+            trainer.add_callback(TensorBoardCallback(trainer.tensorboard))
         try:
             trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+        except EndReachedError:
+            if not self._is_evaluated(trainer.state.global_step):
+                self._evaluate(trainer)
         finally:
             callback.release()
+        if trainer.metrics_error is not None:
+            raise TrainingError(
+                f"[{Path(self.recipe.output) / METRICS_FILE}] expected room for the metrics, got "
+                f"{trainer.metrics_error}; the run goes on from its last checkpoint"
+            )
         if trainer.state.global_step < trainer.state.max_steps:
             return False
         self._save_model(trainer)
         return True
+
+    def _identity(self, model: Any) -> dict[str, Any]:
+        """What a checkpoint must have in common with the stage."""
+        base = "" if self.recipe.from_scratch else base_fingerprint(self.recipe.model)
+        return {
+            "stage": self.stage.name,
+            "activation": str(activation_of(model)),
+            "fsdp": self.recipe.fsdp,
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "trainable": self.trainable,
+            "batch_sequences": self.stage.batch_sequences,
+            "sequence_length": self.data.sequence_length,
+            **({"base_model": base} if base else {}),
+        }
 
     def _arguments(self) -> Any:
         recipe, stage = self.recipe, self.stage
@@ -205,16 +265,14 @@ class Stage:
         dtype = torch.bfloat16 if _has_bf16() and self.recipe.precision != "fp32" else torch.float32
         # An upcycled mixture starts as the dense model, which is cheaper; FFNs are compared one by one.
         teacher = load_model(start_of(self.recipe) if loss.ffn_output else self.recipe.model, dtype=dtype)
-        replace_ffns(teacher, activation_of(teacher), activation_of(teacher))
+        _keep_activation(teacher)
         return teacher.requires_grad_(False).to(device)
 
     def _load_model(self, device: Any) -> Any:
         recipe = self.recipe
         if self.previous is not None:
             model = load_model(self.previous, dtype=torch.float32)
-            if not gated_ffns(model):
-                replace_ffns(model, activation_of(model), activation_of(model))
-            return model
+            return _keep_activation(model)
         if recipe.from_scratch:
             config = AutoConfig.from_pretrained(recipe.model)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -222,8 +280,7 @@ class Stage:
             model = load_model(start_of(recipe), dtype=torch.float32)
         activation = parse_activation(recipe.activation)
         if self.control or (recipe.from_scratch and activation == activation_of(model)):
-            replace_ffns(model, activation_of(model), activation_of(model))
-            return model
+            return _keep_activation(model)
         swap_activation(model, activation)
         fit = recipe.initial_fit_tokens and not recipe.from_scratch and not self.stage.blend_tokens
         if self.checkpoint is None and fit:
@@ -234,11 +291,17 @@ class Stage:
         count = math.ceil(self.recipe.initial_fit_tokens / self.data.sequence_length)
         rows = Mixture(self.data, self.encode, split=self.split, seed=self.recipe.seed)
         text = [row for row, _ in zip(rows, range(count), strict=False)]
+        if not text:
+            raise DataError("[data] expected text for the initial fit, got less than one sequence")
         _LOG.info(
             "[%s] fitting the swapped FFNs to the original ones on %d sequences", self.stage.name, count
         )
         errors = fit_swapped_ffns(model.eval(), batch_of(text, model.device))
         known = [error for error in errors if not math.isnan(error)]
+        if not known:
+            raise ModelFileError(
+                f"[{start_of(self.recipe)}] expected a model whose FFNs return numbers, got NaN"
+            )
         _LOG.info(
             "[%s] squared error of %d FFN outputs, relative: mean %.2f, worst %.2f%s",
             self.stage.name,
@@ -252,6 +315,7 @@ class Stage:
         model = trainer.model
         was_training = model.training
         model.eval()
+        trainer.set_progress()
         training_counts = trainer.probes.take_counts()
         record: dict[str, Any] = {
             "event": "evaluation",
@@ -268,6 +332,12 @@ class Stage:
             self._report(trainer, {"event": "original", **found})
             self.original_unknown = []
 
+    def _is_evaluated(self, step: int) -> bool:
+        return any(
+            line.get("event") == "evaluation" and (line["stage"], line["step"]) == (self.stage.name, step)
+            for line in read_metrics(Path(self.recipe.output) / METRICS_FILE)
+        )
+
     def _averaged(self) -> AbstractContextManager[None]:
         return nullcontext() if self.average is None else self.average.applied()
 
@@ -277,15 +347,16 @@ class Stage:
             for name in texts:
                 rows = self.evaluation[name]
                 loss = mean_loss(model, rows, batch_size=self.stage.micro_batch, device=trainer.args.device)
-                perplexities[_PERPLEXITY + name] = math.exp(min(loss, 700.0))
+                trainer.check_finite(f"loss on {name}", loss, step=trainer.state.global_step)
+                perplexities[PERPLEXITY + name] = math.exp(min(loss, 700.0))
         return perplexities
 
     def _report(self, trainer: StageTrainer, record: dict[str, Any]) -> None:
         trainer.write_metrics(record)
         text = ", ".join(
-            f"{name.removeprefix(_PERPLEXITY)} {value:.2f}"
+            f"{name.removeprefix(PERPLEXITY)} {value:.2f}"
             for name, value in record.items()
-            if name.startswith(_PERPLEXITY)
+            if name.startswith(PERPLEXITY)
         )
         found = f"; zeros {record['zeros']:.1%}" if record.get("zeros") else ""
         if "routing_entropy" in record:
@@ -309,38 +380,36 @@ class Stage:
             "versions": {name: _version(name) for name in ("turbosparse", "torch", "transformers")},
             "machine": platform.processor() or platform.machine(),
         }
-        (self.directory / "run.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
-
-    def _forget_metrics_after(self, step: int) -> None:
-        """Take out the lines of steps that a crash undid and that are about to be done again."""
-        path = Path(self.recipe.output) / METRICS_FILE
-        own = self.stage.name
-        kept = [line for line in _metrics(path) if line["stage"] != own or line["step"] <= step]
-        staging = path.with_suffix(".incomplete")
-        staging.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        staging.replace(path)
+        (self.directory / RECORD_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
 
     def _save_model(self, trainer: StageTrainer) -> None:
         """Leave the stage's model as a Hugging Face directory, whole or not at all."""
         staging, final = self.directory / ".model", self.directory / MODEL_DIRECTORY
-        with self._averaged():
-            trainer.save_model(str(staging))
-        if trainer.is_world_process_zero():
-            self.stream.save(trainer.state.global_step, staging)
-            drawn = json.loads((staging / DATA_STATE_FILE).read_text(encoding="utf-8"))["drawn"]
-            (self.directory / DRAWN_FILE).write_text(json.dumps(drawn, indent=1), encoding="utf-8")
-            if not self.control:
-                metrics = Path(self.recipe.output) / METRICS_FILE
-                card = model_card(self.recipe, self.stage, metrics_file=metrics)
-                (staging / "README.md").write_text(card, encoding="utf-8")
-            sync_files(staging)
-            staging.replace(final)
+        with writing(final, staging):
+            with self._averaged():
+                trainer.save_model(str(staging))
+            if trainer.is_world_process_zero():
+                self.stream.save(trainer.state.global_step, staging)
+                drawn = json.loads((staging / DATA_STATE_FILE).read_text(encoding="utf-8"))["drawn"]
+                (self.directory / DRAWN_FILE).write_text(json.dumps(drawn, indent=1), encoding="utf-8")
+                if not self.control:
+                    metrics = Path(self.recipe.output) / METRICS_FILE
+                    card = model_card(self.recipe, self.stage, metrics_file=metrics)
+                    (staging / "README.md").write_text(card, encoding="utf-8")
+                sync_files(staging)
+                staging.replace(final)
         trainer.accelerator.wait_for_everyone()
 
 
-def _set_trainable(model: Any, stage: StageConfig) -> None:
+def _keep_activation(model: Any) -> Any:
+    """Give a model that comes without `GatedFFN` modules ones that compute what it does."""
+    if not gated_ffns(model):
+        replace_ffns(model, activation_of(model), activation_of(model))
+    return model
+
+
+def _set_trainable(model: Any, mode: str) -> None:
     """Freeze what the stage does not train."""
-    mode = "ffn" if stage.loss.is_regression_only else stage.trainable
     model.requires_grad_(mode != "ffn")
     if mode == "ffn":
         for ffn in gated_ffns(model).values():
@@ -348,41 +417,6 @@ def _set_trainable(model: Any, stage: StageConfig) -> None:
     elif mode == "all_but_embeddings":
         for part in (model.get_input_embeddings(), model.get_output_embeddings()):
             part.requires_grad_(False)
-
-
-def _evaluation_text(
-    recipe: Recipe, data: DataConfig, encode: Encoder, split: HeldOutSplit
-) -> dict[str, Sequence[PackedSequence]]:
-    texts: dict[str, Sequence[PackedSequence]] = {}
-    for source in (*data.held_out, *data.sources):
-        own = source in data.held_out
-        rows = held_out_sequences(
-            source,
-            encode,
-            split=None if own else split,
-            sequence_length=data.sequence_length,
-            count=recipe.evaluation_sequences if own else max(recipe.evaluation_sequences // 4, 1),
-        )
-        if rows:
-            texts[Path(source.path).stem] = rows
-        else:
-            _LOG.warning("[%s] has less held-out text than one sequence; it is not evaluated", source.path)
-    return texts
-
-
-def _metrics(path: Path) -> list[dict[str, Any]]:
-    """Read the lines of a run's metrics, without one that a crash cut."""
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
-
-
-def _original_texts(metrics: Path) -> set[str]:
-    """Texts on which the run has evaluated the original model; the stages of a run may differ in them."""
-    originals = (record for record in _metrics(metrics) if record.get("event") == "original")
-    names = {name for record in originals for name in record if name.startswith(_PERPLEXITY)}
-    return {name.removeprefix(_PERPLEXITY) for name in names}
 
 
 def _file_hash(source: SourceConfig) -> str:
@@ -401,10 +435,6 @@ def _version(package: str) -> str:
         return metadata.version(package)
     except metadata.PackageNotFoundError:  # used from a source tree
         return "not installed"
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))["global_step"])
 
 
 def _activation_checkpointing(enabled: bool) -> dict[str, Any]:

@@ -104,3 +104,4 @@ class SequenceStream(IterableDataset):  # type: ignore[type-arg, unused-ignore]
             raise DataError(f"[{path}] expected the state of the data stream, got: {error}") from error
         self.mixture.restore(content["state"])
         self._first_step = step
+        self._remember(step)

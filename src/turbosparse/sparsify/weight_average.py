@@ -11,6 +11,8 @@ import torch.distributed.checkpoint as sharded_files
 from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback
 
+from turbosparse.sparsify.checkpoints import reading
+
 __all__ = ["WeightAverage"]
 
 _DIRECTORY = "average"
@@ -43,7 +45,7 @@ class WeightAverage(TrainerCallback):  # type: ignore[misc, unused-ignore]
         self._model = kwargs["model"]
         self._averages = {name: weight.detach().clone() for name, weight in self._weights().items()}
         if self._checkpoint is not None and (self._checkpoint / _DIRECTORY).is_dir():
-            with _single_process_allowed():
+            with reading(self._checkpoint), _single_process_allowed():
                 sharded_files.load(self._state(), checkpoint_id=self._checkpoint / _DIRECTORY)
 
     @torch.no_grad()
