@@ -27,7 +27,7 @@ def parameters(base: Path) -> int:
 
 
 def test_memory(make_recipe: MakeRecipe, parameters: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("turbosparse.sparsify.estimate._has_bf16", lambda: True)
+    monkeypatch.setattr("turbosparse.sparsify.estimate.has_bf16", lambda: True)
     fp32 = memory(make_recipe(NEXT_TOKEN))
     logits = 3 * 2 * 32 * 260  # tensors, sequences, tokens, vocabulary
     assert fp32 == 16 * parameters + 4 * logits

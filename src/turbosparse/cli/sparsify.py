@@ -78,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
 
     disable_progress_bar()
     if os.environ.get("RANK", "0") == "0":
+        if recipe.fresh is None and not args.control:
+            _warn_of_export(recipe)
         logging.getLogger("turbosparse").setLevel(
             min(logging.getLogger("turbosparse").getEffectiveLevel(), logging.INFO)
         )

@@ -14,7 +14,7 @@ from turbosparse.errors import ConfigError
 from turbosparse.models.activations import parse_activation
 from turbosparse.models.registry import activation_of, register, swap_activation
 from turbosparse.sparsify.recipe import Recipe, StageConfig
-from turbosparse.sparsify.stage import _has_bf16
+from turbosparse.sparsify.stage import has_bf16
 from turbosparse.sparsify.upcycling import mixture_config
 
 __all__ = ["StageEstimate", "check_data", "estimate_run", "measure_flops", "swapped_outline"]
@@ -189,7 +189,7 @@ def _has_teacher(stage: StageConfig) -> bool:
 
 def _element_bytes(recipe: Recipe) -> int:
     """Bytes of what is computed, and of the teacher's weights."""
-    return 2 if recipe.precision == "bf16" or (recipe.precision == "auto" and _has_bf16()) else 4
+    return 2 if recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16()) else 4
 
 
 def _model_bytes(recipe: Recipe, stage: StageConfig, *, total: int, ffn: int, embeddings: int) -> int:

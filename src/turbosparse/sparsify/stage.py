@@ -214,7 +214,7 @@ class Stage:
 
     def _arguments(self) -> Any:
         recipe, stage = self.recipe, self.stage
-        bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and _has_bf16())
+        bf16 = recipe.precision == "bf16" or (recipe.precision == "auto" and has_bf16())
         world = int(os.environ.get("WORLD_SIZE", "1"))
         per_round = stage.micro_batch * world
         if stage.batch_sequences % per_round:
@@ -262,7 +262,7 @@ class Stage:
             raise ConfigError(
                 "[from_scratch] expected next_token and activation_l1 losses only, got one of a teacher"
             )
-        dtype = torch.bfloat16 if _has_bf16() and self.recipe.precision != "fp32" else torch.float32
+        dtype = torch.bfloat16 if has_bf16() and self.recipe.precision != "fp32" else torch.float32
         # An upcycled mixture starts as the dense model, which is cheaper; FFNs are compared one by one.
         teacher = load_model(start_of(self.recipe) if loss.ffn_output else self.recipe.model, dtype=dtype)
         _keep_activation(teacher)
@@ -445,7 +445,7 @@ def _activation_checkpointing(enabled: bool) -> dict[str, Any]:
     return {name: True, f"{name}_kwargs": {"use_reentrant": False}} if enabled else {}
 
 
-def _has_bf16() -> bool:
+def has_bf16() -> bool:
     """Whether the device multiplies bf16 in hardware."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
