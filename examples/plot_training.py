@@ -29,9 +29,9 @@ def main() -> None:
     options = parser.parse_args()
     lines = read_lines(options.metrics)
     texts = options.texts.split(",") if options.texts else None
-    original = {k: v for line in lines if line.get("event") == "original" for k, v in line.items()}
-    curves = read_curves(lines, original, texts)
-    controls = read_curves(read_lines(options.control), original, texts) if options.control else {}
+    originals = read_originals(lines)
+    curves = read_curves(lines, originals, texts)
+    controls = read_curves(read_lines(options.control), originals, texts) if options.control else {}
 
     def paint(axes: Any, records: Any) -> None:
         del records
@@ -58,8 +58,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def read_originals(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Give what the original was evaluated as in each stage, or in the one before it."""
+    found: dict[str, dict[str, Any]] = {}
+    latest: dict[str, Any] = {}
+    for line in lines:
+        if line.get("event") == "original":
+            latest = latest | line
+        found[line["stage"]] = latest
+    return found
+
+
 def read_curves(
-    lines: list[dict[str, Any]], original: dict[str, float], texts: list[str] | None
+    lines: list[dict[str, Any]], originals: dict[str, dict[str, Any]], texts: list[str] | None
 ) -> dict[str, list[tuple[float, float]]]:
     """Give (million tokens, perplexity over the original's) by text."""
     ends = stage_ends(lines)
@@ -68,6 +79,7 @@ def read_curves(
     for line in lines:
         if line.get("event") == "evaluation":
             tokens = (begin[line["stage"]] + line["tokens"]) / 1e6
+            original = originals[line["stage"]]
             for key in (key for key in line if key.startswith(PREFIX) and key in original):
                 name = key.removeprefix(PREFIX)
                 if texts is None or name in texts:

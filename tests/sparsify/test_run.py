@@ -138,6 +138,15 @@ def test_a_mixture_of_the_second_stage_is_in_another_order(make_recipe: MakeReci
     assert begin(recipe, 1) == begin(recipe, 1) != begin(recipe, 0)
 
 
+def test_a_stage_with_windows_of_its_own_evaluates_the_original_on_them(make_recipe: MakeRecipe) -> None:
+    data = dataclasses.asdict(make_recipe(DISTILLATION).data)
+    recipe = make_recipe(DISTILLATION, DISTILLATION | {"data": data | {"sequence_length": 16}})
+    run_recipe(recipe)
+    originals = metrics(recipe, event="original")
+    assert [line["stage"] for line in originals] == ["stage0", "stage1"]
+    assert originals[0]["perplexity_book"] != originals[1]["perplexity_book"]
+
+
 def test_texts_of_one_name_are_all_evaluated(make_recipe: MakeRecipe, base: Path, tmp_path: Path) -> None:
     paths = {name: tmp_path / name for name in ("x/train.txt", "y/train.txt", "y/train.jsonl")}
     for path, source in zip(paths.values(), ("stories.txt", "book.txt", "records.jsonl"), strict=True):

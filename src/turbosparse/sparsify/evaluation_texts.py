@@ -74,19 +74,25 @@ def _text_names(paths: Sequence[str]) -> list[str]:
     return names
 
 
-def texts_of_original(metrics: Path) -> set[str]:
+def texts_of_original(metrics: Path, stage: str | None) -> set[str]:
     """Return the texts on which a run has evaluated the original model; its stages may differ in them.
 
     Parameters
     ----------
     metrics : Path
         The run's metrics.
+    stage : str or None
+        Count what was evaluated in this stage alone, whose windows may have another length; None counts all.
 
     Returns
     -------
     set of str
         Names.
     """
-    originals = (record for record in read_metrics(metrics) if record.get("event") == "original")
+    originals = (
+        record
+        for record in read_metrics(metrics)
+        if record.get("event") == "original" and stage in (None, record["stage"])
+    )
     names = {name for record in originals for name in record if name.startswith(PERPLEXITY)}
     return {name.removeprefix(PERPLEXITY) for name in names}

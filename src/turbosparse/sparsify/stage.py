@@ -111,7 +111,7 @@ class Stage:
         if control and self.checkpoint is not None:  # those of earlier versions train all weights
             self.trainable = read_identity(self.checkpoint).get("trainable", "all")
         self.stream = SequenceStream(self.mixture, stage.batch_sequences)
-        known = texts_of_original(Path(recipe.output) / METRICS_FILE)
+        known = texts_of_original(Path(recipe.output) / METRICS_FILE, stage.name if stage.data else None)
         self.original_unknown = [name for name in self.evaluation if name not in known]
         self.average = (
             WeightAverage(max(stage.average_tokens / self._step_tokens(), 1.0), self.checkpoint)
