@@ -279,11 +279,17 @@ class MeasuredFile:
             )
 
         def choose(layer: int, gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.bool_]:
-            kept = np.empty(gate.shape, np.bool_)
+            kept = np.zeros(gate.shape, np.bool_)
             for unit, ffn in enumerate(self.units):
-                if ffn.layer == layer:
-                    own = slice(ffn.first_neuron, ffn.first_neuron + ffn.neurons)
-                    kept[:, own] = selection.kept(unit, gate[:, own], gate[:, own] * up[:, own])
+                if ffn.layer != layer:
+                    continue
+                own = slice(ffn.first_neuron, ffn.first_neuron + ffn.neurons)
+                # the engine leaves zeros where a token has other experts
+                routed = (gate[:, own] != 0).any(axis=1) | (up[:, own] != 0).any(axis=1)
+                tokens = np.flatnonzero(routed | (ffn.expert is None))
+                if len(tokens):
+                    f_gate, g_up = gate[tokens, own], up[tokens, own]
+                    kept[tokens, own] = selection.kept(unit, f_gate, f_gate * g_up)
             return kept
 
         model = self._drafted_model(_NO_THRESHOLDS)
