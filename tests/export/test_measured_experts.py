@@ -63,9 +63,7 @@ def test_engine_and_torch_agree(
         assert point["mean_kl"] == pytest.approx(other["mean_kl"], rel=0.05, abs=1e-3)
 
 
-def test_rules_cost_as_much_in_the_engine_as_in_torch(
-    make_directory: MakeDirectory, tmp_path: Path
-) -> None:
+def test_rules_cost_as_much_in_the_engine_as_in_torch(make_directory: MakeDirectory, tmp_path: Path) -> None:
     """A token pays for the neurons of its own experts, not for those of all."""
     directory, path = make_directory("qwen2_moe", activation="drelu"), tmp_path / "model.gguf"
     export = ExportConfig(types=TypeChoice(weights="F32"), check=False)

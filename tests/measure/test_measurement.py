@@ -204,6 +204,25 @@ def test_mixtures_are_measured_per_expert(model_type: str) -> None:
     assert len(shared) == (2 if model_type == "qwen2_moe" else 0)
 
 
+def test_experts_that_the_sample_does_not_reach_have_no_numbers() -> None:
+    model = HuggingFaceModel(make_hf_model("mixtral", num_local_experts=32), byte_tokenizer(), name="mixture")
+    config = dataclasses.replace(CONFIG, sample_tokens=16, quality_tokens=0)
+    record = measure(model, TEXT, config)
+    missed = [unit for unit in record["units"] if unit["tokens"] and not unit["sample_tokens"]]
+    reached = [unit for unit in record["units"] if unit["sample_tokens"]]
+    assert missed
+    for unit in missed:
+        assert not math.isnan(unit["exact_zeros"]["value"])
+        for name in ("cett_sparsity", "active_share", "never_active_share", "union_batch"):
+            assert np.isnan(unit[name]["value"]).all()
+        assert np.isnan(unit["hotness"]).all()
+        assert f"{unit['name']}: no token of the sample reached it" in "".join(record["notes"])
+    assert "no neuron is active" not in "".join(record["notes"])
+    found = [(unit["tokens"], unit["active_share"]["value"]) for unit in reached]
+    mean = sum(tokens * share for tokens, share in found) / sum(tokens for tokens, _ in found)
+    assert record["overall"]["active_share"]["value"] == pytest.approx(mean)
+
+
 def test_running_with_all_neurons_is_the_model_itself() -> None:
     model = make_hf_model("mixtral")
     ids = np.arange(32, dtype=np.int32)

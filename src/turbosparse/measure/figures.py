@@ -221,7 +221,8 @@ def _norms(axes: Any, records: Sequence[Record]) -> None:
 
 def _hotness(axes: Any, records: Sequence[Record]) -> None:
     for number, (label, unit) in enumerate(_shown_units(records)):
-        axes.plot(np.linspace(0, 1, len(unit["hotness"])), unit["hotness"], label=label, **line_style(number))
+        hotness = as_floats(unit["hotness"])
+        axes.plot(np.linspace(0, 1, len(hotness)), hotness, label=label, **line_style(number))
     axes.set_xlabel("neurons, hottest first")
     axes.set_ylabel("active on so many tokens")
     for axis in (axes.xaxis, axes.yaxis):

@@ -72,15 +72,11 @@ def measure(
     point. Memory: the samples, counts per neuron, and dense predictions, each within ``config.memory_bytes``.
     """
     ids, windows = text_windows(source, text, config)
-    notes: list[str] = []
     with progress("sampling activations") as advance:
         search = take_sample(source, windows, config)
         advance(0.5)
         search.prepare(config.cett_targets, config.top_k)
-    notes += [
-        f"{source.units[unit].name}: no neuron is active on the sample, so CETT is undefined there"
-        for unit in search.silent
-    ]
+    notes = search.notes()
     for note in notes:
         logger.warning("%s", note)
     quality_windows = windows[: max(1, config.quality_tokens // len(windows[0]))]
@@ -173,8 +169,9 @@ class _Counts:
         found = {target: search.thresholds(target) for target in targets}
         self._units = []
         for unit, description in enumerate(source.units):
-            # a silent unit keeps what is not zero
-            eps = [found[target][unit].eps if unit in found[target] else math.inf for target in targets]
+            # a silent unit keeps what is not zero; of one without sample nothing is known
+            without = math.nan if unit in search.unsampled else float(np.finfo(np.float32).tiny)
+            eps = [found[target][unit].eps if unit in found[target] else without for target in targets]
             self._units.append(
                 UnitStatistics(
                     description.name,

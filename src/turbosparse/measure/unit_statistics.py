@@ -1,5 +1,6 @@
 """Counts of one FFN, or one expert, while tokens stream by; memory does not depend on how many they are."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -72,9 +73,10 @@ class UnitStatistics:
     down_norms : float32, shape (F,)
         ||W_down[:, i]||.
     eps : sequence of float
-        Bounds on the neuron's output norm, one per CETT target.
+        Bounds on the neuron's output norm, one per CETT target; NaN where none is known.
     active_eps : float or None
-        The bound of neurons that count as active; None: those that are not exactly zero.
+        The bound of neurons that count as active; None: those that are not exactly zero. NaN: not known, and
+        so is all that is counted of active neurons.
     groups : int
         Groups of windows.
     pair_neurons, seed : int
@@ -161,9 +163,13 @@ class UnitStatistics:
         Returns
         -------
         float64, shape (F,)
-            In the order of the model's neurons.
+            In the order of the model's neurons; NaN where it is not known which are active.
         """
-        return self._active.frequencies
+        return self._active.frequencies if self._knows_active else np.full(len(self._down_norms), math.nan)
+
+    @property
+    def _knows_active(self) -> bool:
+        return self._active_eps is None or not np.isnan(self._active_eps)
 
     @property
     def histograms(self) -> dict[str, FloatHistogram]:
@@ -192,13 +198,17 @@ class UnitStatistics:
         Returns
         -------
         dict of str to Estimate
-            Scalars, or one value per CETT target, window or batch size.
+            Scalars, or one value per CETT target, window or batch size; NaN where the bound is.
         """
+        unknown = np.where(np.isnan(self._eps), math.nan, 0.0)
+        active = self._active.estimates()
         return {
             "exact_zeros": jackknife((self._zeros, self._values), _ratio),
             "gate_at_most_zero": jackknife((self._closed_gates, self._values), _ratio),
-            "cett_sparsity": jackknife((self._kept, self._values), lambda kept, n: 1 - _ratio(kept, n)),
-            **self._active.estimates(),
+            "cett_sparsity": jackknife(
+                (self._kept, self._values), lambda kept, n: 1 - _ratio(kept, n) + unknown
+            ),
+            **(active if self._knows_active else {name: _unknown(found) for name, found in active.items()}),
         }
 
 
@@ -254,6 +264,13 @@ class RoutingStatistics:
             "largest_load": float(share.max() * self._experts),
             "estimates": self._active.estimates(),
         }
+
+
+def _unknown(estimate: Estimate) -> Estimate:
+    """The same shapes with NaN."""
+    return Estimate(
+        value=np.full_like(estimate.value, math.nan), replicates=np.full_like(estimate.replicates, math.nan)
+    )
 
 
 def _ratio(a: Any, b: Any) -> NDArray[np.float64]:

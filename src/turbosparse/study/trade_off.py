@@ -133,7 +133,7 @@ def run_trade_off(
             }
             for unit, errors in search.top_k_errors.items()
         ],
-        "notes": [f"{source.units[unit].name}: no neuron is active on the sample" for unit in search.silent],
+        "notes": search.notes(),
     }
 
 
