@@ -16,9 +16,11 @@ from tests.measure.twins import TEXT, byte_tokenizer, make_twins
 from tests.tiny_hf import make_hf_model, make_tokenizer
 from turbosparse.errors import CalibrationError, ConfigError, TextError
 from turbosparse.measure.config import MeasureConfig
+from turbosparse.measure.figures import draw
 from turbosparse.measure.hugging_face import HuggingFaceModel, open_hugging_face
 from turbosparse.measure.measurement import measure
 from turbosparse.measure.quality_points import budget_targets
+from turbosparse.measure.report import plain
 from turbosparse.runtime.measured_file import MeasuredFile
 from turbosparse.sparsity.hotness import batch_union, carrying_share
 from turbosparse.sparsity.quality import cut_windows
@@ -245,6 +247,23 @@ def test_a_silent_layer_is_told_and_left_out(tmp_path: Path) -> None:
     assert silent["thresholds"] == []
     assert math.isnan(silent["reuse"]["value"][0])
     np.testing.assert_allclose(record["overall"]["reuse"]["value"], record["units"][0]["reuse"]["value"])
+
+
+def test_a_report_of_layers_without_values_can_be_drawn(tmp_path: Path) -> None:
+    """A layer whose up is zero everywhere, and experts that no token was sent to."""
+    twin = make_twins(tmp_path / "tiny.gguf")
+    with torch.no_grad():
+        twin.model.model.layers[1].mlp.up_proj.weight.zero_()
+    mixture = HuggingFaceModel(
+        make_hf_model("mixtral", num_local_experts=32), byte_tokenizer(), name="mixture"
+    )
+    config = dataclasses.replace(CONFIG, tokens=32, context=32, sample_tokens=16, quality_tokens=0)
+    for source in (twin, mixture):
+        record = plain(measure(source, TEXT, config))
+        tokens = {unit["name"]: unit["tokens"] for unit in record["units"]}
+        assert all(tokens[shown["name"]] for shown in record["histograms"])
+        assert {plot.name for plot in draw([record])} >= {"gate", "up", "combined", "hotness"}
+    assert 0 in tokens.values()
 
 
 def test_nan_is_an_error_that_names_the_layer(tmp_path: Path) -> None:

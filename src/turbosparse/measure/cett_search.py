@@ -155,7 +155,7 @@ class CettSearch:
             f"{units[unit].name}: no neuron is active on the sample, so CETT is undefined there"
             for unit in self.silent
         ] + [
-            f"{units[unit].name}: no token of the sample reached it, so it has no threshold and is computed whole"
+            f"{units[unit].name}: no token of the sample reached it, so it has no threshold"
             for unit in self.unsampled
         ]
 

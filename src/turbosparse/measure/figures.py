@@ -170,6 +170,8 @@ def _density(axes: Any, records: Sequence[Record], kind: str) -> None:
     """Density over a linear axis, from bins whose width grows with the value."""
     for number, (label, layer) in enumerate(_shown_histograms(records)):
         low, high, counts = (as_floats(layer[kind][name]) for name in ("low", "high", "counts"))
+        if not (low < high).any():  # nothing but zeros
+            continue
         total = counts.sum()
         zeros = counts[low == high].sum() / total
         inside = np.cumsum(counts) / total

@@ -252,10 +252,11 @@ class _Counts:
         }
 
     def _histograms(self) -> list[dict[str, Any]]:
-        last = len(self._units) - 1
+        reached = [at for at, unit in enumerate(self._units) if unit.tokens]
+        last = len(reached) - 1
         chosen = sorted({round(last * at / (_HISTOGRAM_LAYERS - 1)) for at in range(_HISTOGRAM_LAYERS)})
         shown = []
-        for at in chosen:
+        for at in (reached[place] for place in chosen):
             kinds = {}
             for kind in HISTOGRAMS:
                 low, high, counts = self._units[at].histograms[kind].bins()
