@@ -49,6 +49,24 @@ def test_a_sweep_leaves_a_report(
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["study"]["study"] == kind
 
 
+def test_results_of_another_model_are_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_tiny_model(tmp_path / "m.gguf", TinyModel(activation="silu"))
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    rest = ["--text", "text.txt", "-o", "out", *SMALL]
+    assert main(["study", "trade-off", "m.gguf", *rest]) == 0
+    begun = json.loads((tmp_path / "out" / "begun.json").read_text(encoding="utf-8"))
+    assert main(["study", "trade-off", "./m.gguf", *rest]) == 0
+    make_tiny_model(tmp_path / "m.gguf", TinyModel(activation="drelu"))
+    assert main(["study", "trade-off", "m.gguf", *rest]) == 2
+    assert "expected the model_fingerprint that this study began with" in capsys.readouterr().err
+    del begun["settings"]["model_fingerprint"]  # as older versions wrote it
+    (tmp_path / "out" / "begun.json").write_text(json.dumps(begun), encoding="utf-8")
+    assert main(["study", "trade-off", "m.gguf", *rest]) == 0
+
+
 @pytest.mark.parametrize("model", ["tiny.gguf", "hf"])
 def test_tasks_are_asked_at_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """By the real harness, on a local file; leaving out nothing changes no score."""

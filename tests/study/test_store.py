@@ -46,3 +46,20 @@ def test_another_study_is_refused(tmp_path: Path, kind: str, settings: dict[str,
     Store(tmp_path, "scale", {"seed": 1})
     with pytest.raises(ConfigError, match=message):
         Store(tmp_path, kind, settings)
+
+
+def test_a_fingerprint_stands_for_a_path(tmp_path: Path) -> None:
+    begun = {"model": "a.gguf", "model_fingerprint": "12"}
+    Store(tmp_path, "trade-off", begun)
+    Store(tmp_path, "trade-off", begun | {"model": "./a.gguf"})
+    with pytest.raises(ConfigError, match="expected the model_fingerprint that this study began with"):
+        Store(tmp_path, "trade-off", begun | {"model_fingerprint": "34"})
+
+
+def test_a_study_without_fingerprints_goes_on_and_gets_them(tmp_path: Path) -> None:
+    Store(tmp_path, "trade-off", {"model": "a.gguf", "seed": 1})
+    with pytest.raises(ConfigError, match="expected the model that this study began with"):
+        Store(tmp_path, "trade-off", {"model": "b.gguf", "model_fingerprint": "12", "seed": 1})
+    Store(tmp_path, "trade-off", {"model": "a.gguf", "model_fingerprint": "12", "seed": 1})
+    with pytest.raises(ConfigError, match="expected the model_fingerprint"):
+        Store(tmp_path, "trade-off", {"model": "a.gguf", "model_fingerprint": "34", "seed": 1})

@@ -17,6 +17,7 @@ __all__ = ["Store"]
 logger = logging.getLogger(__name__)
 
 _BEGUN = "begun.json"
+_FINGERPRINT = "_fingerprint"
 
 
 class Store:
@@ -29,7 +30,9 @@ class Store:
     kind : str
         Which study.
     settings : mapping
-        What results depend on, ready for JSON: a study goes on only with the settings it began with.
+        What results depend on, ready for JSON: a study goes on only with the settings it began with. One
+        that ends in ``_fingerprint`` stands for what it is of, whose path may then change; studies of older
+        versions have none.
 
     Raises
     ------
@@ -48,12 +51,18 @@ class Store:
         found = json.loads(begun.read_text(encoding="utf-8"))
         if found["study"] != kind:
             raise ConfigError(f"[{folder}] expected the study {kind} or nothing there, got {found['study']}")
+        known = found["settings"]
+        new = {name for name in wanted["settings"] if name.endswith(_FINGERPRINT) and name not in known}
         for name, value in wanted["settings"].items():
-            if found["settings"].get(name) != value:
+            if name in new or f"{name}{_FINGERPRINT}" in known:
+                continue
+            if known.get(name) != value:
                 raise ConfigError(
                     f"[{folder}] expected the {name} that this study began with, "
-                    f"{_short(found['settings'].get(name))}, got {_short(value)}; give another output"
+                    f"{_short(known.get(name))}, got {_short(value)}; give another output"
                 )
+        if new:
+            _write(begun, {**found, "settings": known | {name: wanted["settings"][name] for name in new}})
 
     def result(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Read a result, or compute and keep it.
