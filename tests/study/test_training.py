@@ -7,8 +7,9 @@ import pytest
 
 from tests.tiny_hf import make_hf_model, make_texts, make_tokenizer
 from turbosparse.config import fill, read_toml
-from turbosparse.errors import ConfigError, TrainingError
+from turbosparse.errors import CalibrationError, ConfigError, TrainingError
 from turbosparse.measure.config import MeasureConfig
+from turbosparse.measure.measurement import measure
 from turbosparse.sparsify.run import RunResult, run_recipe
 from turbosparse.study import training
 from turbosparse.study.config import FromScratchStudy, RelufyStudy
@@ -116,6 +117,22 @@ def test_a_failed_run_is_told_and_the_others_kept(tmp_path: Path, monkeypatch: p
     assert "relu2 seed 1 failed: [short] expected a finite loss, got nan at step 3" in record["notes"]
     monkeypatch.setattr(training, "run_recipe", run_recipe)
     assert [found["kind"] for found in run(config, text_of(tmp_path))["runs"]] == ["relu2", "drelu"]
+
+
+def test_a_run_that_cannot_be_measured_is_told_and_the_others_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = from_scratch(tmp_path)
+
+    def fail_at_drelu(source: Any, *args: Any) -> Any:
+        if source.description["activation"] == "drelu":
+            raise CalibrationError("[layer 1] expected finite activations, got NaN or Inf")
+        return measure(source, *args)
+
+    monkeypatch.setattr(training, "measure", fail_at_drelu)
+    record = run(config, text_of(tmp_path))
+    assert [found["kind"] for found in record["runs"]] == ["relu2"]
+    assert "drelu seed 1 failed: [layer 1] expected finite activations, got NaN or Inf" in record["notes"]
 
 
 def test_a_signal_stops_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbosparse.errors import ConfigError, TrainingError
+from turbosparse.errors import CalibrationError, ConfigError, TextError, TrainingError
 from turbosparse.measure.config import MeasureConfig
 from turbosparse.measure.hugging_face import open_hugging_face
 from turbosparse.measure.measurement import Progress, measure
@@ -259,7 +259,11 @@ def run_variants(
 
         try:
             result = store.result(variant.name, compute)
-        except TrainingError as error:  # the other runs may still be worth their time
+        except (
+            TrainingError,
+            CalibrationError,
+            TextError,
+        ) as error:  # the other runs may still be worth their time
             logger.error("[%s] %s", variant.name, error)
             notes.append(f"{variant.name} failed: {error}")
             continue
