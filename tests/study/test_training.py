@@ -7,7 +7,7 @@ import pytest
 
 from tests.tiny_hf import make_hf_model, make_texts, make_tokenizer
 from turbosparse.config import fill, read_toml
-from turbosparse.errors import CalibrationError, ConfigError, TrainingError
+from turbosparse.errors import CalibrationError, ConfigError, TextError, TrainingError
 from turbosparse.measure.config import MeasureConfig
 from turbosparse.measure.measurement import measure
 from turbosparse.sparsify.run import RunResult, run_recipe
@@ -133,6 +133,22 @@ def test_a_run_that_cannot_be_measured_is_told_and_the_others_kept(
     record = run(config, text_of(tmp_path))
     assert [found["kind"] for found in record["runs"]] == ["relu2"]
     assert "drelu seed 1 failed: [layer 1] expected finite activations, got NaN or Inf" in record["notes"]
+
+
+@pytest.mark.parametrize("kind", ["fresh", "relufied"])
+def test_too_little_text_is_told_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    config: FromScratchStudy | RelufyStudy = from_scratch(tmp_path)
+    if kind == "relufied":
+        make_hf_model().save_pretrained(tmp_path / "model")
+        make_tokenizer().save_pretrained(tmp_path / "model")
+        config = fill(RelufyStudy, values(tmp_path, model=str(tmp_path / "model"), stages=[stage()]), "study")
+    trained: list[Any] = []
+    monkeypatch.setattr(training, "run_recipe", lambda *args, **options: trained.append(args))
+    with pytest.raises(TextError, match="expected at least 32 tokens, one window, got"):
+        run(config, "too short")
+    assert not trained
 
 
 def test_a_signal_stops_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,12 +153,16 @@ def train(config: StudyConfig) -> None:
     ------
     ConfigError
         If the study trains nothing.
+    TextError
+        If there is too little text to measure on.
     """
-    from turbosparse.study.training import train_variants
+    from turbosparse.study.training import check_text, train_variants
 
     if isinstance(config, SweepStudy):
         raise ConfigError("[--train-only] expected a study that trains, got one that only measures")
-    train_variants(_variants(config))
+    variants = _variants(config)
+    check_text(variants, read_text(Path(config.text)), config.measure)
+    train_variants(variants)
 
 
 def _variants(config: FromScratchStudy | RelufyStudy) -> "list[Variant]":

@@ -22,7 +22,7 @@ from turbosparse.sparsity.quality import cut_windows
 from turbosparse.sparsity.reuse import UNION_SIZES, WINDOWS
 from turbosparse.sparsity.selection import NonZero, PositiveGate, Selection, TopK
 
-__all__ = ["FORMAT_VERSION", "Progress", "measure", "text_windows"]
+__all__ = ["FORMAT_VERSION", "Progress", "measure", "require_window", "text_windows"]
 
 FORMAT_VERSION = 1
 Progress = Callable[[str], AbstractContextManager[Callable[[float], None]]]
@@ -138,13 +138,33 @@ def text_windows(
     TextError
         When the text has fewer tokens than a window.
     """
-    if not text.strip():
-        raise TextError("[text] expected text, got nothing but white space")
     ids = source.text_ids(text)
     context = min(config.context, source.context_length)
-    if len(ids) < context:
-        raise TextError(f"[text] expected at least {context} tokens, one window, got {len(ids)}")
+    require_window(text, len(ids), context)
     return ids, cut_windows(ids[: config.tokens], context, source.bos_id)
+
+
+def require_window(text: str, tokens: int, context: int) -> None:
+    """Refuse a text that fills no window.
+
+    Parameters
+    ----------
+    text : str
+        Any text.
+    tokens : int
+        That it has.
+    context : int
+        Tokens per window.
+
+    Raises
+    ------
+    TextError
+        When the text has fewer tokens than a window.
+    """
+    if not text.strip():
+        raise TextError("[text] expected text, got nothing but white space")
+    if tokens < context:
+        raise TextError(f"[text] expected at least {context} tokens, one window, got {tokens}")
 
 
 class _Counts:
