@@ -12,6 +12,7 @@ from tests.measure.twins import TEXT
 from tests.tiny_hf import make_hf_model, make_tokenizer
 from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse.cli.main import main
+from turbosparse.errors import CalibrationError
 
 OPTIONS = [
     "-t",
@@ -124,6 +125,29 @@ def test_predictors(folder: Path, model: str) -> None:
         assert curve["recall"][0] == 1
         assert curve["recall"][-1] == 0
     assert (folder / output / "predictability.png").exists()
+
+
+def test_predictors_of_experts_alone_are_refused_before_the_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    make_hf_model("mixtral", max_position_embeddings=128).save_pretrained(folder / "mixtral")
+    make_tokenizer().save_pretrained(folder / "mixtral")
+    monkeypatch.setattr("turbosparse.cli.measure_model.measure", lambda *args: pytest.fail("measured"))
+    assert measure(folder, "mixtral", "no-predictors", "--predict-layers", "1") == 2
+    assert "[predictability: mixtral] expected dense FFNs, got experts alone" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_kept_if_predictors_fail(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+
+    def fail(*args: object, **options: object) -> None:
+        raise CalibrationError("[predictability] expected one, got none")
+
+    monkeypatch.setattr("turbosparse.cli.measure_model._predictability", fail)
+    options = ["--predict-layers", "1", "--quality-tokens", "0"]
+    assert measure(folder, "tiny.gguf", "kept", *options) == 2
+    assert read(folder / "kept")["overall"]["exact_zeros"]["value"] > 0
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,10 @@ def test_sizes_have_names_of_their_own(tmp_path: Path) -> None:
         ({"sizes": []}, "expected at least one kind and one size, got 2 and 0"),
         ({"sizes": [SHAPE | {"hidden_size": 33}]}, r"\[fresh.hidden_size\] expected a multiple of twice"),
         ({"sizes": [SHAPE | {"vocab_size": 9}]}, r"\[fresh.vocab_size\] expected at least 257"),
+        (
+            {"predict_layers": 2, "sizes": [SHAPE | {"num_experts": 4}]},
+            r"\[predict_layers\] expected 0 for mixtures of experts, got 2",
+        ),
         ({"colour": 1}, r"\[study\] expected fields of .*, got colour"),
     ],
 )

@@ -54,21 +54,23 @@ def measured(name: str, folder: Path, args: argparse.Namespace, config: "Measure
         return read_measurement(Path(name))
     from turbosparse.runtime.texts import HELD_OUT
 
-    if args.predict_layers:
-        import torch  # noqa: F401 -- missing before the work, not after it
     path = args.text or HELD_OUT
     text = read_text(path)
     started = time.monotonic()
     source = open_source(name, scratch=args.output, threads=args.threads, device=args.device)
+    torch = "torch" in source.description["kind"]
     try:
-        record = measure(source, text, config, _bar)
         if args.predict_layers:
+            _check_predictable(source)
+        record = measure(source, text, config, _bar)
+        record["text"]["name"] = path.name
+        if args.predict_layers:
+            record["run"] = run_record(args.command, time.monotonic() - started, torch=torch)
+            write_numbers(plain(record), folder)  # kept if what follows fails
             record["predictability"] = _predictability(source, name, text, record, args)
     finally:
         source.close()
-    record["text"]["name"] = path.name
-    seconds = time.monotonic() - started
-    record["run"] = run_record(args.command, seconds, torch="torch" in source.description["kind"])
+    record["run"] = run_record(args.command, time.monotonic() - started, torch=torch)
     record = plain(record)
     write_numbers(record, folder)
     return record
@@ -186,6 +188,15 @@ def open_source(name: str, *, scratch: Path, threads: int, device: str) -> "Sour
     if threads:
         torch.set_num_threads(threads)
     return open_hugging_face(name, device=device)
+
+
+def _check_predictable(source: "Source") -> None:
+    """Find out before the work what would stop the predictors."""
+    from turbosparse.measure.hugging_face import HuggingFaceModel
+    from turbosparse.predict.predictability import check_predictable
+
+    if isinstance(source, HuggingFaceModel):
+        check_predictable(source)
 
 
 def _predictability(

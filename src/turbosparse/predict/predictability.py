@@ -22,7 +22,7 @@ from turbosparse.sparsity.cett import activation_ratio, neuron_output_norms
 from turbosparse.sparsity.quality import cut_windows
 from turbosparse.sparsity.recall import recall_curve
 
-__all__ = ["predictability", "recall_curves"]
+__all__ = ["check_predictable", "predictability", "recall_curves"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +37,39 @@ class _TorchFFNs:
     """The dense FFNs of a Hugging Face model on a text."""
 
     def __init__(self, source: HuggingFaceModel, windows: Sequence[NDArray[np.int32]]) -> None:
-        dense = {name for name, ffn in gated_ffns(source.model).items() if isinstance(ffn, GatedFFN)}
-        if not dense:
-            raise ConfigError("[predictability] expected dense FFNs, got none")
+        check_predictable(source)
+        dense = _dense_ffns(source)
         self._model, self._windows = source.model, windows
         self.layers = {name: layer for name, layer in layers_of(source.model, _TYPE).items() if name in dense}
 
     def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
         batches = ({"input_ids": torch.from_numpy(ids[None].astype(np.int64))} for ids in self._windows)
         return capture_inputs(self._model, batches, directory, inputs)
+
+
+def _dense_ffns(source: HuggingFaceModel) -> set[str]:
+    return {name for name, ffn in gated_ffns(source.model).items() if isinstance(ffn, GatedFFN)}
+
+
+def check_predictable(source: HuggingFaceModel) -> None:
+    """Refuse a model without dense FFNs.
+
+    Parameters
+    ----------
+    source : HuggingFaceModel
+        The model.
+
+    Raises
+    ------
+    ConfigError
+        When all its FFNs are experts.
+    """
+    if not _dense_ffns(source):
+        name = source.description["name"]
+        raise ConfigError(
+            f"[predictability: {name}] expected dense FFNs, got experts alone; as a model file (GGUF) it can "
+            "be asked"
+        )
 
 
 def predictability(
