@@ -12,6 +12,7 @@ from tests.measure.twins import TEXT
 from tests.tiny_hf import make_hf_model, make_tokenizer
 from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse.cli.main import main
+from turbosparse.cli.measure_model import labels
 from turbosparse.errors import CalibrationError
 
 OPTIONS = [
@@ -108,6 +109,38 @@ def test_side_by_side(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = (folder / "both" / "report.html").read_text(encoding="utf-8")
     assert "Routing of mixture" in page
     assert not (folder / "both" / "measurement.json").exists()
+
+
+def test_models_of_one_name_stay_apart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        make_tiny_model(folder / name / "m.gguf", TinyModel(activation="relu" if name == "a" else "silu"))
+    models = [str(folder / name / "m.gguf") for name in ("a", "b")]
+    text = ["--text", str(folder / "text.txt"), "-o", str(folder / "apart"), "--quality-tokens", "0"]
+    assert main(["measure", "--compare", *models, *OPTIONS, *text]) == 0
+    zeros = {
+        name: read(folder / "apart" / f"{name}-m.gguf")["overall"]["exact_zeros"]["value"] for name in "ab"
+    }
+    assert zeros["a"] > 0.1
+    assert zeros["b"] == 0
+    out = capsys.readouterr().out
+    assert "a/m.gguf" in out
+    assert "b/m.gguf" in out
+
+
+def test_all_models_are_looked_for_first(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turbosparse.cli.measure_model.measure", lambda *args: pytest.fail("measured"))
+    for missing in ("nowhere.gguf", "text.txt"):
+        compared = ["--compare", str(folder / "tiny.gguf"), str(folder / missing)]
+        assert main(["measure", *compared, "-o", str(folder / "missing")]) == 2
+        assert missing in capsys.readouterr().err
+
+
+def test_labels_take_as_many_folders_as_needed() -> None:
+    names = ["x/run1/s/model", "x/run2/s/model", "y/m.gguf", "y/m.gguf", "owner/other"]
+    assert labels(names) == ["run1/s/model", "run2/s/model", "m.gguf", "m.gguf 2", "other"]
 
 
 @pytest.mark.parametrize("model", ["dense", "tiny.gguf"])

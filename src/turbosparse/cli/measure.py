@@ -70,20 +70,26 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("[measure] expected a MODEL or --compare, got neither")
     config = _config(args)
     _check_output(args)
-    from turbosparse.cli.measure_model import brief, measured, show
+    from turbosparse.cli.measure_model import brief, check_measurable, labels, measured, show
     from turbosparse.measure import PAGE
     from turbosparse.measure.report import write_page
     from turbosparse.measure.summary import overall_table, quality_table
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    wanted = [args.model] if args.model else []
+    names = [*([args.model] if args.model else []), *args.compare]
+    for name in names:
+        check_measurable(name)
     single = not args.compare
     records: list[dict[str, Any]] = []
-    for name in [*wanted, *args.compare]:
-        folder = args.output if single else args.output / Path(name).name
+    for name, label in zip(names, labels(names), strict=True):
+        folder = args.output if single else args.output / label.replace("/", "-")
         records.append(measured(name, folder, args, config))
         if not single and not (Path(name) / PAGE).exists():
             write_page(records[-1:], folder)
+    shown = [record["model"]["name"] for record in records]
+    for record, label in zip(records, labels(names), strict=True):
+        if shown.count(record["model"]["name"]) > 1:
+            record["model"]["name"] = label
     page = write_page(records, args.output)
     for table in (overall_table(records), quality_table(records)):
         show(table)
