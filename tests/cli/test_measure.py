@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.bundled_model import make_bundled
 from tests.measure.twins import TEXT
 from tests.tiny_hf import make_hf_model, make_tokenizer
 from tests.tiny_model import TinyModel, make_tiny_model
@@ -208,6 +209,26 @@ def test_bad_input(
     assert line.startswith("turbosparse: error: ")
     assert message in line
     assert not list((folder / "bad").glob("*")) if (folder / "bad").exists() else True
+
+
+@pytest.mark.parametrize("verb", ["measure", "study trade-off", "calibrate --cett 0.2", "fit-predictor"])
+def test_files_in_bundles_are_refused(folder: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    if verb == "fit-predictor":
+        pytest.importorskip("torch")
+    path = folder / "bundles.gguf"
+    if not path.exists():
+        shape = TinyModel(activation="relu", down_t=True, experts=4, intermediate_size=64)
+        make_tiny_model(folder / "experts.gguf", shape)
+        make_bundled(folder / "experts.gguf", path)
+    text = ["--text", str(folder / "text.txt")]
+    assert main([*verb.split(), str(path), *text, "-o", str(folder / f"out-{verb[:3]}")]) == 2
+    assert "expected a file without bundles, got one made by export" in capsys.readouterr().err
+
+
+def test_files_without_gates_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_tiny_model(folder / "plain.gguf", TinyModel(activation="relu2", gated=False))
+    assert measure(folder, "plain.gguf", "plain") == 2
+    assert "got plain ones, which are measured in torch only" in capsys.readouterr().err
 
 
 def test_a_report_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

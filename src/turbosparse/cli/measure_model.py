@@ -23,6 +23,7 @@ from turbosparse.measure import NUMBERS
 from turbosparse.measure.measurement import measure
 from turbosparse.measure.report import plain, read_measurement, write_numbers
 from turbosparse.measure.summary import Table
+from turbosparse.runtime.measured_file import MeasuredFile, require_measurable
 from turbosparse.runtime.model_file import ModelFile
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def check_measurable(name: str) -> None:
 def _check_model(name: str) -> None:
     path = Path(name)
     if path.is_file():
-        ModelFile(path)
+        require_measurable(ModelFile(path))
         return
     check_model_name(name)
     if path.is_dir() and not (path / "config.json").exists():
@@ -238,8 +239,6 @@ def open_source(name: str, *, scratch: Path, threads: int, device: str) -> "Sour
     _check_model(name)
     path = Path(name)
     if path.is_file():
-        from turbosparse.runtime.measured_file import MeasuredFile
-
         return MeasuredFile(path, scratch=scratch, threads=threads)
     import torch
     from transformers.utils.logging import disable_progress_bar
