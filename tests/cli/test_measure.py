@@ -238,5 +238,8 @@ def test_a_report_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture
     assert "expected no report there, got measurement.json; --force replaces it" in capsys.readouterr().err
     assert main(["measure", "--compare", str(folder / "there"), "-o", str(folder / "new")]) == 2
     assert "expected a measurement of version 1, got None" in capsys.readouterr().err
+    (folder / "there" / "measurement.json").write_text('{"format_version": 1}', encoding="utf-8")
+    assert main(["measure", "--compare", str(folder / "there"), "-o", str(folder / "new")]) == 2
+    assert "expected the sections of a measurement, got none called model" in capsys.readouterr().err
     assert main(["measure", "-o", str(folder / "new")]) == 2
     assert "expected a MODEL or --compare, got neither" in capsys.readouterr().err

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ class Store:
     Raises
     ------
     ConfigError
-        When the folder holds another study, or one with other settings; the message names the first.
+        When the folder holds another study, one with other settings (the message names the first), or a
+        broken one.
     """
 
     def __init__(self, folder: Path, kind: str, settings: Mapping[str, Any]) -> None:
@@ -48,7 +49,7 @@ class Store:
         wanted = plain({"study": kind, "settings": dict(settings)})
         if not begun.exists():
             _write(begun, wanted)
-        found = json.loads(begun.read_text(encoding="utf-8"))
+        found = _read(begun, ("study", "settings"))
         if found["study"] != kind:
             raise ConfigError(f"[{folder}] expected the study {kind} or nothing there, got {found['study']}")
         known = found["settings"]
@@ -78,6 +79,11 @@ class Store:
         -------
         dict
             With ``seconds`` that it took.
+
+        Raises
+        ------
+        ConfigError
+            When the result on disk is broken.
         """
         path = self._results / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.json"
         if path.exists():
@@ -86,8 +92,7 @@ class Store:
             started = time.monotonic()
             value = compute()
             _write(path, plain(value | {"seconds": time.monotonic() - started}))
-        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return kept
+        return _read(path, ("seconds",))
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
@@ -95,6 +100,16 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
     staging = path.with_suffix(f".{os.getpid()}.incomplete")
     staging.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     staging.replace(path)
+
+
+def _read(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        found = error
+    if not isinstance(found, dict) or not all(name in found for name in names):
+        raise ConfigError(f"[{path}] expected what a study kept, got another text; remove it to go on")
+    return found
 
 
 def _short(value: Any) -> str:
