@@ -234,7 +234,7 @@ class CettSearch:
             To run the model with.
         """
         return NormThresholds(
-            label=f"CETT {target:.3g}",
+            label=f"CETT {target:g}",
             eps={unit: found.eps for unit, found in self.thresholds(target).items()},
             down_norms=self.down_norms,
         )
