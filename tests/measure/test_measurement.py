@@ -236,14 +236,16 @@ def test_running_with_all_neurons_is_the_model_itself() -> None:
     assert targets.tolist() == list(range(17, 32))
 
 
-def test_a_silent_layer_is_told_and_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("projection", ["up_proj", "down_proj"])
+def test_a_silent_layer_is_told_and_left_out(tmp_path: Path, projection: str) -> None:
     twin = make_twins(tmp_path / "tiny.gguf")
     with torch.no_grad():
-        twin.model.model.layers[1].mlp.up_proj.weight.zero_()
+        getattr(twin.model.model.layers[1].mlp, projection).weight.zero_()
     record = measure(twin, TEXT, CONFIG)
     assert "layer 1: no neuron is active on the sample, so CETT is undefined there" in record["notes"]
     silent = record["units"][1]
-    assert silent["exact_zeros"]["value"] == 1
+    assert silent["exact_zeros"]["value"] == (projection == "up_proj")
+    assert silent["cett_sparsity"]["value"] == [1] * len(record["cett_targets"])
     assert silent["thresholds"] == []
     assert math.isnan(silent["reuse"]["value"][0])
     np.testing.assert_allclose(record["overall"]["reuse"]["value"], record["units"][0]["reuse"]["value"])

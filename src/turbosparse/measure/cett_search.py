@@ -126,7 +126,7 @@ class CettSearch:
     down_norms : dict of int to float32 arrays of shape (F,)
         ||W_down[:, i]|| by unit.
     silent : list of int
-        Units whose neurons are all zero on the sample: CETT is undefined there.
+        Units whose neurons all have an output of zero on the sample: CETT is undefined there.
     unsampled : list of int
         Units that no token of the sample reached.
     """
@@ -138,9 +138,7 @@ class CettSearch:
         self.down_norms: dict[int, NDArray[np.float32]] = {}
         self.top_k_errors: dict[int, dict[float, tuple[float, float]]] = {}
         self.unsampled = [unit for unit, sample in enumerate(samples) if not sample.taken]
-        self.silent = [
-            unit for unit, sample in enumerate(samples) if sample.taken and not sample.activations().any()
-        ]
+        self.silent: list[int] = []  # known when `prepare` has seen the down projections
 
     def notes(self) -> list[str]:
         """Say which units have no thresholds, and why.
@@ -192,7 +190,10 @@ class CettSearch:
         for unit in range(len(self._samples)):
             down_t = self._source.down_t(unit)
             self.down_norms[unit] = np.linalg.norm(down_t, axis=1).astype(np.float32)
-            if self._undefined(unit):
+            if unit in self.unsampled:
+                continue
+            if not neuron_output_norms(_split(self._samples[unit].activations())[0], down_t).any():
+                self.silent.append(unit)
                 continue
             self._find(unit, targets, down_t)
             errors = self.top_k_errors.setdefault(unit, {})
