@@ -155,6 +155,16 @@ def test_thresholds_meet_their_targets(tmp_path: Path) -> None:
     assert (zeros["kind"], zeros["mean_kl"], zeros["same_top_1"]) == ("zeros", 0, 1)
 
 
+def test_top_k_is_as_sparse_as_it_leaves_neurons_out(tmp_path: Path) -> None:
+    """Most neurons of dReLU are zero, so the largest half holds zeros too."""
+    config = dataclasses.replace(CONFIG, top_k=(0.5,), ppl_budgets=(), cett_targets=(0.1,))
+    record = measure(make_twins(tmp_path / "tiny.gguf", "drelu"), TEXT, config)
+    points = {point["label"]: point for point in record["quality"]}
+    zeros = record["overall"]["exact_zeros"]["value"]
+    assert zeros > 0.6
+    assert points["top 50 %"]["sparsity"]["value"] == pytest.approx(zeros, abs=0.02)
+
+
 class Quadratic:
     """Stands for a search and its runs: perplexity rises by the square of the CETT target."""
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from turbosparse.errors import TextError
 from turbosparse.measure.cett_search import CettSearch, take_sample
 from turbosparse.measure.config import MeasureConfig
+from turbosparse.measure.counted_rule import CountedRule
 from turbosparse.measure.quality_points import QualityRuns, budget_targets
 from turbosparse.measure.source import Source
 from turbosparse.measure.unit_statistics import HISTOGRAMS, RoutingStatistics, UnitStatistics
@@ -315,8 +316,7 @@ def _quality(
         named = dataclasses.replace(search.selection(target), label=f"CETT-PPL-{100 * budget:g}%")
         points.append(("cett_ppl", target, named, counts.cett_sparsity(target)))
     points += [
-        ("top_k", share, TopK(share=share), {"value": 1 - share, "standard_error": 0.0})
-        for share in config.top_k
+        ("top_k", share, CountedRule(TopK(share=share), gate_first=False), {}) for share in config.top_k
     ]
     points.append(("gate", None, PositiveGate(), counts.sparsity("gate_at_most_zero")))
     points.append(("zeros", None, NonZero(), counts.sparsity("exact_zeros")))
@@ -330,11 +330,16 @@ def _quality(
                     "label": selection.label,
                     "kind": kind,
                     "parameter": parameter,
-                    "sparsity": sparsity,
+                    "sparsity": _counted(selection) if isinstance(selection, CountedRule) else sparsity,
                     **dataclasses.asdict(quality),
                 }
             )
     return records
+
+
+def _counted(rule: CountedRule) -> dict[str, float]:
+    """Of what was run: a rule that keeps zeros leaves out more than it asks for."""
+    return {"value": 1 - rule.shares(gated=True)["computed"], "standard_error": math.nan}
 
 
 def _over_units(

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from turbosparse.measure.cett_search import CettSearch, take_sample
+from turbosparse.measure.counted_rule import CountedRule
 from turbosparse.measure.figures import trade_off_lines
 from turbosparse.measure.measurement import Progress, text_windows
 from turbosparse.measure.plots import Figures, as_floats, line_style, marker, percent_axis
@@ -15,7 +16,7 @@ from turbosparse.measure.source import Source
 from turbosparse.measure.summary import Cell, Table, uncertain
 from turbosparse.sparsity.selection import NonZero, PositiveGate, Selection, TopK
 from turbosparse.study.config import SweepStudy
-from turbosparse.study.rules import CountedRule, gate_thresholds
+from turbosparse.study.rules import gate_thresholds
 from turbosparse.study.store import Store
 
 __all__ = ["FIGURES", "TaskScorer", "run_trade_off", "sweep_settings", "trade_off_tables"]
