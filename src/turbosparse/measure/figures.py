@@ -111,19 +111,15 @@ def _divergence(axes: Any, records: Sequence[Record]) -> None:
 
 
 def _layer_means(record: Record, *path: str | int) -> tuple[Any, Any]:
-    """A number of each unit, by where it stands, over layers; experts of a layer are averaged."""
+    """A number of each unit, by where it stands, over layers; experts count by their tokens and neurons."""
     layers = sorted({unit["layer"] for unit in record["units"]})
     means = []
     for layer in layers:
-        values = as_floats(
-            [
-                functools.reduce(operator.getitem, path, unit)
-                for unit in record["units"]
-                if unit["layer"] == layer
-            ]
-        )
-        values = values[~np.isnan(values)]
-        means.append(values.mean() if len(values) else np.nan)
+        units = [unit for unit in record["units"] if unit["layer"] == layer]
+        values = as_floats([functools.reduce(operator.getitem, path, unit) for unit in units])
+        weights = as_floats([unit["tokens"] * unit["neurons"] for unit in units])
+        weights[np.isnan(values)] = 0
+        means.append(np.average(np.nan_to_num(values), weights=weights) if weights.any() else np.nan)
     return layers, as_floats(means)
 
 
