@@ -22,17 +22,20 @@ SMALL = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     make_tiny_model(folder / "tiny.gguf", TinyModel(activation="silu"))
+    make_tiny_model(folder / "experts.gguf", TinyModel(experts=4, intermediate_size=64))
     make_hf_model("qwen3_moe", max_position_embeddings=64).save_pretrained(folder / "mixture")
     make_tokenizer().save_pretrained(folder / "mixture")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     return folder
 
 
-@pytest.mark.parametrize(("kind", "model"), [("trade-off", "tiny.gguf"), ("experts", "mixture")])
+@pytest.mark.parametrize(
+    ("kind", "model"), [("trade-off", "tiny.gguf"), ("experts", "mixture"), ("experts", "experts.gguf")]
+)
 def test_a_sweep_leaves_a_report(
     folder: Path, capsys: pytest.CaptureFixture[str], kind: str, model: str
 ) -> None:
-    output = folder / kind
+    output = folder / f"{kind} of {model}"
     command = ["study", kind, str(folder / model), "--text", str(folder / "text.txt"), "-o", str(output)]
     assert main([*command, *SMALL]) == 0
     assert "What each rule loses" in capsys.readouterr().out
