@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", default="0.5,0.3,0.2,0.15,0.1", help="shares kept (default: 0.5,0.3,0.2,0.15,0.1)")
     add("--quality-tokens", type=int, default=4096, help="for perplexity and KL; 0: none (default: 4096)")
     add("--sample-tokens", type=int, default=512, help="that thresholds are found on (default: 512)")
-    add("--memory-mib", type=int, default=2048, help="budget beside the model (default: 2048)")
+    add("--memory-mib", type=int, default=2048, help="for samples and dense predictions (default: 2048)")
     add("--predict-layers", type=int, default=0, help="fit predictors of so many layers (turbosparse[train])")
     add("-t", "--threads", type=thread_count, default=0, help="threads (default: physical cores, at most 8)")
     add("--device", default="cpu", help="where torch runs, such as cuda (default: cpu)")

@@ -55,7 +55,7 @@ class SweepStudy:
     task_limit: int = 0
     """Questions per task; 0 asks all."""
     memory_mib: int = 2048
-    """Budget beside the model."""
+    """Budget for samples, which shrink to fit, and dense predictions."""
     threads: int = 0
     """CPU threads; 0: physical cores, at most 8."""
     device: str = "cpu"
