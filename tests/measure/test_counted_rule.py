@@ -25,8 +25,25 @@ def test_rows_are_counted(
     for row in range(2):
         one = slice(row, row + 1)
         kept = counted.kept(0, GATE[one], GATE[one] * UP[one])
+        counted.end_window()
         assert (kept == rule.kept(0, GATE[one], GATE[one] * UP[one])).all()
     shares = counted.shares(gated=True)
-    assert shares["computed"] == computed / 8
-    assert shares["ffn_bytes"] == pytest.approx((8 + needs_up + computed) / 24)
-    assert counted.shares(gated=False)["ffn_bytes"] == pytest.approx((8 + computed) / 16)
+    assert shares["computed"]["value"] == computed / 8
+    assert shares["sparsity"]["value"] == 1 - computed / 8
+    assert shares["ffn_bytes"]["value"] == pytest.approx((8 + needs_up + computed) / 24)
+    assert counted.shares(gated=False)["ffn_bytes"]["value"] == pytest.approx((8 + computed) / 16)
+
+
+def test_errors_come_from_the_spread_over_windows() -> None:
+    counted = CountedRule(NonZero(), gate_first=False)
+    for zeros in (0, 1, 2):
+        values = np.ones((1, 4), np.float32)
+        values[0, :zeros] = 0
+        counted.kept(0, values, values)
+        counted.end_window()
+    found = counted.shares(gated=True)["computed"]
+    assert found["value"] == pytest.approx(0.75)
+    assert found["standard_error"] == pytest.approx(0.25 / np.sqrt(3))
+    alone = CountedRule(NonZero(), gate_first=False)
+    alone.kept(0, GATE, GATE)
+    assert np.isnan(alone.shares(gated=True)["computed"]["standard_error"])

@@ -20,4 +20,4 @@ def test_gate_thresholds_keep_the_share_asked_for(tmp_path: Path) -> None:
             list(twin.predictions(window, rule))
     for share, rule in counted.items():
         # what one layer leaves out changes the next, and quantiles are those of bins 6 % wide
-        assert rule.shares(gated=True)["computed"] == pytest.approx(share, abs=0.04)
+        assert rule.shares(gated=True)["computed"]["value"] == pytest.approx(share, abs=0.04)

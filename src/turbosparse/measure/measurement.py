@@ -325,21 +325,18 @@ def _quality(
     with progress("perplexity and KL") as advance:
         for kind, parameter, selection, sparsity in points:
             quality = runs.run(selection, lambda share: advance(share / len(points)))
+            if isinstance(selection, CountedRule):
+                sparsity.update(selection.shares(gated=True)["sparsity"])
             records.append(
                 {
                     "label": selection.label,
                     "kind": kind,
                     "parameter": parameter,
-                    "sparsity": _counted(selection) if isinstance(selection, CountedRule) else sparsity,
+                    "sparsity": sparsity,
                     **dataclasses.asdict(quality),
                 }
             )
     return records
-
-
-def _counted(rule: CountedRule) -> dict[str, float]:
-    """Of what was run: a rule that keeps zeros leaves out more than it asks for."""
-    return {"value": 1 - rule.shares(gated=True)["computed"], "standard_error": math.nan}
 
 
 def _over_units(

@@ -106,7 +106,7 @@ def run_trade_off(
 
             def compute(rule: CountedRule = rule) -> dict[str, Any]:
                 losses = dataclasses.asdict(runs.run(rule, lambda share: advance(share / len(points))))
-                found = losses | _costs(rule, gated=gated)
+                found = losses | rule.shares(gated=gated)
                 return found | ({"tasks": list(ask(rule.rule))} if ask else {})
 
             point = store.result(rule.label, compute)
@@ -152,12 +152,6 @@ def _points(
     yield "zeros", None, CountedRule(NonZero(), gate_first=False)
 
 
-def _costs(rule: CountedRule, *, gated: bool) -> dict[str, Any]:
-    shares = rule.shares(gated=gated)
-    costs = {name: {"value": value, "standard_error": None} for name, value in shares.items()}
-    return costs | {"sparsity": {"value": 1 - shares["computed"], "standard_error": None}}
-
-
 def trade_off_tables(record: Mapping[str, Any]) -> list[Table]:
     """List the points.
 
@@ -176,8 +170,10 @@ def trade_off_tables(record: Mapping[str, Any]) -> list[Table]:
     rows = [
         [
             Cell(point["label"]),
-            uncertain(point["computed"]["value"], None, percent=True),
-            uncertain(point["ffn_bytes"]["value"], None, percent=True),
+            *(
+                uncertain(point[cost]["value"], point[cost]["standard_error"], percent=True)
+                for cost in ("computed", "ffn_bytes")
+            ),
             uncertain(point["perplexity"], point["perplexity_se"]),
             uncertain(point["perplexity_rise"], point["perplexity_rise_se"], percent=True),
             uncertain(point["mean_kl"], point["mean_kl_se"]),
