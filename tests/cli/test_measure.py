@@ -158,6 +158,8 @@ def test_predictors(folder: Path, model: str) -> None:
     for curve in (signs, low_rank):
         assert curve["recall"][0] == 1
         assert curve["recall"][-1] == 0
+        assert curve["recall_se"][0] == curve["recall_se"][-1] == 0
+        assert 0 < curve["recall_se"][10] < 0.2
     assert (folder / output / "predictability.png").exists()
 
 

@@ -211,6 +211,8 @@ def test_mixtures_are_measured_per_expert(model_type: str) -> None:
         assert sum(layer["load"]) == pytest.approx(2)
         assert 0 < layer["entropy"] <= 1
         assert layer["largest_load"] == pytest.approx(max(layer["load"]) * 4 / 2)
+        assert 0 < layer["entropy_se"] < 0.2
+        assert 0 < layer["largest_load_se"] < 0.5
         assert 0 < layer["reuse"]["value"][0] <= 1
     shared = [unit for unit in record["units"] if "shared" in unit["name"]]
     assert len(shared) == (2 if model_type == "qwen2_moe" else 0)

@@ -294,7 +294,13 @@ def _predictability(axes: Any, records: Sequence[Record]) -> None:
         prefix = "" if len(records) == 1 else f"{_name(record)}, "
         for curve in record.get("predictability", []):
             label = f"{prefix}{curve['name']}, {curve['predictor']}"
-            axes.plot(curve["sparsity"], curve["recall"], label=label, **line_style(number))
+            axes.errorbar(
+                curve["sparsity"],
+                as_floats(curve["recall"]),
+                yerr=as_floats(curve["recall_se"]) if "recall_se" in curve else None,
+                label=label,
+                **line_style(number),
+            )
             number += 1
     axes.set_xlabel("predicted sparsity")
     axes.set_ylabel("recall of active neurons")

@@ -26,7 +26,7 @@ class _ActiveCounts:
 
     def __init__(self, neurons: int, groups: int) -> None:
         self._neurons = neurons
-        self._counts = np.zeros((groups, neurons), np.int64)
+        self.counts = np.zeros((groups, neurons), np.int64)
         self._tokens = np.zeros(groups, np.int64)
         self._reuse = NeuronReuse(neurons, groups)
 
@@ -34,17 +34,17 @@ class _ActiveCounts:
         self._reuse.start()
 
     def add(self, active: NDArray[np.bool_], group: int) -> None:
-        self._counts[group] += np.count_nonzero(active, axis=0)
+        self.counts[group] += np.count_nonzero(active, axis=0)
         self._tokens[group] += len(active)
         self._reuse.add(active, group)
 
     @property
     def frequencies(self) -> NDArray[np.float64]:
         """Share of tokens on which each neuron was active, [F]."""
-        return np.asarray(self._counts.sum(axis=0) / max(self._tokens.sum(), 1), np.float64)
+        return np.asarray(self.counts.sum(axis=0) / max(self._tokens.sum(), 1), np.float64)
 
     def estimates(self) -> dict[str, Estimate]:
-        counted = (self._counts, self._tokens)
+        counted = (self.counts, self._tokens)
         reuse = self._reuse
         of_counts: dict[str, Callable[..., NDArray[np.float64] | float]] = {
             "active_share": lambda counts, tokens: _ratio(counts.sum(), tokens * self._neurons),
@@ -252,18 +252,27 @@ class RoutingStatistics:
         -------
         dict
             ``load``: share of tokens per expert. ``entropy``: of the load, over its largest value log(E).
-            ``largest_load``: over the mean load. ``estimates``: as for units, with experts for neurons.
+            ``largest_load``: over the mean load. ``entropy_se``, ``largest_load_se``: their standard errors.
+            ``estimates``: as for units, with experts for neurons.
         """
-        load = self._active.frequencies
-        share = load / max(load.sum(), 1e-300)
-        logs = np.log(share, out=np.zeros_like(share), where=share > 0)
+        entropy = jackknife((self._active.counts,), _entropy)
+        largest = jackknife((self._active.counts,), lambda counts: counts.max() / max(counts.mean(), 1e-300))
         return {
             "experts": self._experts,
-            "load": load.tolist(),
-            "entropy": float(-(share * logs).sum() / np.log(max(self._experts, 2))),
-            "largest_load": float(share.max() * self._experts),
+            "load": self._active.frequencies.tolist(),
+            "entropy": float(entropy.value),
+            "entropy_se": float(entropy.standard_error),
+            "largest_load": float(largest.value),
+            "largest_load_se": float(largest.standard_error),
             "estimates": self._active.estimates(),
         }
+
+
+def _entropy(counts: NDArray[np.float64]) -> float:
+    """Of the shares, over its largest value."""
+    shares = counts / max(counts.sum(), 1e-300)
+    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    return float(-(shares * logs).sum() / np.log(max(len(counts), 2)))
 
 
 def _unknown(estimate: Estimate) -> Estimate:

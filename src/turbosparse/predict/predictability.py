@@ -19,6 +19,7 @@ from turbosparse.predict.fit import fit_low_rank, rows_of
 from turbosparse.predict.layers import BYTES_PER_WEIGHT, FFNLayer, layers_of
 from turbosparse.predict.predictors import Predictor, SignBitPredictor
 from turbosparse.sparsity.cett import activation_ratio, neuron_output_norms
+from turbosparse.sparsity.jackknife import Estimate
 from turbosparse.sparsity.quality import cut_windows
 from turbosparse.sparsity.recall import recall_curve
 
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _SPARSITIES = tuple(round(0.05 * step, 2) for step in range(21))
 _HELD_OUT = 512  # tokens the curves are drawn on, the last ones
+_RUNS = 8  # of held-out tokens, for standard errors
 _STEPS = 300
 _TYPE = "F16"  # of a low-rank predictor's weights; a sign is a bit
 _INPUT = "ffn_norm"
@@ -139,7 +141,7 @@ def recall_curves(
     -------
     list of dict
         Per layer and predictor: ``name``, ``predictor``, ``bytes`` it reads per token, ``active_share``,
-        ``sparsity`` predicted and ``recall`` there.
+        ``sparsity`` predicted, ``recall`` there and ``recall_se``, its standard error.
 
     Notes
     -----
@@ -187,14 +189,29 @@ def _layer_curves(layer: FFNLayer, inputs: NDArray[np.float16], bound: float) ->
     curves = []
     for label, predictor in predictors:
         with torch.no_grad():
-            recall = recall_curve(predictor(x).numpy(), active, _SPARSITIES)
+            recall = _recall(predictor(x).numpy(), active)
         curves.append(
             {
                 "predictor": label,
                 "bytes": predictor.read_bytes(_TYPE),
                 "active_share": activation_ratio(active),
                 "sparsity": list(_SPARSITIES),
-                "recall": recall.tolist(),
+                "recall": recall.value.tolist(),
+                "recall_se": recall.standard_error.tolist(),
             }
         )
     return curves
+
+
+def _recall(scores: NDArray[np.float32], active: NDArray[np.bool_]) -> Estimate:
+    """The curve, and the same without each of some runs of neighbouring tokens."""
+    runs = np.array_split(np.arange(len(scores)), min(_RUNS, len(scores)))
+    return Estimate(
+        value=recall_curve(scores, active, _SPARSITIES),
+        replicates=np.stack(
+            [
+                recall_curve(np.delete(scores, run, axis=0), np.delete(active, run, axis=0), _SPARSITIES)
+                for run in runs
+            ]
+        ),
+    )
