@@ -196,6 +196,15 @@ def test_bad_input_is_one_line(
     assert message in error
 
 
+def test_modes_are_checked_before_anything_is_asked(
+    path: Path, tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turbosparse.cli.eval._ask_file", lambda *args: pytest.fail("asked"))
+    modes = ["--mode", "dense", "--mode", "predicted"]
+    assert main(["eval", str(path), "--tasks", "tiny", "--include", str(tasks), *modes]) == 2
+    assert "can run (dense, " in capsys.readouterr().err
+
+
 def test_a_mode_of_a_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(tmp_path), "--tasks", "tiny", "--mode", "exact"]) == 2
     assert "[mode] expected none for a Hugging Face model" in capsys.readouterr().err

@@ -8,10 +8,13 @@ from typing import Any
 
 import pytest
 
+from tests.bundled_model import make_bundled
 from tests.measure.twins import TEXT
 from tests.tiny_hf import make_hf_model, make_tokenizer
 from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse.cli.main import main
+from turbosparse.cli.measure_model import labels
+from turbosparse.errors import CalibrationError
 
 OPTIONS = [
     "-t",
@@ -109,6 +112,38 @@ def test_side_by_side(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not (folder / "both" / "measurement.json").exists()
 
 
+def test_models_of_one_name_stay_apart(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        (folder / name).mkdir()
+        make_tiny_model(folder / name / "m.gguf", TinyModel(activation="relu" if name == "a" else "silu"))
+    models = [str(folder / name / "m.gguf") for name in ("a", "b")]
+    text = ["--text", str(folder / "text.txt"), "-o", str(folder / "apart"), "--quality-tokens", "0"]
+    assert main(["measure", "--compare", *models, *OPTIONS, *text]) == 0
+    zeros = {
+        name: read(folder / "apart" / f"{name}-m.gguf")["overall"]["exact_zeros"]["value"] for name in "ab"
+    }
+    assert zeros["a"] > 0.1
+    assert zeros["b"] == 0
+    out = capsys.readouterr().out
+    assert "a/m.gguf" in out
+    assert "b/m.gguf" in out
+
+
+def test_all_models_are_looked_for_first(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turbosparse.cli.measure_model.measure", lambda *args: pytest.fail("measured"))
+    for missing in ("nowhere.gguf", "text.txt"):
+        compared = ["--compare", str(folder / "tiny.gguf"), str(folder / missing)]
+        assert main(["measure", *compared, "-o", str(folder / "missing")]) == 2
+        assert missing in capsys.readouterr().err
+
+
+def test_labels_take_as_many_folders_as_needed() -> None:
+    names = ["x/run1/s/model", "x/run2/s/model", "y/m.gguf", "y/m.gguf", "owner/other"]
+    assert labels(names) == ["run1/s/model", "run2/s/model", "m.gguf", "m.gguf 2", "other"]
+
+
 @pytest.mark.parametrize("model", ["dense", "tiny.gguf"])
 def test_predictors(folder: Path, model: str) -> None:
     pytest.importorskip("torch")
@@ -123,7 +158,32 @@ def test_predictors(folder: Path, model: str) -> None:
     for curve in (signs, low_rank):
         assert curve["recall"][0] == 1
         assert curve["recall"][-1] == 0
+        assert curve["recall_se"][0] == curve["recall_se"][-1] == 0
+        assert 0 < curve["recall_se"][10] < 0.2
     assert (folder / output / "predictability.png").exists()
+
+
+def test_predictors_of_experts_alone_are_refused_before_the_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    make_hf_model("mixtral", max_position_embeddings=128).save_pretrained(folder / "mixtral")
+    make_tokenizer().save_pretrained(folder / "mixtral")
+    monkeypatch.setattr("turbosparse.cli.measure_model.measure", lambda *args: pytest.fail("measured"))
+    assert measure(folder, "mixtral", "no-predictors", "--predict-layers", "1") == 2
+    assert "[predictability: mixtral] expected dense FFNs, got experts alone" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_kept_if_predictors_fail(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+
+    def fail(*args: object, **options: object) -> None:
+        raise CalibrationError("[predictability] expected one, got none")
+
+    monkeypatch.setattr("turbosparse.cli.measure_model._predictability", fail)
+    options = ["--predict-layers", "1", "--quality-tokens", "0"]
+    assert measure(folder, "tiny.gguf", "kept", *options) == 2
+    assert read(folder / "kept")["overall"]["exact_zeros"]["value"] > 0
 
 
 @pytest.mark.parametrize(
@@ -153,6 +213,26 @@ def test_bad_input(
     assert not list((folder / "bad").glob("*")) if (folder / "bad").exists() else True
 
 
+@pytest.mark.parametrize("verb", ["measure", "study trade-off", "calibrate --cett 0.2", "fit-predictor"])
+def test_files_in_bundles_are_refused(folder: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    if verb == "fit-predictor":
+        pytest.importorskip("torch")
+    path = folder / "bundles.gguf"
+    if not path.exists():
+        shape = TinyModel(activation="relu", down_t=True, experts=4, intermediate_size=64)
+        make_tiny_model(folder / "experts.gguf", shape)
+        make_bundled(folder / "experts.gguf", path)
+    text = ["--text", str(folder / "text.txt")]
+    assert main([*verb.split(), str(path), *text, "-o", str(folder / f"out-{verb[:3]}")]) == 2
+    assert "expected a file without bundles, got one made by export" in capsys.readouterr().err
+
+
+def test_files_without_gates_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_tiny_model(folder / "plain.gguf", TinyModel(activation="relu2", gated=False))
+    assert measure(folder, "plain.gguf", "plain") == 2
+    assert "got plain ones, which are measured in torch only" in capsys.readouterr().err
+
+
 def test_a_report_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "there").mkdir()
     (folder / "there" / "measurement.json").write_text("{}", encoding="utf-8")
@@ -160,5 +240,8 @@ def test_a_report_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture
     assert "expected no report there, got measurement.json; --force replaces it" in capsys.readouterr().err
     assert main(["measure", "--compare", str(folder / "there"), "-o", str(folder / "new")]) == 2
     assert "expected a measurement of version 1, got None" in capsys.readouterr().err
+    (folder / "there" / "measurement.json").write_text('{"format_version": 1}', encoding="utf-8")
+    assert main(["measure", "--compare", str(folder / "there"), "-o", str(folder / "new")]) == 2
+    assert "expected the sections of a measurement, got none called model" in capsys.readouterr().err
     assert main(["measure", "-o", str(folder / "new")]) == 2
     assert "expected a MODEL or --compare, got neither" in capsys.readouterr().err

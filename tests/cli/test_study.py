@@ -22,17 +22,20 @@ SMALL = [
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     make_tiny_model(folder / "tiny.gguf", TinyModel(activation="silu"))
+    make_tiny_model(folder / "experts.gguf", TinyModel(experts=4, intermediate_size=64))
     make_hf_model("qwen3_moe", max_position_embeddings=64).save_pretrained(folder / "mixture")
     make_tokenizer().save_pretrained(folder / "mixture")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     return folder
 
 
-@pytest.mark.parametrize(("kind", "model"), [("trade-off", "tiny.gguf"), ("experts", "mixture")])
+@pytest.mark.parametrize(
+    ("kind", "model"), [("trade-off", "tiny.gguf"), ("experts", "mixture"), ("experts", "experts.gguf")]
+)
 def test_a_sweep_leaves_a_report(
     folder: Path, capsys: pytest.CaptureFixture[str], kind: str, model: str
 ) -> None:
-    output = folder / kind
+    output = folder / f"{kind} of {model}"
     command = ["study", kind, str(folder / model), "--text", str(folder / "text.txt"), "-o", str(output)]
     assert main([*command, *SMALL]) == 0
     assert "What each rule loses" in capsys.readouterr().out
@@ -47,6 +50,24 @@ def test_a_sweep_leaves_a_report(
     assert main([*command, *SMALL, "--json"]) == 0  # nothing is run again
     assert {path.name: path.stat().st_mtime_ns for path in (output / "results").iterdir()} == begun
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["study"]["study"] == kind
+
+
+def test_results_of_another_model_are_not_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_tiny_model(tmp_path / "m.gguf", TinyModel(activation="silu"))
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    rest = ["--text", "text.txt", "-o", "out", *SMALL]
+    assert main(["study", "trade-off", "m.gguf", *rest]) == 0
+    begun = json.loads((tmp_path / "out" / "begun.json").read_text(encoding="utf-8"))
+    assert main(["study", "trade-off", "./m.gguf", *rest]) == 0
+    make_tiny_model(tmp_path / "m.gguf", TinyModel(activation="drelu"))
+    assert main(["study", "trade-off", "m.gguf", *rest]) == 2
+    assert "expected the model_fingerprint that this study began with" in capsys.readouterr().err
+    del begun["settings"]["model_fingerprint"]  # as older versions wrote it
+    (tmp_path / "out" / "begun.json").write_text(json.dumps(begun), encoding="utf-8")
+    assert main(["study", "trade-off", "m.gguf", *rest]) == 0
 
 
 @pytest.mark.parametrize("model", ["tiny.gguf", "hf"])

@@ -19,6 +19,9 @@ from turbosparse.runtime.calibration import calibrate
 from turbosparse.runtime.calibration_report import CalibrationConfig
 from turbosparse.runtime.measured_file import MeasuredFile
 from turbosparse.runtime.model_file import ModelFile
+from turbosparse.study.config import SweepStudy
+from turbosparse.study.store import Store
+from turbosparse.study.trade_off import run_trade_off, sweep_settings
 
 CONFIG = MeasureConfig(
     tokens=256,
@@ -58,6 +61,32 @@ def test_engine_and_torch_agree(
         assert point["dense_perplexity"] == pytest.approx(other["dense_perplexity"], rel=1e-3)
         assert point["perplexity"] == pytest.approx(other["perplexity"], rel=0.01)
         assert point["mean_kl"] == pytest.approx(other["mean_kl"], rel=0.05, abs=1e-3)
+
+
+def test_rules_cost_as_much_in_the_engine_as_in_torch(make_directory: MakeDirectory, tmp_path: Path) -> None:
+    """A token pays for the neurons of its own experts, not for those of all."""
+    directory, path = make_directory("qwen2_moe", activation="drelu"), tmp_path / "model.gguf"
+    export = ExportConfig(types=TypeChoice(weights="F32"), check=False)
+    export_model(plan_export(directory, export), path, TEXT, export)
+    config = SweepStudy(
+        model="mixture",
+        output="out",
+        tokens=64,
+        context=64,
+        sample_tokens=32,
+        cett_targets=(0.2,),
+        top_k=(0.3,),
+        gate_shares=(0.5,),
+    )
+    file = MeasuredFile(path, scratch=tmp_path, threads=1)
+    points = []
+    for name, source in (("engine", file), ("torch", open_hugging_face(directory))):
+        store = Store(tmp_path / name, "experts", sweep_settings(config, TEXT))
+        points.append(run_trade_off(source, TEXT, config, store)["quality"])
+    file.close()
+    for ours, theirs in zip(*points, strict=True):
+        for cost in ("computed", "ffn_bytes"):
+            assert ours[cost]["value"] == pytest.approx(theirs[cost]["value"], abs=0.01), ours["label"]
 
 
 def test_thresholds_are_carried_to_another_file(tmp_path: Path) -> None:

@@ -16,9 +16,11 @@ from tests.measure.twins import TEXT, byte_tokenizer, make_twins
 from tests.tiny_hf import make_hf_model, make_tokenizer
 from turbosparse.errors import CalibrationError, ConfigError, TextError
 from turbosparse.measure.config import MeasureConfig
+from turbosparse.measure.figures import draw
 from turbosparse.measure.hugging_face import HuggingFaceModel, open_hugging_face
 from turbosparse.measure.measurement import measure
 from turbosparse.measure.quality_points import budget_targets
+from turbosparse.measure.report import plain
 from turbosparse.runtime.measured_file import MeasuredFile
 from turbosparse.sparsity.hotness import batch_union, carrying_share
 from turbosparse.sparsity.quality import cut_windows
@@ -153,6 +155,16 @@ def test_thresholds_meet_their_targets(tmp_path: Path) -> None:
     assert (zeros["kind"], zeros["mean_kl"], zeros["same_top_1"]) == ("zeros", 0, 1)
 
 
+def test_top_k_is_as_sparse_as_it_leaves_neurons_out(tmp_path: Path) -> None:
+    """Most neurons of dReLU are zero, so the largest half holds zeros too."""
+    config = dataclasses.replace(CONFIG, top_k=(0.5,), ppl_budgets=(), cett_targets=(0.1,))
+    record = measure(make_twins(tmp_path / "tiny.gguf", "drelu"), TEXT, config)
+    points = {point["label"]: point for point in record["quality"]}
+    zeros = record["overall"]["exact_zeros"]["value"]
+    assert zeros > 0.6
+    assert points["top 50 %"]["sparsity"]["value"] == pytest.approx(zeros, abs=0.02)
+
+
 class Quadratic:
     """Stands for a search and its runs: perplexity rises by the square of the CETT target."""
 
@@ -199,9 +211,30 @@ def test_mixtures_are_measured_per_expert(model_type: str) -> None:
         assert sum(layer["load"]) == pytest.approx(2)
         assert 0 < layer["entropy"] <= 1
         assert layer["largest_load"] == pytest.approx(max(layer["load"]) * 4 / 2)
+        assert 0 < layer["entropy_se"] < 0.2
+        assert 0 < layer["largest_load_se"] < 0.5
         assert 0 < layer["reuse"]["value"][0] <= 1
     shared = [unit for unit in record["units"] if "shared" in unit["name"]]
     assert len(shared) == (2 if model_type == "qwen2_moe" else 0)
+
+
+def test_experts_that_the_sample_does_not_reach_have_no_numbers() -> None:
+    model = HuggingFaceModel(make_hf_model("mixtral", num_local_experts=32), byte_tokenizer(), name="mixture")
+    config = dataclasses.replace(CONFIG, sample_tokens=16, quality_tokens=0)
+    record = measure(model, TEXT, config)
+    missed = [unit for unit in record["units"] if unit["tokens"] and not unit["sample_tokens"]]
+    reached = [unit for unit in record["units"] if unit["sample_tokens"]]
+    assert missed
+    for unit in missed:
+        assert not math.isnan(unit["exact_zeros"]["value"])
+        for name in ("cett_sparsity", "active_share", "never_active_share", "union_batch"):
+            assert np.isnan(unit[name]["value"]).all()
+        assert np.isnan(unit["hotness"]).all()
+        assert f"{unit['name']}: no token of the sample reached it" in "".join(record["notes"])
+    assert "no neuron is active" not in "".join(record["notes"])
+    found = [(unit["tokens"], unit["active_share"]["value"]) for unit in reached]
+    mean = sum(tokens * share for tokens, share in found) / sum(tokens for tokens, _ in found)
+    assert record["overall"]["active_share"]["value"] == pytest.approx(mean)
 
 
 def test_running_with_all_neurons_is_the_model_itself() -> None:
@@ -215,17 +248,36 @@ def test_running_with_all_neurons_is_the_model_itself() -> None:
     assert targets.tolist() == list(range(17, 32))
 
 
-def test_a_silent_layer_is_told_and_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("projection", ["up_proj", "down_proj"])
+def test_a_silent_layer_is_told_and_left_out(tmp_path: Path, projection: str) -> None:
     twin = make_twins(tmp_path / "tiny.gguf")
     with torch.no_grad():
-        twin.model.model.layers[1].mlp.up_proj.weight.zero_()
+        getattr(twin.model.model.layers[1].mlp, projection).weight.zero_()
     record = measure(twin, TEXT, CONFIG)
     assert "layer 1: no neuron is active on the sample, so CETT is undefined there" in record["notes"]
     silent = record["units"][1]
-    assert silent["exact_zeros"]["value"] == 1
+    assert silent["exact_zeros"]["value"] == (projection == "up_proj")
+    assert silent["cett_sparsity"]["value"] == [1] * len(record["cett_targets"])
     assert silent["thresholds"] == []
     assert math.isnan(silent["reuse"]["value"][0])
     np.testing.assert_allclose(record["overall"]["reuse"]["value"], record["units"][0]["reuse"]["value"])
+
+
+def test_a_report_of_layers_without_values_can_be_drawn(tmp_path: Path) -> None:
+    """A layer whose up is zero everywhere, and experts that no token was sent to."""
+    twin = make_twins(tmp_path / "tiny.gguf")
+    with torch.no_grad():
+        twin.model.model.layers[1].mlp.up_proj.weight.zero_()
+    mixture = HuggingFaceModel(
+        make_hf_model("mixtral", num_local_experts=32), byte_tokenizer(), name="mixture"
+    )
+    config = dataclasses.replace(CONFIG, tokens=32, context=32, sample_tokens=16, quality_tokens=0)
+    for source in (twin, mixture):
+        record = plain(measure(source, TEXT, config))
+        tokens = {unit["name"]: unit["tokens"] for unit in record["units"]}
+        assert all(tokens[shown["name"]] for shown in record["histograms"])
+        assert {plot.name for plot in draw([record])} >= {"gate", "up", "combined", "hotness"}
+    assert 0 in tokens.values()
 
 
 def test_nan_is_an_error_that_names_the_layer(tmp_path: Path) -> None:

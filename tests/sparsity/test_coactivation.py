@@ -2,6 +2,7 @@
 
 import doctest
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -50,3 +51,12 @@ def test_neurons_that_hardly_fire_are_not_judged() -> None:
 
 def test_examples() -> None:
     assert doctest.testmod(coactivation_module).failed == 0
+
+
+def test_counts_take_half_a_kilobyte_per_neuron() -> None:
+    tracemalloc.start()
+    counts = PairCounts(10_000)
+    counts.add(np.ones((3, 10_000), np.bool_))
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 10_000 * 530

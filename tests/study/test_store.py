@@ -46,3 +46,32 @@ def test_another_study_is_refused(tmp_path: Path, kind: str, settings: dict[str,
     Store(tmp_path, "scale", {"seed": 1})
     with pytest.raises(ConfigError, match=message):
         Store(tmp_path, kind, settings)
+
+
+def test_a_fingerprint_stands_for_a_path(tmp_path: Path) -> None:
+    begun = {"model": "a.gguf", "model_fingerprint": "12"}
+    Store(tmp_path, "trade-off", begun)
+    Store(tmp_path, "trade-off", begun | {"model": "./a.gguf"})
+    with pytest.raises(ConfigError, match="expected the model_fingerprint that this study began with"):
+        Store(tmp_path, "trade-off", begun | {"model_fingerprint": "34"})
+
+
+def test_a_study_without_fingerprints_goes_on_and_gets_them(tmp_path: Path) -> None:
+    Store(tmp_path, "trade-off", {"model": "a.gguf", "seed": 1})
+    with pytest.raises(ConfigError, match="expected the model that this study began with"):
+        Store(tmp_path, "trade-off", {"model": "b.gguf", "model_fingerprint": "12", "seed": 1})
+    Store(tmp_path, "trade-off", {"model": "a.gguf", "model_fingerprint": "12", "seed": 1})
+    with pytest.raises(ConfigError, match="expected the model_fingerprint"):
+        Store(tmp_path, "trade-off", {"model": "a.gguf", "model_fingerprint": "34", "seed": 1})
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", "\x00"])
+def test_broken_files_are_named(tmp_path: Path, text: str) -> None:
+    store = Store(tmp_path, "scale", {"seed": 1})
+    store.result("a", lambda: {"value": 1})
+    for path in (tmp_path / "results" / "a.json", tmp_path / "begun.json"):
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"\[.*a.json\] expected what a study kept, got another text"):
+        store.result("a", lambda: {"value": 1})
+    with pytest.raises(ConfigError, match=r"\[.*begun.json\] expected what a study kept"):
+        Store(tmp_path, "scale", {"seed": 1})

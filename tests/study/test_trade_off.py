@@ -95,6 +95,13 @@ def test_points_can_be_added_and_tokens_not_changed(tmp_path: Path, twin: Huggin
         store(tmp_path, dataclasses.replace(small, tokens=64))
 
 
+def test_near_targets_are_points_of_their_own(tmp_path: Path, twin: HuggingFaceModel) -> None:
+    config = dataclasses.replace(CONFIG, cett_targets=(0.3, 0.3004), top_k=(), gate_shares=())
+    points = run_trade_off(twin, TEXT, config, store(tmp_path, config))["quality"]
+    assert [point["label"] for point in points[:2]] == ["CETT 0.3", "CETT 0.3004"]
+    assert len(list((tmp_path / "results").glob("CETT*"))) == 2
+
+
 def test_a_short_text_is_refused(tmp_path: Path, twin: HuggingFaceModel) -> None:
     with pytest.raises(TextError, match="expected at least 64 tokens, one window"):
         run_trade_off(twin, "too short", CONFIG, store(tmp_path))

@@ -7,8 +7,9 @@ import pytest
 
 from tests.tiny_hf import make_hf_model, make_texts, make_tokenizer
 from turbosparse.config import fill, read_toml
-from turbosparse.errors import ConfigError, TrainingError
+from turbosparse.errors import CalibrationError, ConfigError, TextError, TrainingError
 from turbosparse.measure.config import MeasureConfig
+from turbosparse.measure.measurement import measure
 from turbosparse.sparsify.run import RunResult, run_recipe
 from turbosparse.study import training
 from turbosparse.study.config import FromScratchStudy, RelufyStudy
@@ -118,6 +119,38 @@ def test_a_failed_run_is_told_and_the_others_kept(tmp_path: Path, monkeypatch: p
     assert [found["kind"] for found in run(config, text_of(tmp_path))["runs"]] == ["relu2", "drelu"]
 
 
+def test_a_run_that_cannot_be_measured_is_told_and_the_others_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = from_scratch(tmp_path)
+
+    def fail_at_drelu(source: Any, *args: Any) -> Any:
+        if source.description["activation"] == "drelu":
+            raise CalibrationError("[layer 1] expected finite activations, got NaN or Inf")
+        return measure(source, *args)
+
+    monkeypatch.setattr(training, "measure", fail_at_drelu)
+    record = run(config, text_of(tmp_path))
+    assert [found["kind"] for found in record["runs"]] == ["relu2"]
+    assert "drelu seed 1 failed: [layer 1] expected finite activations, got NaN or Inf" in record["notes"]
+
+
+@pytest.mark.parametrize("kind", ["fresh", "relufied"])
+def test_too_little_text_is_told_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    config: FromScratchStudy | RelufyStudy = from_scratch(tmp_path)
+    if kind == "relufied":
+        make_hf_model().save_pretrained(tmp_path / "model")
+        make_tokenizer().save_pretrained(tmp_path / "model")
+        config = fill(RelufyStudy, values(tmp_path, model=str(tmp_path / "model"), stages=[stage()]), "study")
+    trained: list[Any] = []
+    monkeypatch.setattr(training, "run_recipe", lambda *args, **options: trained.append(args))
+    with pytest.raises(TextError, match="expected at least 32 tokens, one window, got"):
+        run(config, "too short")
+    assert not trained
+
+
 def test_a_signal_stops_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = RunResult(finished=False, model=tmp_path)
     monkeypatch.setattr(training, "run_recipe", lambda *args, **options: stopped)
@@ -152,6 +185,10 @@ def test_sizes_have_names_of_their_own(tmp_path: Path) -> None:
         ({"sizes": []}, "expected at least one kind and one size, got 2 and 0"),
         ({"sizes": [SHAPE | {"hidden_size": 33}]}, r"\[fresh.hidden_size\] expected a multiple of twice"),
         ({"sizes": [SHAPE | {"vocab_size": 9}]}, r"\[fresh.vocab_size\] expected at least 257"),
+        (
+            {"predict_layers": 2, "sizes": [SHAPE | {"num_experts": 4}]},
+            r"\[predict_layers\] expected 0 for mixtures of experts, got 2",
+        ),
         ({"colour": 1}, r"\[study\] expected fields of .*, got colour"),
     ],
 )

@@ -73,6 +73,10 @@ def run(args: argparse.Namespace) -> int:
         scores["torch"] = _ask_directory(str(args.model), rounds)
     else:
         model = open_model(args, context=args.context)
+        for mode in args.mode or []:
+            if mode not in model.info.modes:
+                able = ", ".join(model.info.modes)
+                raise ConfigError(f"[mode] expected a mode that {args.model} can run ({able}), got {mode}")
         for mode in args.mode or [model.default_mode]:
             sys.stderr.write(describe(model, mode) + "\n")
             scores[mode] = _ask_file(model, mode, rounds)

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--top-k", default="0.5,0.3,0.2,0.15,0.1", help="shares kept (default: 0.5,0.3,0.2,0.15,0.1)")
     add("--quality-tokens", type=int, default=4096, help="for perplexity and KL; 0: none (default: 4096)")
     add("--sample-tokens", type=int, default=512, help="that thresholds are found on (default: 512)")
-    add("--memory-mib", type=int, default=2048, help="budget beside the model (default: 2048)")
+    add("--memory-mib", type=int, default=2048, help="for samples and dense predictions (default: 2048)")
     add("--predict-layers", type=int, default=0, help="fit predictors of so many layers (turbosparse[train])")
     add("-t", "--threads", type=thread_count, default=0, help="threads (default: physical cores, at most 8)")
     add("--device", default="cpu", help="where torch runs, such as cuda (default: cpu)")
@@ -70,20 +70,26 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("[measure] expected a MODEL or --compare, got neither")
     config = _config(args)
     _check_output(args)
-    from turbosparse.cli.measure_model import brief, measured, show
+    from turbosparse.cli.measure_model import brief, check_measurable, labels, measured, show
     from turbosparse.measure import PAGE
     from turbosparse.measure.report import write_page
     from turbosparse.measure.summary import overall_table, quality_table
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    wanted = [args.model] if args.model else []
+    names = [*([args.model] if args.model else []), *args.compare]
+    for name in names:
+        check_measurable(name)
     single = not args.compare
     records: list[dict[str, Any]] = []
-    for name in [*wanted, *args.compare]:
-        folder = args.output if single else args.output / Path(name).name
+    for name, label in zip(names, labels(names), strict=True):
+        folder = args.output if single else args.output / label.replace("/", "-")
         records.append(measured(name, folder, args, config))
         if not single and not (Path(name) / PAGE).exists():
             write_page(records[-1:], folder)
+    shown = [record["model"]["name"] for record in records]
+    for record, label in zip(records, labels(names), strict=True):
+        if shown.count(record["model"]["name"]) > 1:
+            record["model"]["name"] = label
     page = write_page(records, args.output)
     for table in (overall_table(records), quality_table(records)):
         show(table)

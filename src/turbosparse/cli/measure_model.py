@@ -7,7 +7,7 @@ import logging
 import platform
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,80 @@ from turbosparse.measure import NUMBERS
 from turbosparse.measure.measurement import measure
 from turbosparse.measure.report import plain, read_measurement, write_numbers
 from turbosparse.measure.summary import Table
+from turbosparse.runtime.measured_file import MeasuredFile, require_measurable
+from turbosparse.runtime.model_file import ModelFile
 
 if TYPE_CHECKING:
     from turbosparse.measure.config import MeasureConfig
     from turbosparse.measure.source import Source
 
-__all__ = ["brief", "measured", "open_source", "run_record", "show"]
+__all__ = ["brief", "check_measurable", "labels", "measured", "open_source", "run_record", "show"]
+
+
+def check_measurable(name: str) -> None:
+    """Find out before any work whether a name is that of a measurement or of a model.
+
+    Parameters
+    ----------
+    name : str
+        Directory of a measurement, model file, or Hugging Face directory or id.
+
+    Raises
+    ------
+    ConfigError
+        If the measurement cannot be read.
+    ModelFileError
+        If there is no such model.
+    """
+    if (Path(name) / NUMBERS).exists():
+        read_measurement(Path(name))
+    else:
+        _check_model(name)
+
+
+def _check_model(name: str) -> None:
+    path = Path(name)
+    if path.is_file():
+        require_measurable(ModelFile(path))
+        return
+    check_model_name(name)
+    if path.is_dir() and not (path / "config.json").exists():
+        raise ModelFileError(
+            f"[{name}] expected a Hugging Face model (config.json) or a measurement ({NUMBERS}), got neither"
+        )
+
+
+def labels(names: Sequence[str]) -> list[str]:
+    """Give short names that tell models apart.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Paths, or ids on the Hugging Face hub.
+
+    Returns
+    -------
+    list of str
+        The ends of the paths, with as many folders as it takes; numbered where paths are the same.
+    """
+    paths = [Path(name).resolve() if Path(name).exists() else Path(name) for name in names]
+    ends = [path.parts[-1:] for path in paths]
+    for length in range(2, max((len(path.parts) for path in paths), default=0) + 1):
+        ends = [
+            path.parts[-length:] if _is_shared(end, paths, ends) else end
+            for path, end in zip(paths, ends, strict=True)
+        ]
+    found: list[str] = []
+    for end in ends:
+        label = "/".join(end).lstrip("/")
+        before = ends[: len(found)].count(end)
+        found.append(f"{label} {before + 1}" if before else label)
+    return found
+
+
+def _is_shared(end: tuple[str, ...], paths: Sequence[Path], ends: Sequence[tuple[str, ...]]) -> bool:
+    """Whether different paths have the same end."""
+    return len({path for path, other in zip(paths, ends, strict=True) if other == end}) > 1
 
 
 def measured(name: str, folder: Path, args: argparse.Namespace, config: "MeasureConfig") -> dict[str, Any]:
@@ -54,21 +122,23 @@ def measured(name: str, folder: Path, args: argparse.Namespace, config: "Measure
         return read_measurement(Path(name))
     from turbosparse.runtime.texts import HELD_OUT
 
-    if args.predict_layers:
-        import torch  # noqa: F401 -- missing before the work, not after it
     path = args.text or HELD_OUT
     text = read_text(path)
     started = time.monotonic()
     source = open_source(name, scratch=args.output, threads=args.threads, device=args.device)
+    torch = "torch" in source.description["kind"]
     try:
-        record = measure(source, text, config, _bar)
         if args.predict_layers:
+            _check_predictable(source)
+        record = measure(source, text, config, _bar)
+        record["text"]["name"] = path.name
+        if args.predict_layers:
+            record["run"] = run_record(args.command, time.monotonic() - started, torch=torch)
+            write_numbers(plain(record), folder)  # kept if what follows fails
             record["predictability"] = _predictability(source, name, text, record, args)
     finally:
         source.close()
-    record["text"]["name"] = path.name
-    seconds = time.monotonic() - started
-    record["run"] = run_record(args.command, seconds, torch="torch" in source.description["kind"])
+    record["run"] = run_record(args.command, time.monotonic() - started, torch=torch)
     record = plain(record)
     write_numbers(record, folder)
     return record
@@ -166,16 +236,10 @@ def open_source(name: str, *, scratch: Path, threads: int, device: str) -> "Sour
     ModelFileError
         If there is no such model.
     """
+    _check_model(name)
     path = Path(name)
     if path.is_file():
-        from turbosparse.runtime.measured_file import MeasuredFile
-
         return MeasuredFile(path, scratch=scratch, threads=threads)
-    check_model_name(name)
-    if path.is_dir() and not (path / "config.json").exists():
-        raise ModelFileError(
-            f"[{name}] expected a Hugging Face model (config.json) or a measurement ({NUMBERS}), got neither"
-        )
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -186,6 +250,15 @@ def open_source(name: str, *, scratch: Path, threads: int, device: str) -> "Sour
     if threads:
         torch.set_num_threads(threads)
     return open_hugging_face(name, device=device)
+
+
+def _check_predictable(source: "Source") -> None:
+    """Find out before the work what would stop the predictors."""
+    from turbosparse.measure.hugging_face import HuggingFaceModel
+    from turbosparse.predict.predictability import check_predictable
+
+    if isinstance(source, HuggingFaceModel):
+        check_predictable(source)
 
 
 def _predictability(

@@ -1,7 +1,7 @@
 """Run a study: many measurements by one recipe, resumable, with a report of tables and figures.
 
   trade-off     what each rule that leaves out neurons loses at each cost, on one model
-  experts       the same inside of the experts of a mixture (Hugging Face)
+  experts       the same inside of the experts of a mixture
   activations   kinds of FFN trained from scratch on the same tokens, then measured
   scale         the same at several sizes
   relufication  one model swapped to several activations, with the same recovery

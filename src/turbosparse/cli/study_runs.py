@@ -47,10 +47,13 @@ def find(kind: str, config: StudyConfig) -> dict[str, Any]:
 
 def _sweep(kind: str, config: SweepStudy, text: str) -> dict[str, Any]:
     from turbosparse.study.experts import check_experts
+    from turbosparse.study.fingerprint import model_fingerprint
     from turbosparse.study.trade_off import run_trade_off, sweep_settings
 
     output = Path(config.output)
-    store = Store(output, kind, sweep_settings(config, text))
+    check_model_name(config.model)
+    settings = sweep_settings(config, text) | {"model_fingerprint": model_fingerprint(config.model)}
+    store = Store(output, kind, settings)
     source = open_source(config.model, scratch=output, threads=config.threads, device=config.device)
     try:
         if kind == "experts":
@@ -114,10 +117,15 @@ def _harness_of(
 def _train(kind: str, config: FromScratchStudy | RelufyStudy, text: str) -> dict[str, Any]:
     from transformers.utils.logging import disable_progress_bar
 
+    from turbosparse.study.fingerprint import model_fingerprint, texts_fingerprint
     from turbosparse.study.training import run_variants, training_settings
 
     disable_progress_bar()
-    store = Store(Path(config.output), kind, training_settings(config, text))
+    settings = training_settings(config, text) | {"texts_fingerprint": texts_fingerprint(config.data)}
+    if isinstance(config, RelufyStudy):
+        check_model_name(config.model)
+        settings["model_fingerprint"] = model_fingerprint(config.model)
+    store = Store(Path(config.output), kind, settings)
     found = run_variants(
         _variants(config),
         text,
@@ -145,12 +153,16 @@ def train(config: StudyConfig) -> None:
     ------
     ConfigError
         If the study trains nothing.
+    TextError
+        If there is too little text to measure on.
     """
-    from turbosparse.study.training import train_variants
+    from turbosparse.study.training import check_text, train_variants
 
     if isinstance(config, SweepStudy):
         raise ConfigError("[--train-only] expected a study that trains, got one that only measures")
-    train_variants(_variants(config))
+    variants = _variants(config)
+    check_text(variants, read_text(Path(config.text)), config.measure)
+    train_variants(variants)
 
 
 def _variants(config: FromScratchStudy | RelufyStudy) -> "list[Variant]":

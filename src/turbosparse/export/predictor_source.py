@@ -78,6 +78,7 @@ class ModelFileSource:
     ) -> None:
         _check(config)
         self._file = ModelFile(path)
+        self._file.require_no_bundles()
         self._threads = threads
         self._window = window
         self._config = config

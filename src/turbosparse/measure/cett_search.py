@@ -126,7 +126,9 @@ class CettSearch:
     down_norms : dict of int to float32 arrays of shape (F,)
         ||W_down[:, i]|| by unit.
     silent : list of int
-        Units whose neurons are all zero on the sample, or that no token reached: CETT is undefined there.
+        Units whose neurons all have an output of zero on the sample: CETT is undefined there.
+    unsampled : list of int
+        Units that no token of the sample reached.
     """
 
     def __init__(self, source: Source, samples: Sequence[_UnitSample]) -> None:
@@ -135,8 +137,24 @@ class CettSearch:
         self._known: dict[int, dict[float, UnitThreshold]] = {unit: {} for unit in range(len(samples))}
         self.down_norms: dict[int, NDArray[np.float32]] = {}
         self.top_k_errors: dict[int, dict[float, tuple[float, float]]] = {}
-        self.silent = [
-            unit for unit, sample in enumerate(samples) if not sample.taken or not sample.activations().any()
+        self.unsampled = [unit for unit, sample in enumerate(samples) if not sample.taken]
+        self.silent: list[int] = []  # known when `prepare` has seen the down projections
+
+    def notes(self) -> list[str]:
+        """Say which units have no thresholds, and why.
+
+        Returns
+        -------
+        list of str
+            A sentence each.
+        """
+        units = self._source.units
+        return [
+            f"{units[unit].name}: no neuron is active on the sample, so CETT is undefined there"
+            for unit in self.silent
+        ] + [
+            f"{units[unit].name}: no token of the sample reached it, so it has no threshold"
+            for unit in self.unsampled
         ]
 
     def sample_tokens(self, unit: int) -> int:
@@ -172,7 +190,10 @@ class CettSearch:
         for unit in range(len(self._samples)):
             down_t = self._source.down_t(unit)
             self.down_norms[unit] = np.linalg.norm(down_t, axis=1).astype(np.float32)
-            if unit in self.silent:
+            if unit in self.unsampled:
+                continue
+            if not neuron_output_norms(_split(self._samples[unit].activations())[0], down_t).any():
+                self.silent.append(unit)
                 continue
             self._find(unit, targets, down_t)
             errors = self.top_k_errors.setdefault(unit, {})
@@ -193,12 +214,12 @@ class CettSearch:
         Returns
         -------
         dict of int to UnitThreshold
-            By unit, without those that are silent.
+            By unit, without those that are silent or not sampled.
         """
         for unit, known in self._known.items():
-            if unit not in self.silent and target not in known:
+            if not self._undefined(unit) and target not in known:
                 self._find(unit, [target], self._source.down_t(unit))
-        return {unit: known[target] for unit, known in self._known.items() if unit not in self.silent}
+        return {unit: known[target] for unit, known in self._known.items() if not self._undefined(unit)}
 
     def selection(self, target: float) -> NormThresholds:
         """Make a selection that meets a target.
@@ -214,10 +235,13 @@ class CettSearch:
             To run the model with.
         """
         return NormThresholds(
-            label=f"CETT {target:.3g}",
+            label=f"CETT {target:g}",
             eps={unit: found.eps for unit, found in self.thresholds(target).items()},
             down_norms=self.down_norms,
         )
+
+    def _undefined(self, unit: int) -> bool:
+        return unit in self.silent or unit in self.unsampled
 
     def _find(self, unit: int, targets: Sequence[float], down_t: NDArray[np.float32]) -> None:
         name = self._source.units[unit].name

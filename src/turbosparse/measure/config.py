@@ -33,7 +33,7 @@ class MeasureConfig:
     pair_neurons: int = 64
     """Neurons per layer whose partners are counted, at least 2."""
     memory_bytes: int = 2 << 30
-    """Budget for what is kept beside the model; the samples shrink to fit."""
+    """Budget for samples, which shrink to fit, and dense predictions; counts come on top."""
     seed: int = 0
     """Of the neurons sampled."""
 

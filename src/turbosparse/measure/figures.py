@@ -111,19 +111,15 @@ def _divergence(axes: Any, records: Sequence[Record]) -> None:
 
 
 def _layer_means(record: Record, *path: str | int) -> tuple[Any, Any]:
-    """A number of each unit, by where it stands, over layers; experts of a layer are averaged."""
+    """A number of each unit, by where it stands, over layers; experts count by their tokens and neurons."""
     layers = sorted({unit["layer"] for unit in record["units"]})
     means = []
     for layer in layers:
-        values = as_floats(
-            [
-                functools.reduce(operator.getitem, path, unit)
-                for unit in record["units"]
-                if unit["layer"] == layer
-            ]
-        )
-        values = values[~np.isnan(values)]
-        means.append(values.mean() if len(values) else np.nan)
+        units = [unit for unit in record["units"] if unit["layer"] == layer]
+        values = as_floats([functools.reduce(operator.getitem, path, unit) for unit in units])
+        weights = as_floats([unit["tokens"] * unit["neurons"] for unit in units])
+        weights[np.isnan(values)] = 0
+        means.append(np.average(np.nan_to_num(values), weights=weights) if weights.any() else np.nan)
     return layers, as_floats(means)
 
 
@@ -170,6 +166,8 @@ def _density(axes: Any, records: Sequence[Record], kind: str) -> None:
     """Density over a linear axis, from bins whose width grows with the value."""
     for number, (label, layer) in enumerate(_shown_histograms(records)):
         low, high, counts = (as_floats(layer[kind][name]) for name in ("low", "high", "counts"))
+        if not (low < high).any():  # nothing but zeros
+            continue
         total = counts.sum()
         zeros = counts[low == high].sum() / total
         inside = np.cumsum(counts) / total
@@ -221,7 +219,8 @@ def _norms(axes: Any, records: Sequence[Record]) -> None:
 
 def _hotness(axes: Any, records: Sequence[Record]) -> None:
     for number, (label, unit) in enumerate(_shown_units(records)):
-        axes.plot(np.linspace(0, 1, len(unit["hotness"])), unit["hotness"], label=label, **line_style(number))
+        hotness = as_floats(unit["hotness"])
+        axes.plot(np.linspace(0, 1, len(hotness)), hotness, label=label, **line_style(number))
     axes.set_xlabel("neurons, hottest first")
     axes.set_ylabel("active on so many tokens")
     for axis in (axes.xaxis, axes.yaxis):
@@ -295,7 +294,13 @@ def _predictability(axes: Any, records: Sequence[Record]) -> None:
         prefix = "" if len(records) == 1 else f"{_name(record)}, "
         for curve in record.get("predictability", []):
             label = f"{prefix}{curve['name']}, {curve['predictor']}"
-            axes.plot(curve["sparsity"], curve["recall"], label=label, **line_style(number))
+            axes.errorbar(
+                curve["sparsity"],
+                as_floats(curve["recall"]),
+                yerr=as_floats(curve["recall_se"]) if "recall_se" in curve else None,
+                label=label,
+                **line_style(number),
+            )
             number += 1
     axes.set_xlabel("predicted sparsity")
     axes.set_ylabel("recall of active neurons")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from turbosparse.errors import TextError
 from turbosparse.measure.cett_search import CettSearch, take_sample
 from turbosparse.measure.config import MeasureConfig
+from turbosparse.measure.counted_rule import CountedRule
 from turbosparse.measure.quality_points import QualityRuns, budget_targets
 from turbosparse.measure.source import Source
 from turbosparse.measure.unit_statistics import HISTOGRAMS, RoutingStatistics, UnitStatistics
@@ -22,7 +23,7 @@ from turbosparse.sparsity.quality import cut_windows
 from turbosparse.sparsity.reuse import UNION_SIZES, WINDOWS
 from turbosparse.sparsity.selection import NonZero, PositiveGate, Selection, TopK
 
-__all__ = ["FORMAT_VERSION", "Progress", "measure", "text_windows"]
+__all__ = ["FORMAT_VERSION", "Progress", "measure", "require_window", "text_windows"]
 
 FORMAT_VERSION = 1
 Progress = Callable[[str], AbstractContextManager[Callable[[float], None]]]
@@ -69,18 +70,14 @@ def measure(
     Notes
     -----
     Costs one dense pass over the text, a part of one for the sample, and a run over the quality tokens per
-    point. Memory: the samples, counts per neuron, and dense predictions, each within ``config.memory_bytes``.
+    point. Memory: samples and dense predictions within ``config.memory_bytes``; counts, 0.6 kB per neuron.
     """
     ids, windows = text_windows(source, text, config)
-    notes: list[str] = []
     with progress("sampling activations") as advance:
         search = take_sample(source, windows, config)
         advance(0.5)
         search.prepare(config.cett_targets, config.top_k)
-    notes += [
-        f"{source.units[unit].name}: no neuron is active on the sample, so CETT is undefined there"
-        for unit in search.silent
-    ]
+    notes = search.notes()
     for note in notes:
         logger.warning("%s", note)
     quality_windows = windows[: max(1, config.quality_tokens // len(windows[0]))]
@@ -142,13 +139,33 @@ def text_windows(
     TextError
         When the text has fewer tokens than a window.
     """
-    if not text.strip():
-        raise TextError("[text] expected text, got nothing but white space")
     ids = source.text_ids(text)
     context = min(config.context, source.context_length)
-    if len(ids) < context:
-        raise TextError(f"[text] expected at least {context} tokens, one window, got {len(ids)}")
+    require_window(text, len(ids), context)
     return ids, cut_windows(ids[: config.tokens], context, source.bos_id)
+
+
+def require_window(text: str, tokens: int, context: int) -> None:
+    """Refuse a text that fills no window.
+
+    Parameters
+    ----------
+    text : str
+        Any text.
+    tokens : int
+        That it has.
+    context : int
+        Tokens per window.
+
+    Raises
+    ------
+    TextError
+        When the text has fewer tokens than a window.
+    """
+    if not text.strip():
+        raise TextError("[text] expected text, got nothing but white space")
+    if tokens < context:
+        raise TextError(f"[text] expected at least {context} tokens, one window, got {tokens}")
 
 
 class _Counts:
@@ -173,8 +190,9 @@ class _Counts:
         found = {target: search.thresholds(target) for target in targets}
         self._units = []
         for unit, description in enumerate(source.units):
-            # a silent unit keeps what is not zero
-            eps = [found[target][unit].eps if unit in found[target] else math.inf for target in targets]
+            # a silent unit keeps what is not zero; of one without sample nothing is known
+            without = math.nan if unit in search.unsampled else float(np.finfo(np.float32).tiny)
+            eps = [found[target][unit].eps if unit in found[target] else without for target in targets]
             self._units.append(
                 UnitStatistics(
                     description.name,
@@ -255,10 +273,11 @@ class _Counts:
         }
 
     def _histograms(self) -> list[dict[str, Any]]:
-        last = len(self._units) - 1
+        reached = [at for at, unit in enumerate(self._units) if unit.tokens]
+        last = len(reached) - 1
         chosen = sorted({round(last * at / (_HISTOGRAM_LAYERS - 1)) for at in range(_HISTOGRAM_LAYERS)})
         shown = []
-        for at in chosen:
+        for at in (reached[place] for place in chosen):
             kinds = {}
             for kind in HISTOGRAMS:
                 low, high, counts = self._units[at].histograms[kind].bins()
@@ -297,8 +316,7 @@ def _quality(
         named = dataclasses.replace(search.selection(target), label=f"CETT-PPL-{100 * budget:g}%")
         points.append(("cett_ppl", target, named, counts.cett_sparsity(target)))
     points += [
-        ("top_k", share, TopK(share=share), {"value": 1 - share, "standard_error": 0.0})
-        for share in config.top_k
+        ("top_k", share, CountedRule(TopK(share=share), gate_first=False), {}) for share in config.top_k
     ]
     points.append(("gate", None, PositiveGate(), counts.sparsity("gate_at_most_zero")))
     points.append(("zeros", None, NonZero(), counts.sparsity("exact_zeros")))
@@ -307,6 +325,8 @@ def _quality(
     with progress("perplexity and KL") as advance:
         for kind, parameter, selection, sparsity in points:
             quality = runs.run(selection, lambda share: advance(share / len(points)))
+            if isinstance(selection, CountedRule):
+                sparsity.update(selection.shares(gated=True)["sparsity"])
             records.append(
                 {
                     "label": selection.label,

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from turbosparse.errors import CalibrationError
 from turbosparse.measure.cett_search import CettSearch
+from turbosparse.measure.counted_rule import CountedRule
 from turbosparse.measure.source import Source
 from turbosparse.sparsity.budget import largest_cett_within
 from turbosparse.sparsity.quality import Quality, QualitySums, log_softmax
@@ -57,6 +58,8 @@ class QualityRuns:
             sparse = self._source.predictions(window, selection)
             for (log_p, targets), (logits, _) in zip(self._dense_pieces(at), sparse, strict=True):
                 sums.add(log_softmax(logits), log_p, targets)
+            if isinstance(selection, CountedRule):
+                selection.end_window()
             advance(1 / len(self._windows))
         return sums.result()
 

@@ -18,6 +18,11 @@ __all__ = ["plain", "read_measurement", "save_page", "write_numbers", "write_pag
 
 logger = logging.getLogger(__name__)
 
+_SECTIONS = (
+    *("model", "text", "config", "run", "notes", "cett_targets", "windows", "union_sizes", "budgets"),
+    *("overall", "units", "routing", "histograms", "quality"),
+)
+
 
 def plain(record: dict[str, Any]) -> dict[str, Any]:
     """Make a record what it will be when it is read back.
@@ -70,7 +75,7 @@ def read_measurement(folder: Path) -> dict[str, Any]:
     Raises
     ------
     ConfigError
-        When there is none, or it is of another version.
+        When there is none, it is of another version, or a part of it is missing.
     """
     path = folder / NUMBERS
     try:
@@ -80,6 +85,9 @@ def read_measurement(folder: Path) -> dict[str, Any]:
     version = record.get("format_version") if isinstance(record, dict) else None
     if version != FORMAT_VERSION:
         raise ConfigError(f"[{path}] expected a measurement of version {FORMAT_VERSION}, got {version}")
+    missing = [name for name in _SECTIONS if name not in record]
+    if missing:
+        raise ConfigError(f"[{path}] expected the sections of a measurement, got none called {missing[0]}")
     return record
 
 

@@ -254,8 +254,7 @@ def _routing_table(record: Record) -> Table:
             [
                 Cell(f"layer {layer['layer']}", layer["layer"]),
                 Cell(str(layer["experts"]), layer["experts"]),
-                uncertain(layer["entropy"], None),
-                uncertain(layer["largest_load"], None),
+                *(uncertain(layer[name], layer.get(f"{name}_se")) for name in ("entropy", "largest_load")),
                 _share(layer["reuse"], window),
                 _share(layer["chance_reuse"], window),
                 _share(layer["union_batch"], eight),
@@ -276,14 +275,17 @@ def _predictability_table(record: Record) -> Table:
                 Cell(curve["predictor"]),
                 Cell(f"{curve['bytes'] / 1e6:.3f}", curve["bytes"]),
                 uncertain(curve["active_share"], None, percent=True),
-                *(
-                    uncertain(curve["recall"][curve["sparsity"].index(at)], None, percent=True)
-                    for at in (0.5, 0.7, 0.9)
-                ),
+                *(_recall(curve, at) for at in (0.5, 0.7, 0.9)),
             ]
             for number, curve in enumerate(record["predictability"])
         ],
     )
+
+
+def _recall(curve: Record, sparsity: float) -> Cell:
+    at = curve["sparsity"].index(sparsity)
+    error = curve["recall_se"][at] if "recall_se" in curve else None
+    return uncertain(curve["recall"][at], error, percent=True)
 
 
 def tables(records: Sequence[Record]) -> list[Table]:

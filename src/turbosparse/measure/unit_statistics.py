@@ -1,5 +1,6 @@
 """Counts of one FFN, or one expert, while tokens stream by; memory does not depend on how many they are."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ class _ActiveCounts:
 
     def __init__(self, neurons: int, groups: int) -> None:
         self._neurons = neurons
-        self._counts = np.zeros((groups, neurons), np.int64)
+        self.counts = np.zeros((groups, neurons), np.int64)
         self._tokens = np.zeros(groups, np.int64)
         self._reuse = NeuronReuse(neurons, groups)
 
@@ -33,17 +34,17 @@ class _ActiveCounts:
         self._reuse.start()
 
     def add(self, active: NDArray[np.bool_], group: int) -> None:
-        self._counts[group] += np.count_nonzero(active, axis=0)
+        self.counts[group] += np.count_nonzero(active, axis=0)
         self._tokens[group] += len(active)
         self._reuse.add(active, group)
 
     @property
     def frequencies(self) -> NDArray[np.float64]:
         """Share of tokens on which each neuron was active, [F]."""
-        return np.asarray(self._counts.sum(axis=0) / max(self._tokens.sum(), 1), np.float64)
+        return np.asarray(self.counts.sum(axis=0) / max(self._tokens.sum(), 1), np.float64)
 
     def estimates(self) -> dict[str, Estimate]:
-        counted = (self._counts, self._tokens)
+        counted = (self.counts, self._tokens)
         reuse = self._reuse
         of_counts: dict[str, Callable[..., NDArray[np.float64] | float]] = {
             "active_share": lambda counts, tokens: _ratio(counts.sum(), tokens * self._neurons),
@@ -72,9 +73,10 @@ class UnitStatistics:
     down_norms : float32, shape (F,)
         ||W_down[:, i]||.
     eps : sequence of float
-        Bounds on the neuron's output norm, one per CETT target.
+        Bounds on the neuron's output norm, one per CETT target; NaN where none is known.
     active_eps : float or None
-        The bound of neurons that count as active; None: those that are not exactly zero.
+        The bound of neurons that count as active; None: those that are not exactly zero. NaN: not known, and
+        so is all that is counted of active neurons.
     groups : int
         Groups of windows.
     pair_neurons, seed : int
@@ -161,9 +163,13 @@ class UnitStatistics:
         Returns
         -------
         float64, shape (F,)
-            In the order of the model's neurons.
+            In the order of the model's neurons; NaN where it is not known which are active.
         """
-        return self._active.frequencies
+        return self._active.frequencies if self._knows_active else np.full(len(self._down_norms), math.nan)
+
+    @property
+    def _knows_active(self) -> bool:
+        return self._active_eps is None or not np.isnan(self._active_eps)
 
     @property
     def histograms(self) -> dict[str, FloatHistogram]:
@@ -192,13 +198,17 @@ class UnitStatistics:
         Returns
         -------
         dict of str to Estimate
-            Scalars, or one value per CETT target, window or batch size.
+            Scalars, or one value per CETT target, window or batch size; NaN where the bound is.
         """
+        unknown = np.where(np.isnan(self._eps), math.nan, 0.0)
+        active = self._active.estimates()
         return {
             "exact_zeros": jackknife((self._zeros, self._values), _ratio),
             "gate_at_most_zero": jackknife((self._closed_gates, self._values), _ratio),
-            "cett_sparsity": jackknife((self._kept, self._values), lambda kept, n: 1 - _ratio(kept, n)),
-            **self._active.estimates(),
+            "cett_sparsity": jackknife(
+                (self._kept, self._values), lambda kept, n: 1 - _ratio(kept, n) + unknown
+            ),
+            **(active if self._knows_active else {name: _unknown(found) for name, found in active.items()}),
         }
 
 
@@ -242,18 +252,34 @@ class RoutingStatistics:
         -------
         dict
             ``load``: share of tokens per expert. ``entropy``: of the load, over its largest value log(E).
-            ``largest_load``: over the mean load. ``estimates``: as for units, with experts for neurons.
+            ``largest_load``: over the mean load. ``entropy_se``, ``largest_load_se``: their standard errors.
+            ``estimates``: as for units, with experts for neurons.
         """
-        load = self._active.frequencies
-        share = load / max(load.sum(), 1e-300)
-        logs = np.log(share, out=np.zeros_like(share), where=share > 0)
+        entropy = jackknife((self._active.counts,), _entropy)
+        largest = jackknife((self._active.counts,), lambda counts: counts.max() / max(counts.mean(), 1e-300))
         return {
             "experts": self._experts,
-            "load": load.tolist(),
-            "entropy": float(-(share * logs).sum() / np.log(max(self._experts, 2))),
-            "largest_load": float(share.max() * self._experts),
+            "load": self._active.frequencies.tolist(),
+            "entropy": float(entropy.value),
+            "entropy_se": float(entropy.standard_error),
+            "largest_load": float(largest.value),
+            "largest_load_se": float(largest.standard_error),
             "estimates": self._active.estimates(),
         }
+
+
+def _entropy(counts: NDArray[np.float64]) -> float:
+    """Of the shares, over its largest value."""
+    shares = counts / max(counts.sum(), 1e-300)
+    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    return float(-(shares * logs).sum() / np.log(max(len(counts), 2)))
+
+
+def _unknown(estimate: Estimate) -> Estimate:
+    """The same shapes with NaN."""
+    return Estimate(
+        value=np.full_like(estimate.value, math.nan), replicates=np.full_like(estimate.replicates, math.nan)
+    )
 
 
 def _ratio(a: Any, b: Any) -> NDArray[np.float64]:

@@ -19,15 +19,17 @@ from turbosparse.predict.fit import fit_low_rank, rows_of
 from turbosparse.predict.layers import BYTES_PER_WEIGHT, FFNLayer, layers_of
 from turbosparse.predict.predictors import Predictor, SignBitPredictor
 from turbosparse.sparsity.cett import activation_ratio, neuron_output_norms
+from turbosparse.sparsity.jackknife import Estimate
 from turbosparse.sparsity.quality import cut_windows
 from turbosparse.sparsity.recall import recall_curve
 
-__all__ = ["predictability", "recall_curves"]
+__all__ = ["check_predictable", "predictability", "recall_curves"]
 
 logger = logging.getLogger(__name__)
 
 _SPARSITIES = tuple(round(0.05 * step, 2) for step in range(21))
 _HELD_OUT = 512  # tokens the curves are drawn on, the last ones
+_RUNS = 8  # of held-out tokens, for standard errors
 _STEPS = 300
 _TYPE = "F16"  # of a low-rank predictor's weights; a sign is a bit
 _INPUT = "ffn_norm"
@@ -37,15 +39,39 @@ class _TorchFFNs:
     """The dense FFNs of a Hugging Face model on a text."""
 
     def __init__(self, source: HuggingFaceModel, windows: Sequence[NDArray[np.int32]]) -> None:
-        dense = {name for name, ffn in gated_ffns(source.model).items() if isinstance(ffn, GatedFFN)}
-        if not dense:
-            raise ConfigError("[predictability] expected dense FFNs, got none")
+        check_predictable(source)
+        dense = _dense_ffns(source)
         self._model, self._windows = source.model, windows
         self.layers = {name: layer for name, layer in layers_of(source.model, _TYPE).items() if name in dense}
 
     def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
         batches = ({"input_ids": torch.from_numpy(ids[None].astype(np.int64))} for ids in self._windows)
         return capture_inputs(self._model, batches, directory, inputs)
+
+
+def _dense_ffns(source: HuggingFaceModel) -> set[str]:
+    return {name for name, ffn in gated_ffns(source.model).items() if isinstance(ffn, GatedFFN)}
+
+
+def check_predictable(source: HuggingFaceModel) -> None:
+    """Refuse a model without dense FFNs.
+
+    Parameters
+    ----------
+    source : HuggingFaceModel
+        The model.
+
+    Raises
+    ------
+    ConfigError
+        When all its FFNs are experts.
+    """
+    if not _dense_ffns(source):
+        name = source.description["name"]
+        raise ConfigError(
+            f"[predictability: {name}] expected dense FFNs, got experts alone; as a model file (GGUF) it can "
+            "be asked"
+        )
 
 
 def predictability(
@@ -115,7 +141,7 @@ def recall_curves(
     -------
     list of dict
         Per layer and predictor: ``name``, ``predictor``, ``bytes`` it reads per token, ``active_share``,
-        ``sparsity`` predicted and ``recall`` there.
+        ``sparsity`` predicted, ``recall`` there and ``recall_se``, its standard error.
 
     Notes
     -----
@@ -163,14 +189,29 @@ def _layer_curves(layer: FFNLayer, inputs: NDArray[np.float16], bound: float) ->
     curves = []
     for label, predictor in predictors:
         with torch.no_grad():
-            recall = recall_curve(predictor(x).numpy(), active, _SPARSITIES)
+            recall = _recall(predictor(x).numpy(), active)
         curves.append(
             {
                 "predictor": label,
                 "bytes": predictor.read_bytes(_TYPE),
                 "active_share": activation_ratio(active),
                 "sparsity": list(_SPARSITIES),
-                "recall": recall.tolist(),
+                "recall": recall.value.tolist(),
+                "recall_se": recall.standard_error.tolist(),
             }
         )
     return curves
+
+
+def _recall(scores: NDArray[np.float32], active: NDArray[np.bool_]) -> Estimate:
+    """The curve, and the same without each of some runs of neighbouring tokens."""
+    runs = np.array_split(np.arange(len(scores)), min(_RUNS, len(scores)))
+    return Estimate(
+        value=recall_curve(scores, active, _SPARSITIES),
+        replicates=np.stack(
+            [
+                recall_curve(np.delete(scores, run, axis=0), np.delete(active, run, axis=0), _SPARSITIES)
+                for run in runs
+            ]
+        ),
+    )

@@ -105,6 +105,7 @@ def calibrate(
     out = Path(out)
     check_output(out, overwrite=overwrite)
     source = ModelFile(model_path)
+    source.require_no_bundles()
     if config.refine is not None:
         source.require_no_experts("calibrate, weights in two parts")
     engine = _native.Model(str(model_path), threads=config.threads)

@@ -26,10 +26,35 @@ from turbosparse.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from turbosparse._native import Choose, Mode
 
-__all__ = ["MeasuredFile", "ThinnedFile"]
+__all__ = ["MeasuredFile", "ThinnedFile", "require_measurable"]
 
 _CHUNK_BYTES = 256 << 20  # of captured arrays at once
 _NO_THRESHOLDS = NormThresholds(label="all", eps={}, down_norms={})
+
+
+def require_measurable(file: ModelFile) -> None:
+    """Refuse a file that can be run but not measured.
+
+    Parameters
+    ----------
+    file : ModelFile
+        The file.
+
+    Raises
+    ------
+    ModelFileError
+        When its FFNs lie in bundles, have no gate, or an activation that is not known.
+    """
+    file.require_no_bundles()
+    if not file.gated:
+        raise ModelFileError(
+            f"[{file.path}] expected FFNs with a gate, got plain ones, which are measured in torch only: "
+            "give the Hugging Face directory"
+        )
+    if file.activation is None:
+        raise ModelFileError(
+            f"[{file.path}] expected a known activation, got architecture {file.architecture}"
+        )
 
 
 class _FFNWatcher(Protocol):
@@ -76,13 +101,12 @@ class MeasuredFile:
     Raises
     ------
     ModelFileError
-        When the file is broken, or its FFNs are not gated ones with a known activation.
+        When the file is broken, or `require_measurable` refuses it.
     """
 
     def __init__(self, path: str | PathLike[str], *, scratch: Path, threads: int = 0) -> None:
         self._file = ModelFile(path)
-        if self._file.activation is None or not self._file.gated:
-            raise ModelFileError(f"[{path}] expected gated FFNs with a known activation, got others")
+        require_measurable(self._file)
         self._engine = _native.Model(str(path), threads=threads)
         self._info = self._engine.info
         self._threads = threads
@@ -279,11 +303,17 @@ class MeasuredFile:
             )
 
         def choose(layer: int, gate: NDArray[np.float32], up: NDArray[np.float32]) -> NDArray[np.bool_]:
-            kept = np.empty(gate.shape, np.bool_)
+            kept = np.zeros(gate.shape, np.bool_)
             for unit, ffn in enumerate(self.units):
-                if ffn.layer == layer:
-                    own = slice(ffn.first_neuron, ffn.first_neuron + ffn.neurons)
-                    kept[:, own] = selection.kept(unit, gate[:, own], gate[:, own] * up[:, own])
+                if ffn.layer != layer:
+                    continue
+                own = slice(ffn.first_neuron, ffn.first_neuron + ffn.neurons)
+                # the engine leaves zeros where a token has other experts
+                routed = (gate[:, own] != 0).any(axis=1) | (up[:, own] != 0).any(axis=1)
+                tokens = np.flatnonzero(routed | (ffn.expert is None))
+                if len(tokens):
+                    f_gate, g_up = gate[tokens, own], up[tokens, own]
+                    kept[tokens, own] = selection.kept(unit, f_gate, f_gate * g_up)
             return kept
 
         model = self._drafted_model(_NO_THRESHOLDS)

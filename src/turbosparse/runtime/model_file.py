@@ -198,6 +198,20 @@ class ModelFile:
                 f"[{place}: {self.path}] expected a model without experts, got {self.num_experts} per layer"
             )
 
+    def require_no_bundles(self) -> None:
+        """Refuse a file whose FFNs lie in bundles, so that there are no tensors of them.
+
+        Raises
+        ------
+        ModelFileError
+            When it has bundles.
+        """
+        if self.has_bundles:
+            raise ModelFileError(
+                f"[{self.path}] expected a file without bundles, got one made by export --layout bundled; "
+                "use the file it was made from"
+            )
+
     @property
     def activation(self) -> str | None:
         """Name of the activation, or None where the file does not say and the architecture is not known."""

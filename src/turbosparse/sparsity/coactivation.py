@@ -48,7 +48,7 @@ class PairCounts:
         self.chosen = np.sort(
             np.random.default_rng(seed).choice(neurons, size=min(sample, neurons), replace=False)
         )
-        self._together = np.zeros((2, len(self.chosen), neurons))  # [half, S, F]
+        self._together = np.zeros((2, len(self.chosen), neurons), np.uint32)  # [half, S, F]
         self._tokens = 0
 
     def add(self, active: NDArray[np.bool_]) -> None:
@@ -63,7 +63,7 @@ class PairCounts:
         while begin < len(active):
             block, inside = divmod(self._tokens, _BLOCK_TOKENS)
             rows = active[begin : begin + _BLOCK_TOKENS - inside].astype(np.float32)
-            self._together[block % 2] += rows[:, self.chosen].T @ rows
+            self._together[block % 2] += (rows[:, self.chosen].T @ rows).astype(np.uint32)
             self._tokens += len(rows)
             begin += len(rows)
 

@@ -55,7 +55,7 @@ class SweepStudy:
     task_limit: int = 0
     """Questions per task; 0 asks all."""
     memory_mib: int = 2048
-    """Budget beside the model."""
+    """Budget for samples, which shrink to fit, and dense predictions."""
     threads: int = 0
     """CPU threads; 0: physical cores, at most 8."""
     device: str = "cpu"
@@ -110,7 +110,7 @@ class _TrainingStudy:
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     """What is measured of each trained model."""
     predict_layers: int = 2
-    """Layers whose neurons predictors are fitted for; 0 for none."""
+    """Layers whose neurons predictors are fitted for; 0 for none, as mixtures of experts need it."""
     seeds: tuple[int, ...] = (1, 2)
     """One run of each kind per seed; two at least give error bars."""
     precision: str = "auto"
@@ -157,6 +157,10 @@ class FromScratchStudy(_TrainingStudy):
             raise ConfigError(
                 f"[study] expected at least one kind and one size, got {len(self.kinds)} and "
                 f"{len(self.sizes)}"
+            )
+        if self.predict_layers and any(size.num_experts for size in self.sizes):
+            raise ConfigError(
+                f"[predict_layers] expected 0 for mixtures of experts, got {self.predict_layers}"
             )
 
 

@@ -5,7 +5,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ __all__ = ["Store"]
 logger = logging.getLogger(__name__)
 
 _BEGUN = "begun.json"
+_FINGERPRINT = "_fingerprint"
 
 
 class Store:
@@ -29,12 +30,15 @@ class Store:
     kind : str
         Which study.
     settings : mapping
-        What results depend on, ready for JSON: a study goes on only with the settings it began with.
+        What results depend on, ready for JSON: a study goes on only with the settings it began with. One
+        that ends in ``_fingerprint`` stands for what it is of, whose path may then change; studies of older
+        versions have none.
 
     Raises
     ------
     ConfigError
-        When the folder holds another study, or one with other settings; the message names the first.
+        When the folder holds another study, one with other settings (the message names the first), or a
+        broken one.
     """
 
     def __init__(self, folder: Path, kind: str, settings: Mapping[str, Any]) -> None:
@@ -45,15 +49,21 @@ class Store:
         wanted = plain({"study": kind, "settings": dict(settings)})
         if not begun.exists():
             _write(begun, wanted)
-        found = json.loads(begun.read_text(encoding="utf-8"))
+        found = _read(begun, ("study", "settings"))
         if found["study"] != kind:
             raise ConfigError(f"[{folder}] expected the study {kind} or nothing there, got {found['study']}")
+        known = found["settings"]
+        new = {name for name in wanted["settings"] if name.endswith(_FINGERPRINT) and name not in known}
         for name, value in wanted["settings"].items():
-            if found["settings"].get(name) != value:
+            if name in new or f"{name}{_FINGERPRINT}" in known:
+                continue
+            if known.get(name) != value:
                 raise ConfigError(
                     f"[{folder}] expected the {name} that this study began with, "
-                    f"{_short(found['settings'].get(name))}, got {_short(value)}; give another output"
+                    f"{_short(known.get(name))}, got {_short(value)}; give another output"
                 )
+        if new:
+            _write(begun, {**found, "settings": known | {name: wanted["settings"][name] for name in new}})
 
     def result(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Read a result, or compute and keep it.
@@ -69,6 +79,11 @@ class Store:
         -------
         dict
             With ``seconds`` that it took.
+
+        Raises
+        ------
+        ConfigError
+            When the result on disk is broken.
         """
         path = self._results / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}.json"
         if path.exists():
@@ -77,8 +92,7 @@ class Store:
             started = time.monotonic()
             value = compute()
             _write(path, plain(value | {"seconds": time.monotonic() - started}))
-        kept: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return kept
+        return _read(path, ("seconds",))
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:
@@ -86,6 +100,16 @@ def _write(path: Path, value: Mapping[str, Any]) -> None:
     staging = path.with_suffix(f".{os.getpid()}.incomplete")
     staging.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     staging.replace(path)
+
+
+def _read(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        found = error
+    if not isinstance(found, dict) or not all(name in found for name in names):
+        raise ConfigError(f"[{path}] expected what a study kept, got another text; remove it to go on")
+    return found
 
 
 def _short(value: Any) -> str:

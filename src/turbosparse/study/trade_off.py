@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from typing import Any
 
 from turbosparse.measure.cett_search import CettSearch, take_sample
+from turbosparse.measure.counted_rule import CountedRule
 from turbosparse.measure.figures import trade_off_lines
 from turbosparse.measure.measurement import Progress, text_windows
 from turbosparse.measure.plots import Figures, as_floats, line_style, marker, percent_axis
@@ -15,7 +16,7 @@ from turbosparse.measure.source import Source
 from turbosparse.measure.summary import Cell, Table, uncertain
 from turbosparse.sparsity.selection import NonZero, PositiveGate, Selection, TopK
 from turbosparse.study.config import SweepStudy
-from turbosparse.study.rules import CountedRule, gate_thresholds
+from turbosparse.study.rules import gate_thresholds
 from turbosparse.study.store import Store
 
 __all__ = ["FIGURES", "TaskScorer", "run_trade_off", "sweep_settings", "trade_off_tables"]
@@ -105,7 +106,7 @@ def run_trade_off(
 
             def compute(rule: CountedRule = rule) -> dict[str, Any]:
                 losses = dataclasses.asdict(runs.run(rule, lambda share: advance(share / len(points))))
-                found = losses | _costs(rule, gated=gated)
+                found = losses | rule.shares(gated=gated)
                 return found | ({"tasks": list(ask(rule.rule))} if ask else {})
 
             point = store.result(rule.label, compute)
@@ -133,7 +134,7 @@ def run_trade_off(
             }
             for unit, errors in search.top_k_errors.items()
         ],
-        "notes": [f"{source.units[unit].name}: no neuron is active on the sample" for unit in search.silent],
+        "notes": search.notes(),
     }
 
 
@@ -149,12 +150,6 @@ def _points(
             yield "gate_threshold", share, CountedRule(thresholds, gate_first=True)
     yield "gate", None, CountedRule(PositiveGate(), gate_first=True)
     yield "zeros", None, CountedRule(NonZero(), gate_first=False)
-
-
-def _costs(rule: CountedRule, *, gated: bool) -> dict[str, Any]:
-    shares = rule.shares(gated=gated)
-    costs = {name: {"value": value, "standard_error": None} for name, value in shares.items()}
-    return costs | {"sparsity": {"value": 1 - shares["computed"], "standard_error": None}}
 
 
 def trade_off_tables(record: Mapping[str, Any]) -> list[Table]:
@@ -175,8 +170,10 @@ def trade_off_tables(record: Mapping[str, Any]) -> list[Table]:
     rows = [
         [
             Cell(point["label"]),
-            uncertain(point["computed"]["value"], None, percent=True),
-            uncertain(point["ffn_bytes"]["value"], None, percent=True),
+            *(
+                uncertain(point[cost]["value"], point[cost]["standard_error"], percent=True)
+                for cost in ("computed", "ffn_bytes")
+            ),
             uncertain(point["perplexity"], point["perplexity_se"]),
             uncertain(point["perplexity_rise"], point["perplexity_rise_se"], percent=True),
             uncertain(point["mean_kl"], point["mean_kl_se"]),

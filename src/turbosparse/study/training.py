@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbosparse.errors import ConfigError, TrainingError
+from turbosparse.errors import CalibrationError, ConfigError, TextError, TrainingError
 from turbosparse.measure.config import MeasureConfig
 from turbosparse.measure.hugging_face import open_hugging_face
-from turbosparse.measure.measurement import Progress, measure
+from turbosparse.measure.measurement import Progress, measure, require_window
+from turbosparse.models.registry import load_config, load_tokenizer
 from turbosparse.predict.predictability import predictability
 from turbosparse.sparsify.fresh_model import FreshModel, train_tokenizer, write_once
 from turbosparse.sparsify.recipe import Recipe
@@ -24,6 +25,7 @@ from turbosparse.study.store import Store
 
 __all__ = [
     "Variant",
+    "check_text",
     "from_scratch_variants",
     "relufied_variants",
     "run_variants",
@@ -191,6 +193,34 @@ def _recipe(
     )
 
 
+def check_text(variants: Sequence[Variant], text: str, config: MeasureConfig) -> None:
+    """Find out before anything is trained whether there is enough text to measure on.
+
+    Parameters
+    ----------
+    variants : sequence of Variant
+        The runs.
+    text : str
+        What is measured on.
+    config : MeasureConfig
+        What is measured.
+
+    Raises
+    ------
+    TextError
+        When the text has fewer tokens than a window.
+    """
+    tokenizers: dict[str, int] = {}
+    for recipe in (variant.recipe for variant in variants):
+        if recipe.fresh is not None:
+            tokenizers[recipe.fresh.tokenizer] = recipe.fresh.context_length
+        elif recipe.model not in tokenizers:
+            tokenizers[recipe.model] = int(load_config(recipe.model).max_position_embeddings)
+    for path, positions in tokenizers.items():
+        tokens = len(load_tokenizer(path)(text, verbose=False).input_ids)
+        require_window(text, tokens, min(config.context, positions))
+
+
 def train_variants(variants: Sequence[Variant]) -> None:
     """Train without measuring: what many processes do together.
 
@@ -246,9 +276,12 @@ def run_variants(
 
     Raises
     ------
+    TextError
+        When the text has fewer tokens than a window; nothing is trained then.
     KeyboardInterrupt
         When a signal stopped a run; its checkpoint and all finished runs are kept.
     """
+    check_text(variants, text, config)
     runs, notes, uncertain = [], [], 0
     for number, variant in enumerate(variants):
         logger.info("result %d of %d", number + 1, len(variants))
@@ -259,7 +292,11 @@ def run_variants(
 
         try:
             result = store.result(variant.name, compute)
-        except TrainingError as error:  # the other runs may still be worth their time
+        except (
+            TrainingError,
+            CalibrationError,
+            TextError,
+        ) as error:  # the other runs may still be worth their time
             logger.error("[%s] %s", variant.name, error)
             notes.append(f"{variant.name} failed: {error}")
             continue
