@@ -59,6 +59,7 @@ def test_profile_shows_every_part(model: Path, capsys: pytest.CaptureFixture[str
         (("--output", "/dev/null"), "[bench --output] expected a folder, got /dev/null"),
         (("--mode", "exact"), "can run (dense, threshold), got exact"),
         (("--isa", "mmx"), "mmx"),
+        (("--io", "pread"), "[--io] expected --memory-budget beside it, got pread alone"),
         (("-t", "4000"), "[bench threads] expected 0 to "),
         (("--shape", "mistral-7b"), "[bench --shape] expected no file beside it, got "),
         (("--sparsity", "0.9"), "[bench] expected --shape together with --sparsity"),
