@@ -49,17 +49,19 @@ DiskFile::DiskFile(const std::string& path, bool direct) {
     ::close(descriptor_);
     refuse(path);
   }
-  bytes_ = static_cast<std::size_t>(status.st_size);
-  modified_s_ = status.st_mtim.tv_sec;
-  modified_ns_ = status.st_mtim.tv_nsec;
+  state_ = FileState(status);
+}
+
+DiskFile::DiskFile(const GgufFile& file, bool direct) : DiskFile(file.path(), direct) {
+  if (state_ == file.state()) return;
+  throw ModelFileError("[" + file.path() + "] expected it as it was when it was opened, got another file");
 }
 
 DiskFile::~DiskFile() { ::close(descriptor_); }
 
 bool DiskFile::unchanged() const {
   struct stat status{};
-  return ::fstat(descriptor_, &status) == 0 && static_cast<std::size_t>(status.st_size) == bytes_ &&
-         status.st_mtim.tv_sec == modified_s_ && status.st_mtim.tv_nsec == modified_ns_;
+  return ::fstat(descriptor_, &status) == 0 && FileState(status) == state_;
 }
 
 OpenedReader open_disk_reader(const std::shared_ptr<const DiskFile>& file, std::string_view name) {

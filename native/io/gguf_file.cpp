@@ -60,6 +60,7 @@ std::shared_ptr<const GgufFile> GgufFile::open(const std::string& path) {
 
   const std::shared_ptr<GgufFile> opened(new GgufFile);
   opened->path_ = path;
+  opened->state_ = FileState(status);
   opened->bytes_ = {static_cast<const std::byte*>(start), size};
   opened->mapped_ = true;
   GgufParser(opened.get()).parse();

@@ -19,6 +19,8 @@
 #include <variant>
 #include <vector>
 
+#include "io/file_state.h"
+
 namespace turbosparse {
 
 /// GGUF's own numbering of value kinds.
@@ -78,6 +80,8 @@ class GgufFile {
 
   const std::string& path() const { return path_; }
   std::size_t file_bytes() const { return bytes_.size(); }
+  /// Of the file when it was opened.
+  const FileState& state() const { return state_; }
   std::uint32_t version() const { return version_; }
   const std::vector<std::pair<std::string, GgufValue>>& metadata() const { return metadata_; }
   /// Kind of each metadata entry as stored, in the order of metadata(); kArray for arrays.
@@ -105,6 +109,7 @@ class GgufFile {
   [[noreturn]] void refuse(std::string_view key, const char* expected, const GgufValue& got) const;
 
   std::string path_;
+  FileState state_;
   std::span<const std::byte> bytes_;
   bool mapped_ = false;
   std::uint32_t version_ = 0;

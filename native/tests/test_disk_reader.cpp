@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "check.h"
+#include "gguf_bytes.h"
 #include "io/disk_reader.h"
 #include "util/error.h"
 #include "util/memory.h"
@@ -88,6 +89,30 @@ void test_changes() {
   CHECK(file.unchanged(), "a file with another name");
   std::filesystem::resize_file(temp.path() + "-moved", kDiskBlock);
   CHECK(!file.unchanged(), "a shorter file");
+}
+
+void test_a_file_in_the_place_of_another() {
+  const TempFile temp;
+  const test::Bytes bytes = test::GgufSpec{}.build();
+  const auto write = [&](const std::string& path) {
+    std::ofstream(path, std::ios::binary)
+        .write(reinterpret_cast<const char*>(bytes.data.data()),
+               static_cast<std::streamsize>(bytes.data.size()));
+  };
+  const std::string path = temp.path() + ".gguf";
+  write(path);
+  const auto model = GgufFile::open(path);
+  CHECK(DiskFile(*model, false).bytes() == bytes.data.size(), "the same file");
+  write(path + "-new");
+  std::filesystem::rename(path + "-new", path);
+  std::string error;
+  try {
+    const DiskFile other(*model, false);
+  } catch (const ModelFileError& refused) {
+    error = refused.what();
+  }
+  CHECK(error == "[" + path + "] expected it as it was when it was opened, got another file", "%s",
+        error.c_str());
 }
 
 void test_names() {
@@ -178,6 +203,7 @@ int main() {
   const auto self = std::make_shared<const turbosparse::DiskFile>("/proc/self/exe", false);
   if (turbosparse::make_uring_reader(self, &why_not)) turbosparse::test_reads("io_uring");
   turbosparse::test_changes();
+  turbosparse::test_a_file_in_the_place_of_another();
   turbosparse::test_names();
   turbosparse::check_in_child("io_uring forbidden", turbosparse::falls_back_to_pread);
   turbosparse::check_in_child("io_uring forbidden in use", turbosparse::fails_when_the_ring_breaks);
