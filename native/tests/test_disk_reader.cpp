@@ -157,9 +157,9 @@ void check_in_child(const char* what, F&& works) {
         "%s: status %d", what, status);
 }
 
-bool falls_back_to_pread() {
+bool falls_back_to_pread(std::uint32_t without) {
   const TempFile temp;
-  if (!forbid(__NR_io_uring_setup)) return true;
+  if (!forbid(without)) return true;
   const auto file = std::make_shared<const DiskFile>(temp.path(), true);
   const OpenedReader opened = open_disk_reader(file, "");
   try {
@@ -205,7 +205,10 @@ int main() {
   turbosparse::test_changes();
   turbosparse::test_a_file_in_the_place_of_another();
   turbosparse::test_names();
-  turbosparse::check_in_child("io_uring forbidden", turbosparse::falls_back_to_pread);
+  turbosparse::check_in_child("io_uring forbidden",
+                              [] { return turbosparse::falls_back_to_pread(__NR_io_uring_setup); });
+  turbosparse::check_in_child("io_uring half forbidden",
+                              [] { return turbosparse::falls_back_to_pread(__NR_io_uring_enter); });
   turbosparse::check_in_child("io_uring forbidden in use", turbosparse::fails_when_the_ring_breaks);
   return turbosparse::test::report();
 }
