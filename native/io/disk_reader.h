@@ -66,19 +66,22 @@ class DiskFile {
 
   int get() const { return descriptor_; }
   std::size_t bytes() const { return state_.bytes; }
+  /// Whether O_DIRECT was asked for and its file system has none.
+  bool through_cache() const { return through_cache_; }
   /// Whether size and time of modification are those it was opened with. A file that was removed stays
   /// readable and counts as unchanged.
   bool unchanged() const;
 
  private:
   int descriptor_ = -1;
+  bool through_cache_ = false;
   FileState state_;
 };
 
 /// Reads at once. 0, an errno, or kEndOfFile.
 int read_whole(int descriptor, DiskRead read);
 
-/// A reader, and why it is not the one that was to be preferred ("" where it is).
+/// A reader, and why it does not read as well as one might ("" where it does).
 struct OpenedReader {
   std::unique_ptr<DiskReader> reader;
   std::string note;

@@ -91,6 +91,16 @@ void test_changes() {
   CHECK(!file.unchanged(), "a shorter file");
 }
 
+/// Files in /proc have none.
+void test_no_direct_reads() {
+  const auto file = std::make_shared<const DiskFile>("/proc/self/status", true);
+  const std::string note = open_disk_reader(file, "pread").note;
+  CHECK(file->through_cache() && note.find("page cache") != std::string::npos, "%s", note.c_str());
+  CHECK(open_disk_reader(file, "").note.starts_with(note), "another reader");
+  const DiskFile cached("/proc/self/status", false);
+  CHECK(!cached.through_cache(), "O_DIRECT was not asked for");
+}
+
 void test_a_file_in_the_place_of_another() {
   const TempFile temp;
   const test::Bytes bytes = test::GgufSpec{}.build();
@@ -204,6 +214,7 @@ int main() {
   if (turbosparse::make_uring_reader(self, &why_not)) turbosparse::test_reads("io_uring");
   turbosparse::test_changes();
   turbosparse::test_a_file_in_the_place_of_another();
+  turbosparse::test_no_direct_reads();
   turbosparse::test_names();
   turbosparse::check_in_child("io_uring forbidden",
                               [] { return turbosparse::falls_back_to_pread(__NR_io_uring_setup); });
