@@ -239,7 +239,7 @@ def check_model_name(name: str) -> None:
 
 
 def describe(model: "Model", mode: str | None) -> str:
-    """Say in one line what is about to run.
+    """Say in one line what is about to run, once its session is made.
 
     Parameters
     ----------
