@@ -111,7 +111,10 @@ Choose python_choice(const nb::object& choose, const ModelConfig& config) {
     using Chosen = nb::ndarray<const bool, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
     const nb::gil_scoped_acquire gil;
     const auto T = static_cast<std::size_t>(tokens);
-    const nb::object found = choose(layer, View(gate, {T, neurons}), View(up, {T, neurons}));  // copies
+    // Copies, one by one: what a signal's handler raises in the first must not meet the second.
+    const nb::object gates = nb::cast(View(gate, {T, neurons}));
+    const nb::object ups = nb::cast(View(up, {T, neurons}));
+    const nb::object found = choose(layer, gates, ups);
     Chosen mask;
     if (!nb::try_cast(found, mask) || mask.shape(0) != T || mask.shape(1) != neurons) {
       throw ConfigError("[choose] expected a bool array of shape (" + std::to_string(T) + ", " +

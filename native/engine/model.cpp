@@ -57,7 +57,7 @@ Model::Model(const std::string& path, int threads, const std::string& isa, Weigh
              const MemoryOptions& memory)
     : Model(GgufFile::open(path), threads, isa, transcode, memory, memory.budget > 0) {
   if (memory.budget > 0) {
-    limit(path, memory);
+    limit(memory);
   } else {
     own_->load(kernels, pool);
     if (const auto& bundles = weights->bundles)
@@ -101,7 +101,7 @@ MemoryPlan Model::plan(const MemoryOptions& memory) const {
 }
 
 /// Finds out whether all neurons fit into the budget, and what of them else.
-void Model::limit(const std::string& path, const MemoryOptions& memory) {
+void Model::limit(const MemoryOptions& memory) {
   const MemoryPlan planned = plan(memory);
   const auto& bundles = weights->bundles;
   if (planned.least() > memory.budget) {
@@ -120,7 +120,7 @@ void Model::limit(const std::string& path, const MemoryOptions& memory) {
     left_ = budget_ - static_cast<std::int64_t>(planned.weights() + planned.all_neurons);
     if (bundles) store = std::make_unique<NeuronStore>(bundles->layout, bundles->ffns, pool);
   } else {
-    const auto file = std::make_shared<const DiskFile>(path, memory.io != "mmap");
+    const auto file = std::make_shared<const DiskFile>(weights->file(), memory.io != "mmap");
     OpenedReader opened = open_disk_reader(file, memory.io);
     io_note = opened.note;
     const StoreRoom room{memory.budget - planned.weights(), planned.session()};

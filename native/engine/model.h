@@ -86,7 +86,7 @@ class Model {
   Model(const std::shared_ptr<const GgufFile>& file, int threads, const std::string& isa,
         WeightType transcode, const MemoryOptions& memory, bool unmapped);
   MemoryPlan plan(const MemoryOptions& memory) const;
-  void limit(const std::string& path, const MemoryOptions& memory);
+  void limit(const MemoryOptions& memory);
 
   Weights* own_ = nullptr;  // the weights, as long as they are loaded
   mutable std::mutex mutex_;

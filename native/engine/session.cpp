@@ -135,6 +135,8 @@ void Session::check(std::span<const std::int32_t> ids, Mode mode, bool given_can
   if (model_->on_disk() && !model_->store->unchanged())
     throw EngineError(
         "[model file] expected it as it was when it was opened, got one that has changed since");
+  if (!model_->weights->file().whole())
+    throw EngineError("[model file] expected as many bytes as when it was opened, got fewer");
   if (tokens > context() - position_) {
     throw ContextLengthError("[ids] expected at most " + std::to_string(context() - position_) +
                              " tokens (context " + std::to_string(context()) + ", " +

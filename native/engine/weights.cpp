@@ -401,7 +401,7 @@ Weights::Weights(std::shared_ptr<const GgufFile> file, const ModelConfig& config
   packings_ = binder.packings();
   bytes = binder.bytes() + sign_bytes();
   held_bytes = bytes + binder.vector_bytes();
-  if (unmapped) rows_ = std::make_unique<const DiskFile>(file_->path(), false);
+  if (unmapped) rows_ = std::make_unique<const DiskFile>(*file_, false);
   if (bundles) bytes += NeuronStore::resident_bytes(bundles->layout, bundles->ffns);
   transcoded = binder.transcoded();
   std::set<std::string> types;

@@ -102,6 +102,7 @@ class Weights {
   Weights& operator=(const Weights&) = delete;
   /// Reads it, once, on the threads of `pool`.
   void load(const KernelTable& kernels, ThreadPool& pool);
+  const GgufFile& file() const { return *file_; }
   /// Gives pages of the file's mapping back that were read.
   void release_file() const { file_->release_all(); }
 

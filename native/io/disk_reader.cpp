@@ -42,6 +42,7 @@ DiskFile::DiskFile(const std::string& path, bool direct) {
   if (direct) descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT);
 #endif
   // Some file systems have no O_DIRECT; what is read then passes through the page cache.
+  through_cache_ = direct && descriptor_ < 0;
   if (descriptor_ < 0) descriptor_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor_ < 0) refuse(path);
   struct stat status{};
@@ -49,31 +50,36 @@ DiskFile::DiskFile(const std::string& path, bool direct) {
     ::close(descriptor_);
     refuse(path);
   }
-  bytes_ = static_cast<std::size_t>(status.st_size);
-  modified_s_ = status.st_mtim.tv_sec;
-  modified_ns_ = status.st_mtim.tv_nsec;
+  state_ = FileState(status);
+}
+
+DiskFile::DiskFile(const GgufFile& file, bool direct) : DiskFile(file.path(), direct) {
+  if (state_ == file.state()) return;
+  throw ModelFileError("[" + file.path() + "] expected it as it was when it was opened, got another file");
 }
 
 DiskFile::~DiskFile() { ::close(descriptor_); }
 
 bool DiskFile::unchanged() const {
   struct stat status{};
-  return ::fstat(descriptor_, &status) == 0 && static_cast<std::size_t>(status.st_size) == bytes_ &&
-         status.st_mtim.tv_sec == modified_s_ && status.st_mtim.tv_nsec == modified_ns_;
+  return ::fstat(descriptor_, &status) == 0 && FileState(status) == state_;
 }
 
 OpenedReader open_disk_reader(const std::shared_ptr<const DiskFile>& file, std::string_view name) {
-  if (name == "pread") return {make_pread_reader(file), ""};
+  std::string note;
+  if (file->through_cache()) note = "its file system has no O_DIRECT: reads go through the page cache";
+  if (name == "pread") return {make_pread_reader(file), note};
   if (name == "mmap") return {make_mapped_reader(file), ""};
   if (name != "io_uring" && !name.empty()) {
     throw ConfigError("[io] expected io_uring, pread or mmap, got " + std::string(name));
   }
   std::string why_not;
   std::unique_ptr<DiskReader> reader = make_uring_reader(file, &why_not);
-  if (reader) return {std::move(reader), ""};
+  if (reader) return {std::move(reader), note};
   if (!name.empty()) throw ConfigError("[io] expected a kernel that allows io_uring, got " + why_not);
+  if (!note.empty()) note += "; ";
   return {make_pread_reader(file),
-          "io_uring does not work here (" + why_not + "): threads with pread instead"};
+          note + "io_uring does not work here (" + why_not + "): threads with pread instead"};
 }
 
 }  // namespace turbosparse

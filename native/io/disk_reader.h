@@ -10,6 +10,8 @@
 #include <string>
 #include <string_view>
 
+#include "io/gguf_file.h"
+
 namespace turbosparse {
 
 /// Offsets, sizes and addresses of reads are multiples of it: what any disk asks of O_DIRECT.
@@ -56,27 +58,30 @@ class DiskFile {
  public:
   /// Throws ModelFileError.
   DiskFile(const std::string& path, bool direct);
+  /// The same file once more. Throws ModelFileError where another one has its name now, or it was changed.
+  DiskFile(const GgufFile& file, bool direct);
   ~DiskFile();
   DiskFile(const DiskFile&) = delete;
   DiskFile& operator=(const DiskFile&) = delete;
 
   int get() const { return descriptor_; }
-  std::size_t bytes() const { return bytes_; }
+  std::size_t bytes() const { return state_.bytes; }
+  /// Whether O_DIRECT was asked for and its file system has none.
+  bool through_cache() const { return through_cache_; }
   /// Whether size and time of modification are those it was opened with. A file that was removed stays
   /// readable and counts as unchanged.
   bool unchanged() const;
 
  private:
   int descriptor_ = -1;
-  std::size_t bytes_ = 0;
-  std::int64_t modified_s_ = 0;
-  std::int64_t modified_ns_ = 0;
+  bool through_cache_ = false;
+  FileState state_;
 };
 
 /// Reads at once. 0, an errno, or kEndOfFile.
 int read_whole(int descriptor, DiskRead read);
 
-/// A reader, and why it is not the one that was to be preferred ("" where it is).
+/// A reader, and why it does not read as well as one might ("" where it does).
 struct OpenedReader {
   std::unique_ptr<DiskReader> reader;
   std::string note;

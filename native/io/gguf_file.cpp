@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstring>
 #include <limits>
+#include <utility>
 
 #include "io/gguf_parser.h"
 #include "util/error.h"
@@ -25,6 +26,7 @@ class Descriptor {
   Descriptor(const Descriptor&) = delete;
   Descriptor& operator=(const Descriptor&) = delete;
   int get() const { return fd_; }
+  int release() { return std::exchange(fd_, -1); }
 
  private:
   int fd_;
@@ -47,7 +49,7 @@ std::string describe(const GgufValue& value) {
 
 std::shared_ptr<const GgufFile> GgufFile::open(const std::string& path) {
   // Non-blocking, so that opening a pipe returns and can be refused; it means nothing for regular files.
-  const Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
+  Descriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   if (file.get() < 0) refuse_file(path, std::strerror(errno));
   struct stat status{};
   if (::fstat(file.get(), &status) != 0) refuse_file(path, std::strerror(errno));
@@ -60,8 +62,10 @@ std::shared_ptr<const GgufFile> GgufFile::open(const std::string& path) {
 
   const std::shared_ptr<GgufFile> opened(new GgufFile);
   opened->path_ = path;
+  opened->state_ = FileState(status);
   opened->bytes_ = {static_cast<const std::byte*>(start), size};
   opened->mapped_ = true;
+  opened->descriptor_ = file.release();
   GgufParser(opened.get()).parse();
   return opened;
 }
@@ -76,6 +80,13 @@ std::shared_ptr<const GgufFile> GgufFile::parse(std::span<const std::byte> bytes
 
 GgufFile::~GgufFile() {
   if (mapped_) ::munmap(const_cast<std::byte*>(bytes_.data()), bytes_.size());
+  if (descriptor_ >= 0) ::close(descriptor_);
+}
+
+bool GgufFile::whole() const {
+  struct stat status{};
+  return descriptor_ < 0 ||
+         (::fstat(descriptor_, &status) == 0 && static_cast<std::size_t>(status.st_size) >= bytes_.size());
 }
 
 const GgufValue* GgufFile::find(std::string_view key) const {

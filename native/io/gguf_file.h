@@ -3,8 +3,8 @@
 //
 // Nothing in the file is trusted. A broken file raises ModelFileError with the place and what was found; it
 // never crashes, and what it allocates is bounded by a small multiple of the file's own size. Views stay
-// valid while the GgufFile lives. (A file that somebody else truncates while it is mapped is the one thing
-// that cannot be caught.)
+// valid while the GgufFile lives. (A file that somebody else truncates while its pages are read is the one
+// thing that cannot be caught; `whole` tells before.)
 #pragma once
 
 #include <cstddef>
@@ -18,6 +18,8 @@
 #include <utility>
 #include <variant>
 #include <vector>
+
+#include "io/file_state.h"
 
 namespace turbosparse {
 
@@ -78,6 +80,10 @@ class GgufFile {
 
   const std::string& path() const { return path_; }
   std::size_t file_bytes() const { return bytes_.size(); }
+  /// Of the file when it was opened.
+  const FileState& state() const { return state_; }
+  /// Whether it is still as long.
+  bool whole() const;
   std::uint32_t version() const { return version_; }
   const std::vector<std::pair<std::string, GgufValue>>& metadata() const { return metadata_; }
   /// Kind of each metadata entry as stored, in the order of metadata(); kArray for arrays.
@@ -105,7 +111,9 @@ class GgufFile {
   [[noreturn]] void refuse(std::string_view key, const char* expected, const GgufValue& got) const;
 
   std::string path_;
+  FileState state_;
   std::span<const std::byte> bytes_;
+  int descriptor_ = -1;
   bool mapped_ = false;
   std::uint32_t version_ = 0;
   std::vector<std::pair<std::string, GgufValue>> metadata_;

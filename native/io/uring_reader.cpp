@@ -193,6 +193,10 @@ std::unique_ptr<DiskReader> make_uring_reader(std::shared_ptr<const DiskFile> fi
   constexpr std::uint32_t kNeeded =
       IORING_FEAT_SINGLE_MMAP | IORING_FEAT_RW_CUR_POS;  // Linux 5.6: plain reads
   auto reader = std::make_unique<UringReader>(static_cast<int>(ring), setup, std::move(file));
+  if (::syscall(__NR_io_uring_enter, ring, 0, 0, 0, nullptr, 0) < 0) {  // may be forbidden on its own
+    *why_not = std::strerror(errno);
+    return nullptr;
+  }
   if ((setup.features & kNeeded) == kNeeded && reader->mapped()) return reader;
   *why_not = reader->mapped() ? "a kernel before 5.6" : "rings that cannot be mapped";
   return nullptr;

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "check.h"
+#include "gguf_bytes.h"
 #include "io/disk_reader.h"
 #include "util/error.h"
 #include "util/memory.h"
@@ -90,6 +91,40 @@ void test_changes() {
   CHECK(!file.unchanged(), "a shorter file");
 }
 
+/// Files in /proc have none.
+void test_no_direct_reads() {
+  const auto file = std::make_shared<const DiskFile>("/proc/self/status", true);
+  const std::string note = open_disk_reader(file, "pread").note;
+  CHECK(file->through_cache() && note.find("page cache") != std::string::npos, "%s", note.c_str());
+  CHECK(open_disk_reader(file, "").note.starts_with(note), "another reader");
+  const DiskFile cached("/proc/self/status", false);
+  CHECK(!cached.through_cache(), "O_DIRECT was not asked for");
+}
+
+void test_a_file_in_the_place_of_another() {
+  const TempFile temp;
+  const test::Bytes bytes = test::GgufSpec{}.build();
+  const auto write = [&](const std::string& path) {
+    std::ofstream(path, std::ios::binary)
+        .write(reinterpret_cast<const char*>(bytes.data.data()),
+               static_cast<std::streamsize>(bytes.data.size()));
+  };
+  const std::string path = temp.path() + ".gguf";
+  write(path);
+  const auto model = GgufFile::open(path);
+  CHECK(DiskFile(*model, false).bytes() == bytes.data.size(), "the same file");
+  write(path + "-new");
+  std::filesystem::rename(path + "-new", path);
+  std::string error;
+  try {
+    const DiskFile other(*model, false);
+  } catch (const ModelFileError& refused) {
+    error = refused.what();
+  }
+  CHECK(error == "[" + path + "] expected it as it was when it was opened, got another file", "%s",
+        error.c_str());
+}
+
 void test_names() {
   const TempFile temp;
   const auto file = std::make_shared<const DiskFile>(temp.path(), true);
@@ -132,9 +167,9 @@ void check_in_child(const char* what, F&& works) {
         "%s: status %d", what, status);
 }
 
-bool falls_back_to_pread() {
+bool falls_back_to_pread(std::uint32_t without) {
   const TempFile temp;
-  if (!forbid(__NR_io_uring_setup)) return true;
+  if (!forbid(without)) return true;
   const auto file = std::make_shared<const DiskFile>(temp.path(), true);
   const OpenedReader opened = open_disk_reader(file, "");
   try {
@@ -178,8 +213,13 @@ int main() {
   const auto self = std::make_shared<const turbosparse::DiskFile>("/proc/self/exe", false);
   if (turbosparse::make_uring_reader(self, &why_not)) turbosparse::test_reads("io_uring");
   turbosparse::test_changes();
+  turbosparse::test_a_file_in_the_place_of_another();
+  turbosparse::test_no_direct_reads();
   turbosparse::test_names();
-  turbosparse::check_in_child("io_uring forbidden", turbosparse::falls_back_to_pread);
+  turbosparse::check_in_child("io_uring forbidden",
+                              [] { return turbosparse::falls_back_to_pread(__NR_io_uring_setup); });
+  turbosparse::check_in_child("io_uring half forbidden",
+                              [] { return turbosparse::falls_back_to_pread(__NR_io_uring_enter); });
   turbosparse::check_in_child("io_uring forbidden in use", turbosparse::fails_when_the_ring_breaks);
   return turbosparse::test::report();
 }

@@ -1,6 +1,7 @@
 """The verb bench: table, JSON line, result file, and how it refuses."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def test_profile_shows_every_part(model: Path, capsys: pytest.CaptureFixture[str
         (("--output", "/dev/null"), "[bench --output] expected a folder, got /dev/null"),
         (("--mode", "exact"), "can run (dense, threshold), got exact"),
         (("--isa", "mmx"), "mmx"),
+        (("--io", "pread"), "[--io] expected --memory-budget beside it, got pread alone"),
         (("-t", "4000"), "[bench threads] expected 0 to "),
         (("--shape", "mistral-7b"), "[bench --shape] expected no file beside it, got "),
         (("--sparsity", "0.9"), "[bench] expected --shape together with --sparsity"),
@@ -122,3 +124,17 @@ def test_synthetic_model(
     for row in record["rows"]:
         assert row["synthetic"] is True
         assert row["active_ratio"] == pytest.approx(0.1, abs=0.02)
+
+
+def test_a_budget_too_small_is_refused_before_a_file_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shape = ("--shape", "smollm2-135m", "--layers", "1", *QUICK)
+    assert main(["bench", *shape, "--memory-budget", "1MiB"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    found = re.search(r"\[memory budget\] expected at least (\d+) MiB .* a context of 8, got 1 MiB", error)
+    assert found is not None, error
+    assert not list(tmp_path.rglob("*"))
+    assert main(["bench", *shape, "--memory-budget", f"{found[1]}MiB"]) == 0

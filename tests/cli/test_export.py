@@ -63,7 +63,7 @@ def test_a_failed_check_is_status_1(
     directory = make_directory()
     out = directory.parent / "out.gguf"
     assert main(["export", str(directory), "-o", str(out), "--type", "f32", *QUICK]) == 1
-    assert "computes something else; kept for inspection as" in capsys.readouterr().out
+    assert "something else, or rounding costs this model as much; kept" in capsys.readouterr().out
     assert not out.exists()
     assert out.with_suffix(".failed.gguf").is_file()
 
@@ -78,6 +78,8 @@ def test_a_failed_check_is_status_1(
         (("--thresholds", "none.gguf"), "none.gguf"),
         (("-o", "none/out.gguf"), "expected a folder to write into"),
         (("--type", "q8_0", "--down-type", "q4_0", "-o", "."), "not a regular file"),
+        (("--gate-apart",), "[--gate-apart] expected --layout bundled beside it, got it alone"),
+        (("--layout", "bundled", "--hotness-tokens", "-5"), "[hotness tokens] expected 0 or more, got -5"),
     ],
 )
 def test_refusals(

@@ -100,3 +100,9 @@ def test_a_file_without_tensors_is_described(tmp_path: Path, capsys: pytest.Capt
     assert (record["parameters"], record["ffn_share"], record["modes"]) == (0, 0.0, ["dense"])
     assert main(["inspect", str(tmp_path / "m.gguf")]) == 0
     assert "0 parameters" in capsys.readouterr().out
+
+
+def test_a_reader_needs_a_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_tiny_model(tmp_path / "m.gguf")
+    assert main(["inspect", str(tmp_path / "m.gguf"), "--io", "mmap"]) == 2
+    assert "[--io] expected --memory-budget beside it, got mmap alone" in capsys.readouterr().err

@@ -1,8 +1,10 @@
 """Verbs within a memory budget: experts on disk give what they give in memory, and too little is refused."""
 
 import dataclasses
+import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,20 @@ def test_run(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert shown.out == expected
     share = re.search(r"(\d+)% of the neurons in memory", shown.err)
     assert share is not None and 0 < int(share[1]) < 100
+
+
+@pytest.mark.parametrize("verb", ["run", "chat"])
+def test_the_share_in_memory_is_that_of_inspect(
+    verb: str, bundles: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--memory-budget", "6MiB", "--context", "256", "-t", "1"]
+    assert main(["inspect", str(bundles), *options, "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the cat")))
+    assert main([verb, str(bundles), *options, "-n", "2"]) == 0
+    share = re.search(r"(\d+)% of the neurons in memory", capsys.readouterr().err)
+    assert share is not None
+    assert int(share[1]) == pytest.approx(100 * memory["kept"] / memory["neurons"], abs=1)
 
 
 def test_perplexity(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:

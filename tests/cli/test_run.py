@@ -116,6 +116,7 @@ def test_sampling_options_arrive(model: str, capsys: pytest.CaptureFixture[str])
         (["-p", "a", "--mode", "threshold"], "[mode threshold]"),
         (["-p", "a", "--mode", "magic"], "invalid choice: 'magic'"),
         (["-p", "a", "--isa", "mmx"], "mmx"),
+        (["-p", "a", "--io", "pread"], "[--io] expected --memory-budget beside it, got pread alone"),
         (["-f", "/nowhere/prompt.txt"], "[/nowhere/prompt.txt] No such file or directory"),
         (["-p", "a", "-f", "b"], "not allowed with argument"),
     ],

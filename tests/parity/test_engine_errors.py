@@ -35,6 +35,16 @@ def test_bad_settings(tiny: str, settings: dict[str, Any]) -> None:
         Model(tiny, **settings)
 
 
+def test_a_file_cut_short_in_use(tmp_path: Path) -> None:
+    make_tiny_model(tmp_path / "model.gguf")
+    session = Model(str(tmp_path / "model.gguf")).session(16)
+    session.forward(IDS)
+    os.truncate(tmp_path / "model.gguf", 4096)
+    with pytest.raises(EngineError, match="expected as many bytes as when it was opened, got fewer"):
+        session.forward(IDS)
+    assert session.position == len(IDS)
+
+
 def test_files_that_cannot_run(tmp_path: Path) -> None:
     path = tmp_path / "model.gguf"
     make_tiny_model(path, TinyModel(arch="falcon"))

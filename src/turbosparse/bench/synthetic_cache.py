@@ -7,6 +7,7 @@ They lie in ``synthetic`` under the cache folder of turbosparse (``~/.cache/turb
 import json
 import logging
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,20 @@ import numpy as np
 import tokenizers
 from numpy.typing import NDArray
 
+from turbosparse.bench.benchmark import BenchConfig
+from turbosparse.bench.memory_forecast import plan_memory
 from turbosparse.bench.shapes import SyntheticModel
 from turbosparse.bench.synthetic_weights import plain_tensors, predictor_thresholds, sparse_tensors
+from turbosparse.bench.text_cases import cases_of, longest
 from turbosparse.errors import ConfigError
 from turbosparse.runtime.bundles import bundled
 from turbosparse.runtime.default_model import cache_folder
-from turbosparse.runtime.model_file import StoredValue
-from turbosparse.runtime.model_file_writer import TensorSource, write_model_file
+from turbosparse.runtime.model_file import ModelFile, StoredValue
+from turbosparse.runtime.model_file_writer import TensorSource, write_blank_file, write_model_file
 from turbosparse.runtime.texts import CALIBRATION, read_text
 from turbosparse.tokenizer import TokenType
 
-__all__ = ["available_memory", "synthetic_file", "synthetic_files"]
+__all__ = ["available_memory", "require_budget", "synthetic_file", "synthetic_files"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,6 +108,41 @@ def _files(model: SyntheticModel, kinds: Sequence[bool], progress: Callable[[flo
             logger.info("making %s", path)
             write_model_file(path, metadata, tensors, progress=progress)
     return wanted
+
+
+def require_budget(model: SyntheticModel, config: BenchConfig) -> None:
+    """Refuse a memory budget that is too small before a file is written for it.
+
+    Parameters
+    ----------
+    model : SyntheticModel
+        What is timed.
+    config : BenchConfig
+        With the budget.
+
+    Raises
+    ------
+    ConfigError
+        When the tests need more.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "blank.gguf"
+        write_blank_file(path, *_contents(model, plain=False))
+        context = longest(cases_of(path, config, _CONTEXT))
+        for threads in config.threads:
+            plan = plan_memory(
+                ModelFile(path),
+                budget=config.memory_budget,
+                context=context,
+                threads=threads,
+                kv_cache=config.kv_cache,
+            )
+            if not plan.fits:
+                least, budget = -(-plan.least // 2**20), -(-config.memory_budget // 2**20)
+                raise ConfigError(
+                    f"[memory budget] expected at least {least} MiB for {model.file_stem(plain=False)} and a "
+                    f"context of {context}, got {budget} MiB"
+                )
 
 
 def available_memory() -> int:

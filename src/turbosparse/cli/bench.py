@@ -62,9 +62,12 @@ def run(args: argparse.Namespace) -> int:
     from turbosparse.bench.profile import profile_model
     from turbosparse.bench.record import as_table, profile_table, result_record, roofline_table, unused_path
     from turbosparse.bench.roofline import measure_roofline
+    from turbosparse.bench.synthetic_cache import require_budget
 
     config, synthetic = bench_config(args), synthetic_model(args)
     models = args.models
+    if synthetic is not None and config.memory_budget:
+        require_budget(synthetic, config)
     if synthetic is not None and not args.one_at_a_time:
         models, config = _made(synthetic, config)
     rooflines = [measure_roofline(threads) for threads in config.threads] if args.roofline else []

@@ -60,6 +60,7 @@ class Conversation:
         model.chat_template  # noqa: B018 -- fails here and not after the first message
         self.has_ended = False
         self._model = model
+        self._cache = model.new_cache()
         self._sampling = sampling
         self._max_tokens = max_tokens
         self._mode = mode
@@ -78,7 +79,11 @@ class Conversation:
         try:
             self._forget_oldest()
             answer = self._model.generate(
-                self._messages, max_tokens=self._max_tokens, mode=self._mode, sampling=self._sampling
+                self._messages,
+                max_tokens=self._max_tokens,
+                mode=self._mode,
+                sampling=self._sampling,
+                cache=self._cache,
             )
             try:
                 write_stream(answer, written)

@@ -93,5 +93,6 @@ def _show_report(report: "ExportReport") -> None:
             f"KL mean {check.mean_kl:.2g} (limit {check.limit:g}), max {check.max_kl:.2g} nats, "
             f"same likeliest token {check.same_top_1:.1%}"
         )
-        wrote = wrote if check.passed else "it computes something else; kept for inspection as"
+        if not check.passed:
+            wrote = "it computes something else, or rounding costs this model as much; kept for inspection as"
     out.print(f"{wrote} {report.output} ({bytes_text(report.output.stat().st_size)})", markup=False)

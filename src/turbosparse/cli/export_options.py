@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbosparse.cli.console import add_json_option, thread_count
+from turbosparse.errors import ConfigError
 
 if TYPE_CHECKING:
     from turbosparse.export.run import ExportConfig
@@ -94,10 +95,17 @@ def export_config(args: argparse.Namespace) -> "ExportConfig":
     -------
     ExportConfig
         Checked.
+
+    Raises
+    ------
+    ConfigError
+        For a number out of range, or gate apart in a file without bundles.
     """
     from turbosparse.export.draft import TypeChoice
     from turbosparse.export.run import Bundles, ExportConfig
 
+    if args.gate_apart and args.layout != "bundled":
+        raise ConfigError("[--gate-apart] expected --layout bundled beside it, got it alone")
     types = (args.type, args.down_type, args.embedding_type, args.predictor_type)
     weights, down, embedding, predictor = (name and name.upper() for name in types)
     return ExportConfig(

@@ -22,7 +22,7 @@ from turbosparse.cli.console import (
     thread_count,
 )
 from turbosparse.cli.memory_report import describe_budget, memory_facts, memory_table
-from turbosparse.cli.model_options import add_memory_options
+from turbosparse.cli.model_options import add_memory_options, memory_budget
 from turbosparse.cli.model_tables import model_tables
 from turbosparse.runtime.model_description import describe
 from turbosparse.runtime.model_file import ModelFile
@@ -68,10 +68,11 @@ def run(args: argparse.Namespace) -> int:
     int
         Exit status.
     """
+    budget = memory_budget(args)
     file = ModelFile(args.model)
     record = describe(file, tensors=args.tensors or args.json)
-    if args.memory_budget is not None:
-        record["memory"] = describe_budget(file, args)
+    if budget is not None:
+        record["memory"] = describe_budget(file, args, budget=budget)
     if args.json:
         print_json(record)
     else:

@@ -6,7 +6,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from turbosparse.cli.console import bytes_text, count_text, progress
-from turbosparse.cli.model_options import memory_budget
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["describe_budget", "memory_facts", "memory_table"]
 
 
-def describe_budget(file: "ModelFile", args: argparse.Namespace) -> dict[str, Any]:
+def describe_budget(file: "ModelFile", args: argparse.Namespace, *, budget: int) -> dict[str, Any]:
     """Find out what a budget would hold and how fast the file would run in it.
 
     Parameters
@@ -24,7 +23,9 @@ def describe_budget(file: "ModelFile", args: argparse.Namespace) -> dict[str, An
     file : ModelFile
         The file.
     args : argparse.Namespace
-        With the budget, the context, threads and the reader.
+        With the context, threads and the reader.
+    budget : int
+        Bytes.
 
     Returns
     -------
@@ -39,7 +40,7 @@ def describe_budget(file: "ModelFile", args: argparse.Namespace) -> dict[str, An
     context = default_context(file.metadata) if args.context is None else args.context
     plan = plan_memory(
         file,
-        budget=memory_budget(args) or 0,
+        budget=budget,
         context=context,
         threads=threads,
         kv_cache=args.kv_cache or "",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbosparse.cli.console import progress, thread_count
-from turbosparse.errors import ModelFileError, TextError
+from turbosparse.errors import ConfigError, ModelFileError, TextError
 
 if TYPE_CHECKING:
     from turbosparse.runtime.engine import Model
@@ -115,10 +115,17 @@ def memory_budget(args: argparse.Namespace) -> int | None:
     -------
     int or None
         Bytes; None for no limit.
+
+    Raises
+    ------
+    ConfigError
+        For a size that is none, or a reader of what no budget leaves on disk.
     """
     from turbosparse.runtime.memory import AUTO, automatic_budget, parse_size
 
     if args.memory_budget is None:
+        if args.io is not None:
+            raise ConfigError(f"[--io] expected --memory-budget beside it, got {args.io} alone")
         return None
     return automatic_budget() if args.memory_budget == AUTO else parse_size(args.memory_budget)
 
@@ -232,7 +239,7 @@ def check_model_name(name: str) -> None:
 
 
 def describe(model: "Model", mode: str | None) -> str:
-    """Say in one line what is about to run.
+    """Say in one line what is about to run, once its session is made.
 
     Parameters
     ----------

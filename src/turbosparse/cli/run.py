@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
     text = _prompt(args)
     began = time.perf_counter()
     model = open_model(args, context=args.context)
+    cache = model.new_cache()  # takes its share of a memory budget, which `describe` tells
     load_s = time.perf_counter() - began
     sys.stderr.write(describe(model, args.mode) + "\n")
     answer = model.generate(
@@ -86,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         mode=args.mode,
         sampling=sampling,
         truncate=args.truncate,
+        cache=cache,
     )
     written: list[str] = []
     status = 0

@@ -56,6 +56,10 @@ class Bundles:
     hotness_tokens: int = 2048
     """Tokens of the text that ships with turbosparse to sort neurons by; 0 keeps their order."""
 
+    def __post_init__(self) -> None:
+        if self.hotness_tokens < 0:
+            raise ConfigError(f"[hotness tokens] expected 0 or more, got {self.hotness_tokens}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:

@@ -30,7 +30,14 @@ from numpy.typing import NDArray
 from turbosparse.errors import ModelFileError
 from turbosparse.runtime.model_file import KEY_ARCHITECTURE, ModelFile, StoredValue, plain_value
 
-__all__ = ["TensorSource", "check_output", "model_file_bytes", "quantised", "write_model_file"]
+__all__ = [
+    "TensorSource",
+    "check_output",
+    "model_file_bytes",
+    "quantised",
+    "write_blank_file",
+    "write_model_file",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -246,16 +253,36 @@ def model_file_bytes(metadata: Mapping[str, Any], tensors: Iterable[TensorSource
     ModelFileError
         When a name occurs twice, or a value has no kind.
     """
-    sources = list(tensors)
-    writer = _prepared(metadata, sources)
     with tempfile.TemporaryDirectory() as folder:
-        head = Path(folder) / "head"
-        try:
-            _write_head(writer, head)
-        finally:
-            writer.close()
-        alignment = int(plain_value(metadata.get(ALIGNMENT, GGUF_DEFAULT_ALIGNMENT)))
-        parts = [head.stat().st_size, *(tensor.nbytes for tensor in sources)]
+        return _write_blank(Path(folder) / "head", metadata, list(tensors))
+
+
+def write_blank_file(
+    path: str | os.PathLike[str], metadata: Mapping[str, Any], tensors: Iterable[TensorSource]
+) -> None:
+    """Write a model file whose tensors are a hole of zeros, which takes no room on the disk.
+
+    Parameters
+    ----------
+    path : str or os.PathLike
+        The new file.
+    metadata : mapping
+        As for `write_model_file`.
+    tensors : iterable of TensorSource
+        What it would hold; nothing is read.
+    """
+    os.truncate(path, _write_blank(Path(path), metadata, list(tensors)))
+
+
+def _write_blank(path: Path, metadata: Mapping[str, Any], sources: Sequence[TensorSource]) -> int:
+    """Everything before the tensors' bytes; gives the size of the whole file."""
+    writer = _prepared(metadata, sources)
+    try:
+        _write_head(writer, path)
+    finally:
+        writer.close()
+    alignment = int(plain_value(metadata.get(ALIGNMENT, GGUF_DEFAULT_ALIGNMENT)))
+    parts = [path.stat().st_size, *(tensor.nbytes for tensor in sources)]
     return sum(-(-part // alignment) * alignment for part in parts)
 
 
