@@ -4,7 +4,8 @@
       runs/mine/distillation/checkpoint-356 -o runs/mine/mean
 
 Averages of far apart moments cancel more of the noise that a high learning rate leaves in the weights; it
-took 2 % off the perplexity of the model in docs/studies/README.md. Needs turbosparse[train].
+took 2 % off the perplexity of the model that the project ships (docs/experiments.md). Needs
+turbosparse[train].
 """
 
 import argparse

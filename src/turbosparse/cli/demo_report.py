@@ -93,10 +93,11 @@ def show_answers(out: "Console", model: "Model", prompt: str, answers: "Answers"
     for mode, rounds in answers.items():
         text, stats = rounds[-1]
         read = f", {stats.bytes_per_token / 1e6:.0f} MB read per token" if stats.bytes_per_token else ""
-        ratio = "" if mode == "dense" else f", {_ratio(answers, mode):.2f}x dense"
+        timed = mode != "dense" and _speed(rounds) > 0 and _speed(answers["dense"]) > 0
+        ratio = f", {_ratio(answers, mode):.2f}x dense" if timed else ""
         out.print(f"\n[bold]{mode}[/]  {_speed(rounds):.1f} tok/s{ratio}{read}")
         same = mode != "dense" and text == answers["dense"][-1][0]
-        out.print("(the same text)" if same else text.strip(), markup=False)
+        out.print("(the same text)" if same else text.strip() or "(ended at once)", markup=False)
     out.print(
         f"\n[bold]Speed[/]  {model.engine.threads} threads, {model.engine.isa}; median of "
         f"{len(answers['dense'])} rounds in turn"

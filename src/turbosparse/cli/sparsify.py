@@ -5,16 +5,15 @@ What to do stands in a recipe (TOML; see examples/), or for a quick start in --m
 """
 
 import argparse
-import dataclasses
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turbosparse.cli.model_options import check_model_name
-from turbosparse.errors import ConfigError, ModelFileError
+from turbosparse.cli.training_estimate import print_estimate, warn_of_export
+from turbosparse.errors import ConfigError
 
 if TYPE_CHECKING:
     from turbosparse.sparsify.recipe import Recipe
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if recipe.fresh is None:
         check_model_name(recipe.model)
     if args.dry_run:
-        _print_estimate(recipe)
+        print_estimate(recipe)
         return 0
     from transformers.utils.logging import disable_progress_bar
 
@@ -79,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     disable_progress_bar()
     if os.environ.get("RANK", "0") == "0":
         if recipe.fresh is None and not args.control:
-            _warn_of_export(recipe)
+            warn_of_export(recipe)
         logging.getLogger("turbosparse").setLevel(
             min(logging.getLogger("turbosparse").getEffectiveLevel(), logging.INFO)
         )
@@ -109,38 +108,3 @@ def _recipe(args: argparse.Namespace) -> "Recipe":
     if tokens < 1:
         raise ConfigError(f"[--tokens] expected at least 1, got {tokens}")
     return quick_recipe(args.text, tokens, settings)
-
-
-def _print_estimate(recipe: "Recipe") -> None:
-    from turbosparse.cli.console import console
-    from turbosparse.sparsify.estimate import check_data, estimate_run, measure_flops
-    from turbosparse.sparsify.fresh_model import start_fresh
-
-    with tempfile.TemporaryDirectory() as scratch:
-        recipe = start_fresh(dataclasses.replace(recipe, output=scratch))
-        flops = measure_flops(bf16=recipe.precision != "fp32")
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        out = console()
-        out.print(f"measured {flops / 1e9:.0f} GFLOP/s per process, {processes} process(es)")
-        for stage in estimate_run(recipe, flops=flops, processes=processes):
-            out.print(
-                f"{stage.name}: {stage.tokens:,} tokens in {stage.steps:,} steps, {stage.memory_gb:.1f} GB "
-                f"per process plus activations, {stage.flops_per_token / 1e9:.2f} GFLOP/token, "
-                f"{stage.hours:.1f} h"
-            )
-        _warn_of_export(recipe)
-        check_data(recipe)
-
-
-def _warn_of_export(recipe: "Recipe") -> None:
-    """Say so before the training if `export` will not take its result."""
-    from turbosparse.export.hf_config import HFConfig
-    from turbosparse.sparsify.estimate import swapped_outline
-
-    try:
-        with tempfile.TemporaryDirectory() as directory:
-            swapped_outline(recipe).config.save_pretrained(directory)
-            HFConfig(Path(directory))
-    except ModelFileError as error:
-        reason = str(error).split("] ", 1)[-1]
-        _LOG.warning("[%s] can be trained, but export will refuse the result: %s", recipe.model, reason)
