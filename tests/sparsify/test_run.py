@@ -229,7 +229,10 @@ def test_stages_with_other_data_are_all_in_the_card(make_recipe: MakeRecipe) -> 
     recipe = make_recipe(*(DISTILLATION | {"data": each} for each in data))
     card = (run_recipe(recipe).model / "README.md").read_text(encoding="utf-8")
     originals = [set(line) - {"stage", "step", "time", "event"} for line in metrics(recipe, event="original")]
-    assert originals == [{"perplexity_book", "perplexity_stories"}, {"perplexity_records"}]
+    assert originals == [
+        {"perplexity_book", "perplexity_stories"},
+        {"perplexity_book", "perplexity_stories", "perplexity_records"},
+    ]
     quality, drawn = card.split("## Data")
     assert " - " not in quality  # where the original is unknown
     files = [Path(recipe.output) / name / "data_drawn.json" for name in ("stage0", "stage1")]
