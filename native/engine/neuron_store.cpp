@@ -41,12 +41,13 @@ NeuronStore::NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, Thre
     : layout_(layout), bytes_(resident_bytes(layout, ffns)) {
   for (FfnBundles& ffn : ffns) {
     const std::int64_t neurons = ffn.neurons;
-    ffns_.push_back({std::move(ffn), neurons, pinned_rows_, 0});
+    ffns_.push_back(
+        {.bundles = std::move(ffn), .pinned = neurons, .loaded = neurons, .first_row = pinned_rows_});
     pinned_rows_ += neurons;
   }
   arena_ = Arena(bytes_);
   memory_ = arena_.take(bytes_);
-  load_pinned(pool);
+  load_hottest(pool);
 }
 
 NeuronStore::NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, ThreadPool& pool,
@@ -63,18 +64,21 @@ NeuronStore::NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, Thre
   std::int64_t first_cluster = 0;
   for (FfnBundles& ffn : ffns) {
     const std::int64_t clusters = clusters_of(layout_, ffn);
-    ffns_.push_back({std::move(ffn), 0, 0, first_cluster});
+    ffns_.push_back({.bundles = std::move(ffn), .first_cluster = first_cluster});
     first_cluster += clusters;
   }
-  pin(split.pinned);
-  const std::int64_t slots = std::min(split.fits, all) - pinned_rows_ / layout_.cluster;
-  const std::int64_t rows = pinned_rows_ + slots * layout_.cluster;
+  {
+    const std::vector<Hot> hottest = pin(split.pinned);  // gone before the neurons are loaded
+    const std::int64_t pinned = pinned_rows_ / layout_.cluster;
+    cache_ = SlotCache(all, std::min(split.fits, all) - pinned);
+    fill(hottest, std::min(split.kept, all) - pinned);
+  }
+  const std::int64_t rows = pinned_rows_ + cache_.slots() * layout_.cluster;
   lent_ = (rows / layout_.cluster - split.fits) * static_cast<std::int64_t>(cluster_bytes(layout_));
   arena_ = Arena(count(rows) * layout_.bytes);
   memory_ = arena_.take(count(rows) * layout_.bytes);
   gate_.resize(count(rows));
   up_.resize(count(rows));
-  cache_ = SlotCache(all, slots);
   io_memory_ = io_.take(io_bytes(layout_));
   misses_.reserve(count(token_neurons));
   buffers_.resize(
@@ -82,7 +86,7 @@ NeuronStore::NeuronStore(BundleLayout layout, std::vector<FfnBundles> ffns, Thre
   reads_.reserve(std::max(buffers_.size(), kStripeReads + 1));
   guesses_.reserve(buffers_.size());
   there_.reserve(count(token_neurons));
-  load_pinned(pool);
+  load_hottest(pool);
 }
 
 std::size_t NeuronStore::io_bytes(const BundleLayout& layout) {
@@ -119,42 +123,58 @@ std::size_t NeuronStore::resident_bytes(const BundleLayout& layout, const std::v
 }
 
 /// Chooses what stays in memory: the hottest clusters of all FFNs, or as large a part of each where the file
-/// does not say how hot they are.
-void NeuronStore::pin(std::int64_t clusters) {
-  struct Candidate {
-    float hotness;
-    std::size_t ffn;
-  };
-  std::vector<Candidate> candidates;
+/// does not say how hot they are. Returns the others, hottest first.
+std::vector<NeuronStore::Hot> NeuronStore::pin(std::int64_t clusters) {
+  std::vector<Hot> all;
   for (std::size_t number = 0; number < ffns_.size(); ++number) {
     const FfnBundles& bundles = ffns_[number].bundles;
     const std::int64_t own = clusters_of(layout_, bundles);
     for (std::int64_t c = 0; c < own; ++c) {
       const float rank = 1.0F - static_cast<float>(c) / static_cast<float>(own);
-      candidates.push_back(
-          {bundles.hotness.empty() ? rank : bundles.hotness[count(c * layout_.cluster)], number});
+      const float hotness = bundles.hotness.empty() ? rank : bundles.hotness[count(c * layout_.cluster)];
+      all.push_back({hotness, static_cast<std::int32_t>(number), static_cast<std::int32_t>(c)});
     }
   }
-  std::ranges::stable_sort(candidates,
-                           [](const Candidate& a, const Candidate& b) { return a.hotness > b.hotness; });
-  candidates.resize(std::min(candidates.size(), count(clusters)));
-  for (const Candidate& candidate : candidates) ffns_[candidate.ffn].pinned += layout_.cluster;
+  std::ranges::stable_sort(all, [](const Hot& a, const Hot& b) { return a.hotness > b.hotness; });
+  const auto others = all.begin() + std::min<std::int64_t>(clusters, std::ssize(all));
+  for (auto hot = all.begin(); hot != others; ++hot) ffns_[count(hot->ffn)].pinned += layout_.cluster;
   for (Ffn& ffn : ffns_) {
     ffn.first_row = pinned_rows_;
+    ffn.loaded = ffn.pinned;
     pinned_rows_ += ffn.pinned;
+  }
+  all.erase(all.begin(), others);
+  return all;
+}
+
+/// Where the file says how hot neurons are, lets the cache begin with the hottest clusters, and with counts
+/// as they would be after a period of tokens.
+void NeuronStore::fill(std::span<const Hot> hottest, std::int64_t slots) {
+  double asked = 0;  // clusters per token
+  for (const Hot& hot : hottest) asked += hot.hotness;
+  const double tokens = asked > 0 ? static_cast<double>(cache_.period()) / asked : 0;
+  for (const Hot& hot : hottest) {
+    Ffn& ffn = ffns_[count(hot.ffn)];
+    const std::int64_t number = cache_number({hot.ffn, hot.number});
+    if (ffn.bundles.hotness.empty() || hot.hotness <= 0) continue;
+    cache_.expect(number, tokens * hot.hotness);
+    if (slots-- <= 0) continue;
+    cache_.fill(number);
+    ffn.loaded += layout_.cluster;
   }
 }
 
 /// Some neurons at a time, whose pages of the mapping are then given back: beside the copy they would count
 /// twice.
-void NeuronStore::load_pinned(ThreadPool& pool) {
+void NeuronStore::load_hottest(ThreadPool& pool) {
   const auto at_once = static_cast<std::int64_t>(kLoadBytes / layout_.file_bytes + 1);
   pool.run([&](int index) noexcept {
-    for (const Ffn& ffn : ffns_) {
-      const Range range = split(ffn.pinned, 1, index, pool.size());
+    for (std::size_t number = 0; number < ffns_.size(); ++number) {
+      const Ffn& ffn = ffns_[number];
+      const Range range = split(ffn.loaded, 1, index, pool.size());
       for (std::int64_t r = range.begin; r < range.end; ++r) {
         const std::byte* from = ffn.bundles.data.data() + count(r) * layout_.file_bytes;
-        std::memcpy(row(ffn.first_row + r), from, layout_.bytes);
+        std::memcpy(row(row_of(static_cast<std::int64_t>(number), r)), from, layout_.bytes);
         const std::int64_t copied = (r - range.begin) % at_once + 1;
         if (copied < at_once && r + 1 < range.end) continue;
         const std::size_t bytes = count(copied) * layout_.file_bytes;
@@ -162,6 +182,17 @@ void NeuronStore::load_pinned(ThreadPool& pool) {
       }
     }
   });
+  for (const Ffn& ffn : ffns_) {  // a fault maps pages around it too
+    if (ffn.loaded > 0) ffn.bundles.file->release(ffn.bundles.data);
+  }
+}
+
+/// Of a neuron that is in memory.
+std::int64_t NeuronStore::row_of(std::int64_t ffn, std::int64_t neuron) const {
+  const Ffn& f = ffns_[count(ffn)];
+  if (neuron < f.pinned) return f.first_row + neuron;
+  const std::int64_t slot = cache_.find(cache_number({ffn, neuron / layout_.cluster}));
+  return pinned_rows_ + slot * layout_.cluster + neuron % layout_.cluster;
 }
 
 Matrix NeuronStore::view(const std::byte* base, Projection part, std::int64_t rows,

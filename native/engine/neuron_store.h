@@ -1,5 +1,5 @@
 // Neurons of all FFNs where memory does not hold them: the hottest stay in memory, of the others those that
-// were needed lately, and the rest is read when a token asks for it. What lies together in the file is a
+// are needed most, and the rest is read when a token asks for it. What lies together in the file is a
 // bundle, the rows of gate, up and down_t of one neuron; docs/format.md has the layout.
 //
 // Belongs to the job that runs on the thread pool: one FFN at a time, `foresee`, `fetch` and `stream` by one
@@ -134,6 +134,7 @@ class NeuronStore {
   struct Ffn {
     FfnBundles bundles;
     std::int64_t pinned = 0;         // neurons
+    std::int64_t loaded = 0;         // the pinned ones and those that are in memory from the start
     std::int64_t first_row = 0;      // of the pinned ones
     std::int64_t first_cluster = 0;  // in the cache's numbers
   };
@@ -144,6 +145,12 @@ class NeuronStore {
     std::int64_t number = 0;
     bool follows(const Cluster& other) const { return ffn == other.ffn && number == other.number + 1; }
     auto operator<=>(const Cluster&) const = default;
+  };
+  /// A cluster and the share of tokens that need it.
+  struct Hot {
+    float hotness = 0.0F;
+    std::int32_t ffn = 0;
+    std::int32_t number = 0;
   };
   /// A cluster to be read for part of the list.
   struct Miss {
@@ -173,8 +180,10 @@ class NeuronStore {
 
   static std::size_t io_bytes(const BundleLayout& layout);
   static std::size_t cluster_bytes(const BundleLayout& layout);
-  void pin(std::int64_t clusters);
-  void load_pinned(ThreadPool& pool);
+  std::vector<Hot> pin(std::int64_t clusters);
+  void fill(std::span<const Hot> hottest, std::int64_t slots);
+  void load_hottest(ThreadPool& pool);
+  std::int64_t row_of(std::int64_t ffn, std::int64_t neuron) const;
   Matrix view(const std::byte* base, Projection part, std::int64_t rows, std::size_t row_bytes) const;
   std::byte* row(std::int64_t index) const {
     return memory_ + static_cast<std::size_t>(index) * layout_.bytes;

@@ -1,62 +1,112 @@
 #include "engine/slot_cache.h"
 
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
 namespace turbosparse {
+namespace {
+
+/// The window's part of the slots. What one turn asks for stays whatever this is.
+constexpr std::int64_t kWindowOneIn = 16;
+/// Counts are halved when so many times as many clusters as there are slots were asked for.
+constexpr std::int64_t kPeriodSlots = 10;
+constexpr std::uint8_t kMostCounted = std::numeric_limits<std::uint8_t>::max();
+
+}  // namespace
 
 SlotCache::SlotCache(std::int64_t clusters, std::int64_t slots)
     : capacity_(static_cast<std::size_t>(slots)),
       slots_(slots),
       slot_of_(static_cast<std::size_t>(clusters), kNone),
+      count_of_(static_cast<std::size_t>(clusters)),
       owner_(capacity_, kNone),
-      previous_(capacity_ + 3),
-      next_(capacity_ + 3),
+      previous_(capacity_ + kLists),
+      next_(capacity_ + kLists),
       turn_of_(capacity_),
       list_of_(capacity_, kUnused) {
   for (std::size_t list = capacity_; list < next_.size(); ++list) {
     previous_[list] = next_[list] = static_cast<std::int32_t>(list);
   }
-  for (std::size_t slot = capacity_; slot-- > 0;) push_front(static_cast<std::int32_t>(slot), kFree);
+  for (std::size_t slot = capacity_; slot-- > 0;) push(static_cast<std::int32_t>(slot), kFree);
 }
 
 std::size_t SlotCache::bytes(std::int64_t clusters, std::int64_t slots) {
+  constexpr std::size_t kPerCluster = sizeof(std::int32_t) + sizeof(std::uint8_t);
   constexpr std::size_t kPerSlot = 3 * sizeof(std::int32_t) + sizeof(std::uint32_t) + sizeof(List);
-  return static_cast<std::size_t>(clusters) * sizeof(std::int32_t) +
-         static_cast<std::size_t>(slots) * kPerSlot;
+  return static_cast<std::size_t>(clusters) * kPerCluster + static_cast<std::size_t>(slots) * kPerSlot;
 }
 
-void SlotCache::touch(std::int32_t slot) {
-  turn_of_[static_cast<std::size_t>(slot)] = turn_;
-  unlink(slot);
-  push_front(slot, kProtected);
-  if (sizes_[kProtected] * 5 <= slots_ * 4) return;
-  const std::int32_t oldest = last(kProtected);
-  unlink(oldest);
-  push_front(oldest, kProbation);
+std::int64_t SlotCache::period() const { return kPeriodSlots * std::max<std::int64_t>(slots_, 1); }
+
+void SlotCache::expect(std::int64_t cluster, double times) {
+  const double counted = std::clamp(std::round(times), 0.0, double{kMostCounted});
+  count_of_[static_cast<std::size_t>(cluster)] = static_cast<std::uint8_t>(counted);
 }
 
-std::int32_t SlotCache::take(std::int64_t cluster) {
-  std::int32_t slot = last(kFree);
-  for (const List list : {kProbation, kProtected}) {
-    if (slot == kNone && last(list) != kNone && !in_turn(last(list))) slot = last(list);
-  }
-  if (slot == kNone) slot = pushed_back();
-  if (slot == kNone) return kNone;
-  const auto at = static_cast<std::size_t>(slot);
-  if (owner_[at] != kNone) slot_of_[static_cast<std::size_t>(owner_[at])] = kNone;
+std::int32_t SlotCache::fill(std::int64_t cluster) {
+  if (last(kFree) == kNone) return kNone;
+  const std::int32_t slot = next_[head(kFree)];
   unlink(slot);
-  push_front(slot, kProbation);
-  owner_[at] = static_cast<std::int32_t>(cluster);
-  turn_of_[at] = turn_;
-  slot_of_[static_cast<std::size_t>(cluster)] = slot;
+  push(slot, kProbation, End::kBack);
+  own(slot, cluster);
   return slot;
 }
 
-void SlotCache::drop(std::int32_t slot) {
+void SlotCache::touch(std::int32_t slot) {
   const auto at = static_cast<std::size_t>(slot);
-  if (owner_[at] != kNone) slot_of_[static_cast<std::size_t>(owner_[at])] = kNone;
-  owner_[at] = kNone;
-  turn_of_[at] = 0;
+  count(owner_[at]);
+  turn_of_[at] = turn_;
+  const List list = list_of_[at] == kWindow ? kWindow : kProtected;
   unlink(slot);
-  push_front(slot, kFree);
+  push(slot, list);
+  if (sizes_[kProtected] * 5 <= (slots_ - sizes_[kWindow]) * 4) return;
+  const std::int32_t oldest = last(kProtected);
+  unlink(oldest);
+  push(oldest, kProbation);
+}
+
+std::int32_t SlotCache::take(std::int64_t cluster) {
+  count(cluster);
+  std::int32_t slot = last(kFree);
+  if (slot == kNone) {
+    slot = loser();
+  } else if (window_full()) {
+    admit(last(kWindow));
+  }
+  if (slot == kNone) return kNone;
+  disown(slot);
+  unlink(slot);
+  push(slot, kWindow);
+  turn_of_[static_cast<std::size_t>(slot)] = turn_;
+  own(slot, cluster);
+  return slot;
+}
+
+bool SlotCache::window_full() const { return sizes_[kWindow] * kWindowOneIn >= slots_; }
+
+void SlotCache::admit(std::int32_t slot) {
+  unlink(slot);
+  push(slot, kProbation);
+}
+
+/// The slot whose cluster has to go: of the oldest in the window and the oldest in the main part that which
+/// was asked for less often. If that is the latter, the other one gets into the main part.
+std::int32_t SlotCache::loser() {
+  const std::int32_t candidate = last(kWindow);
+  const std::int32_t victim = evictable();
+  if (victim != kNone && !window_full()) return victim;
+  if (candidate == kNone || in_turn(candidate)) return victim;
+  if (victim == kNone || uses(candidate) <= uses(victim)) return candidate;
+  admit(candidate);
+  return victim;
+}
+
+void SlotCache::drop(std::int32_t slot) {
+  disown(slot);
+  turn_of_[static_cast<std::size_t>(slot)] = 0;
+  unlink(slot);
+  push(slot, kFree);
 }
 
 void SlotCache::resize(std::int64_t slots) {
@@ -66,7 +116,30 @@ void SlotCache::resize(std::int64_t slots) {
     unlink(slot);
     list_of_[static_cast<std::size_t>(slot)] = kUnused;
   }
-  for (; slots_ < slots; ++slots_) push_front(static_cast<std::int32_t>(slots_), kFree);
+  for (; slots_ < slots; ++slots_) push(static_cast<std::int32_t>(slots_), kFree);
+}
+
+void SlotCache::own(std::int32_t slot, std::int64_t cluster) {
+  owner_[static_cast<std::size_t>(slot)] = static_cast<std::int32_t>(cluster);
+  slot_of_[static_cast<std::size_t>(cluster)] = slot;
+}
+
+void SlotCache::disown(std::int32_t slot) {
+  std::int32_t& owner = owner_[static_cast<std::size_t>(slot)];
+  if (owner != kNone) slot_of_[static_cast<std::size_t>(owner)] = kNone;
+  owner = kNone;
+}
+
+void SlotCache::count(std::int64_t cluster) {
+  std::uint8_t& times = count_of_[static_cast<std::size_t>(cluster)];
+  if (times < kMostCounted) ++times;
+  if (++counted_ < period()) return;
+  for (std::uint8_t& each : count_of_) each = static_cast<std::uint8_t>(each / 2);
+  counted_ = 0;
+}
+
+std::uint8_t SlotCache::uses(std::int32_t slot) const {
+  return count_of_[static_cast<std::size_t>(owner_[static_cast<std::size_t>(slot)])];
 }
 
 void SlotCache::unlink(std::int32_t slot) {
@@ -76,13 +149,13 @@ void SlotCache::unlink(std::int32_t slot) {
   --sizes_[list_of_[at]];
 }
 
-void SlotCache::push_front(std::int32_t slot, List list) {
+void SlotCache::push(std::int32_t slot, List list, End end) {
   const auto at = static_cast<std::size_t>(slot);
-  const std::size_t first = head(list);
-  previous_[at] = static_cast<std::int32_t>(first);
-  next_[at] = next_[first];
-  previous_[static_cast<std::size_t>(next_[first])] = slot;
-  next_[first] = slot;
+  const auto before = end == End::kFront ? head(list) : static_cast<std::size_t>(previous_[head(list)]);
+  const auto behind = static_cast<std::size_t>(next_[before]);
+  previous_[at] = static_cast<std::int32_t>(before);
+  next_[at] = static_cast<std::int32_t>(behind);
+  next_[before] = previous_[behind] = slot;
   list_of_[at] = list;
   ++sizes_[list];
 }
@@ -94,14 +167,16 @@ std::int32_t SlotCache::last(List list) const {
 
 bool SlotCache::in_turn(std::int32_t slot) const { return turn_of_[static_cast<std::size_t>(slot)] == turn_; }
 
-/// One that lost its protection in this turn without being asked for, and so lies before others that were.
-std::int32_t SlotCache::pushed_back() const {
-  const auto end = static_cast<std::int32_t>(head(kProbation));
-  for (std::int32_t slot = previous_[head(kProbation)]; slot != end;
-       slot = previous_[static_cast<std::size_t>(slot)]) {
-    if (!in_turn(slot)) return slot;
+/// The oldest slot of the main part that was not touched or taken in this turn.
+std::int32_t SlotCache::evictable() const {
+  for (const List list : {kProbation, kProtected}) {
+    if (last(list) != kNone && !in_turn(last(list))) return last(list);
   }
-  return kNone;
+  // One that was let in lately may lie before others that lost their protection in this turn.
+  const auto end = static_cast<std::int32_t>(head(kProbation));
+  std::int32_t slot = previous_[head(kProbation)];
+  while (slot != end && in_turn(slot)) slot = previous_[static_cast<std::size_t>(slot)];
+  return slot == end ? kNone : slot;
 }
 
 }  // namespace turbosparse

@@ -62,17 +62,22 @@ class FaultyReader final : public DiskReader {
   int error_;
 };
 
-/// The model with as few neurons in memory as it can have.
+/// The model with as few neurons in memory as it can have, and some more if asked for: the hottest then.
 std::shared_ptr<Model> load_small(const TempModel& file, int threads, const std::shared_ptr<int>& reads_left,
-                                  int error) {
+                                  int error, std::size_t more = 0) {
   auto model = std::make_shared<Model>(file.path(), threads, "", WeightType::kQ8_0);
   const Bundles& bundles = *model->weights->bundles;
   const std::int64_t token = model->config.token_neurons();
   const auto disk = std::make_shared<const DiskFile>(file.path(), true);
   auto reader = std::make_unique<FaultyReader>(make_pread_reader(disk), reads_left, error);
-  const StoreRoom room{NeuronStore::minimum_bytes(bundles.layout, bundles.ffns, token), 0};
-  model->store = std::make_unique<NeuronStore>(bundles.layout, bundles.ffns, model->pool, token, room, disk,
-                                               std::move(reader));
+  std::vector<FfnBundles> ffns = bundles.ffns;
+  for (FfnBundles& ffn : ffns) {
+    for (std::int64_t n = 0; more > 0 && n < ffn.neurons; ++n)
+      ffn.hotness.push_back(1.0F / static_cast<float>(1 + n));
+  }
+  const StoreRoom room{NeuronStore::minimum_bytes(bundles.layout, bundles.ffns, token) + more, 0};
+  model->store = std::make_unique<NeuronStore>(bundles.layout, std::move(ffns), model->pool, token, room,
+                                               disk, std::move(reader));
   return model;
 }
 
@@ -110,6 +115,27 @@ void test_same_numbers(const TinyGguf& tiny) {
     CHECK(cached > 0 && missed > 0, "%ld cached, %ld missed", static_cast<long>(cached),
           static_cast<long>(missed));
   }
+}
+
+/// Memory begins with the hottest neurons, pinned or not, which changes no number.
+void test_filled(const TinyGguf& tiny) {
+  const TempModel file(tiny);
+  Session memory(std::make_shared<const Model>(file.path(), 1, "", WeightType::kQ8_0), 16);
+  std::int64_t before = 0;
+  for (const std::size_t more : {std::size_t{0}, std::size_t{20} << 10}) {
+    Session disk(load_small(file, 3, std::make_shared<int>(1 << 30), EIO, more), 16);
+    std::vector<float> logits(static_cast<std::size_t>(disk.model().config.vocab_size));
+    disk.forward(std::span(kIds).first(1), {.mode = Mode::kExact}, logits.data());
+    std::int64_t cached = 0;
+    for (const LayerCounts& layer : disk.counters().layers) cached += layer.cached;
+    CHECK(more == 0 ? cached == 0 : cached > 0, "%ld cached of the first token", static_cast<long>(cached));
+    for (const bool stepwise : {true, false}) {
+      CHECK(run(disk, Mode::kExact, stepwise) == run(memory, Mode::kExact, stepwise), "stepwise %d",
+            stepwise);
+    }
+    before = cached;
+  }
+  CHECK(before > 0, "nothing was filled");
 }
 
 void test_faults(const TinyGguf& tiny) {
@@ -313,6 +339,7 @@ int main() {
   using turbosparse::test::TinyGguf;
   for (const TinyGguf& tiny : {TinyGguf::bundled_model(), TinyGguf::bundled_expert_model()}) {
     turbosparse::test_same_numbers(tiny);
+    turbosparse::test_filled(tiny);
     turbosparse::test_faults(tiny);
   }
   turbosparse::test_guesses();

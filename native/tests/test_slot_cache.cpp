@@ -60,14 +60,50 @@ void test_invariants() {
   CHECK(taken == kSlots, "%d slots", taken);
 }
 
-/// Clusters that are asked for again and again stay when many others pass by once.
+/// Clusters that are asked for again and again stay when many others pass by once, as soon as the window has
+/// room for those of one turn.
 void test_scan() {
-  SlotCache cache(1000, 10);
+  SlotCache cache(1000, 16);
   const std::vector<std::int64_t> hot{0, 1, 2, 3, 4, 5};
+  const auto scan = [&](std::int64_t first) {
+    for (std::int64_t c = first; c < first + 80; c += 4) ask(cache, {c, c + 1, c + 2, c + 3});
+  };
   ask(cache, hot);
   CHECK(ask(cache, hot) == 6, "six are there");
-  for (std::int64_t c = 100; c < 400; c += 4) ask(cache, {c, c + 1, c + 2, c + 3});
+  scan(100);
+  ask(cache, hot);
+  ask(cache, hot);
+  scan(400);
   CHECK(ask(cache, hot) == 6, "they are still there");
+}
+
+/// What is expected to be asked for often stays, though others were asked for since; until they are asked for
+/// more often than it.
+void test_expected() {
+  SlotCache cache(1000, 20);
+  for (std::int64_t c = 0; c < 20; ++c) {
+    cache.expect(c, 6.4);
+    CHECK(cache.fill(c) == c, "hotter ones in the slots that are given back last");
+  }
+  CHECK(cache.fill(20) == kNone, "no slot is free");
+  for (std::int64_t c = 100; c < 300; c += 2) ask(cache, {c, c + 1});
+  int there = 0;
+  for (std::int64_t c = 0; c < 20; ++c) there += cache.find(c) != kNone;
+  CHECK(there == 18, "%d of 20 are there, beside a window of two", there);
+  CHECK(cache.find(19) == kNone && cache.find(18) == kNone, "the least hot ones went");
+  for (int times = 0; times < 8; ++times) {
+    ask(cache, {400});
+    ask(cache, {500 + times, 600 + times});
+  }
+  CHECK(cache.find(400) != kNone, "asked for more often than others were expected to be");
+  SlotCache halved(4, 2);
+  halved.expect(0, 255);
+  halved.expect(1, 255);
+  halved.fill(0);
+  halved.fill(1);
+  for (std::int64_t turn = 0; turn < 9 * halved.period(); ++turn) ask(halved, {2});
+  ask(halved, {3});
+  CHECK(halved.find(2) != kNone && halved.find(0) + halved.find(1) <= 0, "what is no longer asked for goes");
 }
 
 }  // namespace
@@ -76,5 +112,6 @@ void test_scan() {
 int main() {
   turbosparse::test_invariants();
   turbosparse::test_scan();
+  turbosparse::test_expected();
   return turbosparse::test::report();
 }

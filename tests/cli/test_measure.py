@@ -68,6 +68,11 @@ def test_a_report_of_a_model_file(
     assert {path.suffix for path in (folder / "one").iterdir()} >= {".json", ".html", ".png"}
 
 
+def test_a_context_beyond_the_model_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert measure(folder, "tiny.gguf", "long", "--context", "1000", "--tokens", "1000") == 0
+    assert "windows of 256 tokens, the model's context, instead of 1000" in capsys.readouterr().err
+
+
 def test_parquet_has_the_numbers_of_the_json(folder: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     assert measure(folder, "tiny.gguf", "table", "--quality-tokens", "64") == 0
@@ -191,6 +196,7 @@ def test_what_was_measured_is_kept_if_predictors_fail(folder: Path, monkeypatch:
     [
         ("tiny.gguf", ["--cett", "a"], "[--cett] expected numbers with commas between, got 'a'"),
         ("tiny.gguf", ["--active", "0.15"], "[active] expected one of the CETT targets"),
+        ("tiny.gguf", ["--active", "0.1,0.2"], "[--active] expected one number or nonzero, got '0.1,0.2'"),
         ("tiny.gguf", ["--memory-mib", "0"], "expected --memory-mib of at least 1"),
         (
             "tiny.gguf",
@@ -213,7 +219,9 @@ def test_bad_input(
     assert not list((folder / "bad").glob("*")) if (folder / "bad").exists() else True
 
 
-@pytest.mark.parametrize("verb", ["measure", "study trade-off", "calibrate --cett 0.2", "fit-predictor"])
+@pytest.mark.parametrize(
+    "verb", ["measure", "study trade-off", "calibrate --cett 0.2", "fit-predictor", "export --type q8_0"]
+)
 def test_files_in_bundles_are_refused(folder: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     if verb == "fit-predictor":
         pytest.importorskip("torch")

@@ -2,10 +2,8 @@
 
 The parts come from the engine's own arithmetic on the file's header. Speed is a prediction from three things
 that are measured here: how fast memory is read in one piece, how fast in rows, and how fast the disk answers
-as many reads of this file as a layer of a token would miss. Hits follow from the hotness in the file, by what
-an LRU of as many slots keeps when tokens ask independently of each other (Che, Tung and Wang, "Hierarchical
-Web Caching Systems", 2002). Text asks for the same neurons again sooner than that, so real hits tend to be
-more.
+as many reads of this file as a layer of a token would miss. Hits follow from the hotness in the file: the
+hottest neurons that have room are there, which is what the engine's cache begins with and tends to.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,15 +20,13 @@ from turbosparse.runtime.engine import preferred_mode
 from turbosparse.runtime.ffns import FFN, ffn_groups, ffns_of
 from turbosparse.runtime.model_file import KEY_BUNDLE, KEY_PREDICTOR, ModelFile
 
-__all__ = ["Demand", "Forecast", "MemoryPlan", "Speeds", "demand_of", "forecast", "plan_memory", "presence"]
+__all__ = ["Demand", "Forecast", "MemoryPlan", "Speeds", "demand_of", "forecast", "plan_memory"]
 
 COMPUTE_SHARE = 0.75
 """Of the bandwidth measured: what decoding reaches where everything is in memory (README, "Measured")."""
 _ASSUMED_ACTIVE = 0.1  # share of neurons that a token needs, where the file does not say
 _ROW_BUFFER_BYTES = 256 << 20
 _PROBE_SECONDS = 0.5
-_SLOT_STEPS = 60  # of the bisection
-_MOST_WANTED = 1 - 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,9 +96,7 @@ class Forecast:
 
     mode: str
     hit_ratio: float
-    """Of the neurons that tokens ask for; 1 where all are in memory."""
-    carried: float
-    """Share of them that the neurons with room carry if those are the hottest."""
+    """Share of what tokens ask for that the hottest neurons carry, as many as have room."""
     disk_bytes_per_token: float
     memory_s: float
     """Per token, to read weights in memory."""
@@ -226,51 +220,6 @@ def demand_of(file: ModelFile) -> Demand:
     )
 
 
-def presence(demand: NDArray[np.float64], *, pinned: int, slots: int) -> NDArray[np.float64]:
-    """Predict what is in a cache beside pinned entries.
-
-    Parameters
-    ----------
-    demand : float64, shape (N,)
-        Per entry, the share of tokens that ask for it, 0 to 1; independently of other tokens.
-    pinned : int
-        So many of the most wanted entries are always there.
-    slots : int
-        Others that have room, those asked for last.
-
-    Returns
-    -------
-    float64, shape (N,)
-        Per entry, the chance that it is there.
-
-    Notes
-    -----
-    An entry is in an LRU of S slots if it was asked for within the last T tokens, where T is such that S
-    entries are expected to have been: sum over i of 1 - (1 - d_i)^T = S.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> there = presence(np.full(1000, 0.1), pinned=250, slots=250)
-    >>> float(there[0]), round(float(there.mean()), 3)
-    (1.0, 0.5)
-    """
-    order = np.argsort(-demand, kind="stable")
-    there = np.ones(len(demand))
-    rest = demand[order[pinned:]]
-    if slots >= np.count_nonzero(rest):
-        return there
-    absent = np.log1p(-np.minimum(rest, _MOST_WANTED))  # of the chance that a token does not ask
-    low, high = 0.0, 1.0
-    while (1 - np.exp(high * absent)).sum() < slots:
-        high *= 2
-    for _ in range(_SLOT_STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if (1 - np.exp(middle * absent)).sum() < slots else (low, middle)
-    there[order[pinned:]] = 1 - np.exp(high * absent)
-    return there
-
-
 def forecast(file: ModelFile, plan: MemoryPlan, *, threads: int = 0, io: str = "") -> Forecast:
     """Measure memory and disk for some three seconds, and predict hits and speed.
 
@@ -288,15 +237,12 @@ def forecast(file: ModelFile, plan: MemoryPlan, *, threads: int = 0, io: str = "
     Returns
     -------
     Forecast
-        For the first tokens of a conversation, once memory is filled.
+        For the first tokens of a conversation.
     """
     demand, cluster = demand_of(file), _integer(file, "cluster")
-    wanted, there, carried = demand.clusters, np.ones(len(demand.clusters)), 1.0
-    if plan.on_disk:
-        pinned, kept = plan.pinned // cluster, plan.kept // cluster
-        there = presence(wanted, pinned=pinned, slots=kept - pinned)
-        carried = float(np.sort(wanted)[::-1][:kept].sum() / wanted.sum())
-    missed = wanted * (1 - there)  # share of tokens that miss a cluster
+    wanted = demand.clusters
+    missed = wanted.copy()  # share of tokens that miss a cluster
+    missed[np.argsort(-wanted, kind="stable")[: plan.kept // cluster]] = 0.0
     reads = _reads(missed, demand.token_shares)
     ffns = ffns_of(file)
     passed = sum(ffn.neurons * ffn.token_share for ffn in ffns) / sum(ffn.neurons for ffn in ffns)
@@ -312,7 +258,6 @@ def forecast(file: ModelFile, plan: MemoryPlan, *, threads: int = 0, io: str = "
     return Forecast(
         mode=preferred_mode(file.modes),
         hit_ratio=float(1 - missed.sum() / wanted.sum()),
-        carried=carried,
         disk_bytes_per_token=float(missed.sum()) * cluster * _integer(file, "bytes"),
         memory_s=memory_s,
         disk_s=disk_s,

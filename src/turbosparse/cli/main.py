@@ -211,7 +211,7 @@ def _one_line(error: Exception) -> str:
     elif isinstance(error, OSError) and "huggingface.co" in str(error):
         text = (
             "[model] expected a directory here, or an id on the Hugging Face hub and the hub in reach, "
-            f"got neither ({str(error).split(chr(10))[0]})"
+            f"got neither ({str(error).splitlines()[0]})"
         )
     else:
         text = str(error)

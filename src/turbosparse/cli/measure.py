@@ -107,18 +107,26 @@ def _config(args: argparse.Namespace) -> "MeasureConfig":
             "[measure] expected --memory-mib of at least 1, --threads and --predict-layers of at least 0, "
             f"got {args.memory_mib}, {args.threads} and {args.predict_layers}"
         )
-    active = None if args.active == "nonzero" else _numbers("--active", args.active)[0]
     return MeasureConfig(
         tokens=args.tokens,
         context=args.context,
-        cett_targets=tuple(sorted(_numbers("--cett", args.cett))),
-        active=active,
-        top_k=_numbers("--top-k", args.top_k),
+        cett_targets=tuple(sorted(set(_numbers("--cett", args.cett)))),
+        active=_active(args.active),
+        top_k=tuple(dict.fromkeys(_numbers("--top-k", args.top_k))),
         quality_tokens=args.quality_tokens,
         sample_tokens=args.sample_tokens,
         memory_bytes=args.memory_mib << 20,
         seed=args.seed,
     )
+
+
+def _active(text: str) -> float | None:
+    if text == "nonzero":
+        return None
+    numbers = _numbers("--active", text)
+    if len(numbers) > 1:
+        raise ConfigError(f"[--active] expected one number or nonzero, got {text!r}")
+    return numbers[0]
 
 
 def _numbers(option: str, text: str) -> tuple[float, ...]:

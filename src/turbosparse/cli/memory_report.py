@@ -120,7 +120,7 @@ def memory_facts(memory: dict[str, Any]) -> Iterator[str]:
             f"measured: {speeds['reads_per_burst']} reads at once, what a layer misses, take "
             f"{1e3 * speeds['burst_s']:.3g} ms by {speeds['io']}: {1e3 * found['disk_s']:.3g} ms per token"
         )
-    yield f"assumed: {found['assumption']}; tokens ask independently of each other; memory is filled"
+    yield f"assumed: {found['assumption']}; the hottest neurons are in memory"
 
 
 def _neurons(memory: dict[str, Any]) -> str:
@@ -128,7 +128,7 @@ def _neurons(memory: dict[str, Any]) -> str:
     text = f"room for {count_text(kept)} of {count_text(all_of_them)} ({kept / all_of_them:.1%})"
     if not memory["forecast"] or kept == all_of_them:
         return text
-    return f"{text}, the hottest of which have {memory['forecast']['carried']:.1%} of the activations"
+    return f"{text}, the hottest of which have {memory['forecast']['hit_ratio']:.1%} of the activations"
 
 
 def _mebibytes(size: int) -> str:

@@ -154,7 +154,10 @@ def plan_export(source: Path, config: ExportConfig) -> ExportPlan:
         types = dataclasses.replace(types, weights=types.weights or "Q8_0")
         draft = draft_of_directory(source, name=config.name)
     else:
-        draft = draft_of_model_file(ModelFile(source), name=config.name)
+        file = ModelFile(source)
+        if types.weights:
+            file.require_no_bundles()  # whose types stay as they are
+        draft = draft_of_model_file(file, name=config.name)
     if config.predictors is not None:
         draft = with_predictors(draft.neuron_major(), config.predictors)
     if config.thresholds is not None:

@@ -141,6 +141,8 @@ def text_windows(
     """
     ids = source.text_ids(text)
     context = min(config.context, source.context_length)
+    if context < config.context:
+        logger.warning("windows of %d tokens, the model's context, instead of %d", context, config.context)
     require_window(text, len(ids), context)
     return ids, cut_windows(ids[: config.tokens], context, source.bos_id)
 
