@@ -1,5 +1,5 @@
-"""What a budget would hold is what the engine takes, hits are what the engine has, and the process keeps to its
-budget.
+"""What a budget would hold is what the engine takes, hits are what the engine has, and the process keeps to
+its budget.
 """
 
 import json

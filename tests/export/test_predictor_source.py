@@ -77,6 +77,13 @@ def test_the_verb(thresholds: bool, tmp_path: Path, capsys: pytest.CaptureFixtur
     out = tmp_path / "predicted.gguf"
     assert main(["export", str(path), f"--output={out}", f"--predictor={tmp_path / 'out'}"]) == 0
     assert "predicted" in ModelFile(out).modes
+    other = tmp_path / "other.gguf"
+    make_tiny_model(other, TinyModel(activation="drelu", down_t=True, seed=9))
+    capsys.readouterr()
+    assert main(["export", str(other), f"--output={out}", f"--predictor={tmp_path / 'out'}", "--force"]) == 2
+    assert (
+        "expected predictors of this model, got those of one whose weights differ" in capsys.readouterr().err
+    )
 
 
 def test_experts(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ __all__ = ["WEIGHT_TYPES", "Draft", "TypeChoice", "Weight", "draft_of_model_file
 WEIGHT_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 DOWN = re.compile(r"\.ffn_down(_exps|_shexp)?\.weight$")
 _WIDE_TYPES = ("F32", "F16", "BF16", "Q8_0")
+_LARGEST_DIFFERENCE = 0.15  # relative norm; 4-bit weights are off by 0.1, another model's by more than 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +178,31 @@ class Draft:
         names = {weight.name for weight in self.weights}
         experts = "blk.0.ffn_up_exps.weight"
         return self.find(experts if experts in names else "blk.0.ffn_up.weight")
+
+    def require_same_weights(self, up: NDArray[np.float32], expectation: str) -> None:
+        """Refuse what was made for other weights.
+
+        Parameters
+        ----------
+        up : float32, shape (..., F', D)
+            Rows of the first up projection there, from its first on; all of them or fewer.
+        expectation : str
+            Beginning of the message.
+
+        Raises
+        ------
+        ConfigError
+            When they are not the rows of this model.
+        """
+        own = self.up.values()
+        if own.ndim > up.ndim:
+            own = own[0]
+        own = own[..., : up.shape[-2], :]
+        if own.shape != up.shape:
+            raise ConfigError(f"{expectation}, got those of one of other sizes")
+        difference = float(np.linalg.norm(own - up) / np.linalg.norm(own))
+        if not difference <= _LARGEST_DIFFERENCE:
+            raise ConfigError(f"{expectation}, got those of one whose weights differ by {difference:.0%}")
 
     def neuron_major(self) -> "Draft":
         """Transpose the down projections, so that neurons can be skipped.

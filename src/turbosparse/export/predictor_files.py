@@ -16,6 +16,7 @@ from turbosparse.export.weight_files import WeightFiles, read_json
 __all__ = ["with_predictors"]
 
 PREDICTOR_FILE, REPORT_FILE = "predictors.safetensors", "report.json"
+MODEL_SAMPLE = "model.sample"  # first rows of the first up projection
 _SCORES = ("recall", "precision", "norm_kept", "cett", "candidate_ratio", "active_ratio")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -56,6 +57,10 @@ def with_predictors(draft: Draft, directory: Path) -> Draft:
             raise ModelFileError(
                 f"[{files.path}: {name}] expected {' or '.join(known)}, got {str(header.get(name))[:80]!r}"
             )
+    if MODEL_SAMPLE in files.shapes:  # fits of older versions have none
+        draft.require_same_weights(
+            files.read(MODEL_SAMPLE), f"[{files.path}] expected predictors of this model"
+        )
     groups = _groups(draft)
     found = _by_ffn(files, len(groups[0][0].ffns))
     expected = {ffn for layer in groups for group in layer for ffn in group.ffns}
@@ -130,7 +135,7 @@ def _scores(path: Path, names: Sequence[str]) -> dict[str, list[float]]:
 def _by_ffn(files: WeightFiles, experts: int) -> dict[tuple[int, int], dict[str, str]]:
     """Names of the tensors by layer, number of the FFN in the layer, and part."""
     ffns: dict[tuple[int, int], dict[str, str]] = {}
-    for name in files.shapes:
+    for name in set(files.shapes) - {MODEL_SAMPLE}:
         layer, part = _LAYER.search(name), next((part for part in _PARTS if name.endswith(part)), None)
         if layer is None or part is None:
             raise ModelFileError(

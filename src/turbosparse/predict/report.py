@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from turbosparse.predict.allocation import ALL_NEURONS
 from turbosparse.predict.config import PredictorConfig
 from turbosparse.predict.end_to_end import Evaluation
+from turbosparse.predict.layers import FFNLayer
 from turbosparse.predict.predictors import LowRankPredictor
 from turbosparse.predict.score import PredictorScore
 
@@ -27,6 +28,8 @@ __all__ = [
 
 PREDICTOR_FILE = "predictors.safetensors"
 REPORT_FILE = "report.json"
+MODEL_SAMPLE = "model.sample"
+_SAMPLE_ROWS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +100,7 @@ def save_report(report: PredictorReport, directory: Path) -> None:
 
 def save_predictors(
     chosen: Mapping[str, tuple[LowRankPredictor | None, float]],
-    shapes: Mapping[str, tuple[int, int]],
+    layers: Mapping[str, FFNLayer],
     directory: Path,
     config: PredictorConfig,
 ) -> None:
@@ -108,16 +111,18 @@ def save_predictors(
     chosen : mapping of str to (LowRankPredictor or None, float)
         Predictor and threshold by the FFN's name; None stands for the exact mode, for which a predictor of
         zeros that is never asked is written, since every layer of a model file has one.
-    shapes : mapping of str to (int, int)
-        D and F by the FFN's name.
+    layers : mapping of str to FFNLayer
+        By the FFN's name; rows of the first one say later which model it was.
     directory : Path
         An existing directory.
     config : PredictorConfig
         What the predictors read.
     """
-    tensors = {}
+    first = next(layer for name, layer in layers.items() if ".shared_expert." not in name)
+    rows = first.gate if first.up is None else first.up
+    tensors = {MODEL_SAMPLE: rows[:_SAMPLE_ROWS].contiguous()}
     for name, (predictor, threshold) in chosen.items():
-        hidden_size, intermediate_size = shapes[name]
+        hidden_size, intermediate_size = layers[name].down.shape
         rank = min(config.ranks)
         a = torch.zeros(rank, hidden_size) if predictor is None else predictor.a.weight
         b = torch.zeros(intermediate_size, rank) if predictor is None else predictor.b.weight

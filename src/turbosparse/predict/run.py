@@ -60,7 +60,7 @@ def fit_predictors(source: PredictorSource, output: Path, config: PredictorConfi
         shutil.rmtree(directory, ignore_errors=True)
     save_predictors(
         {name: (fits[name].fitted.get(layer.kind), layer.threshold) for name, layer in report.layers.items()},
-        {name: (fit.layer.down.shape[0], fit.layer.down.shape[1]) for name, fit in fits.items()},
+        {name: fit.layer for name, fit in fits.items()},
         output,
         config,
     )
