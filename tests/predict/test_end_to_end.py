@@ -178,7 +178,8 @@ def test_the_verb(model_type: str, base: Path, tmp_path: Path, capsys: pytest.Ca
             "kind": "low_rank",
             "input": "ffn_norm",
         }
-        assert len(list(file.keys())) == 3 * len(report["layers"])
+        assert len(list(file.keys())) == 3 * len(report["layers"]) + 1
+        assert file.get_tensor("model.sample").shape == (16, 32)
         for name, layer in report["layers"].items():
             rank = 4 if layer["kind"] == "exact" else int(layer["kind"].removeprefix("low_rank_"))
             assert file.get_tensor(f"{name}.pred_a.weight").shape == (rank, 32)
