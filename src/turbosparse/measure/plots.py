@@ -14,7 +14,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator
 
 __all__ = [
     "Figures",
@@ -27,6 +27,7 @@ __all__ = [
     "loss_axis",
     "marker",
     "percent_axis",
+    "plain_log_ticks",
 ]
 
 Record = dict[str, Any]
@@ -196,6 +197,19 @@ def layer_axis(axis: Any) -> None:
     """
     axis.get_major_locator().set_params(integer=True)
     axis.set_label_text("layer")
+
+
+def plain_log_ticks(axis: Any) -> None:
+    """Write the numbers of a logarithmic axis as they are: 50, 100, 200.
+
+    Parameters
+    ----------
+    axis : matplotlib.axis.Axis
+        Changed in place.
+    """
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
 
 
 def loss_axis(axes: Any, losses: Sequence[float], linear_below: float) -> None:

@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turbosparse.measure.plots import Figures, as_floats, colour, layer_axis, line_style, marker, percent_axis
+from turbosparse.measure.plots import (
+    Figures,
+    as_floats,
+    colour,
+    layer_axis,
+    line_style,
+    marker,
+    percent_axis,
+    plain_log_ticks,
+)
 from turbosparse.measure.summary import Cell, Table, uncertain
 
 __all__ = ["FIGURES", "SCALE_FIGURES", "training_tables"]
@@ -264,8 +273,9 @@ def _learning(axes: Any, records: Sequence[Record], field: str) -> None:
 
 def _learning_curve(axes: Any, records: Sequence[Record]) -> None:
     _learning(axes, records, "perplexity")
-    axes.set_ylabel("held-out perplexity during training")
+    axes.set_ylabel("held-out perplexity")
     axes.set_yscale("log")
+    plain_log_ticks(axes.yaxis)
 
 
 def _zeros_curve(axes: Any, records: Sequence[Record]) -> None:
