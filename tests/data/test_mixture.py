@@ -86,6 +86,28 @@ def test_resume_at_the_exact_sequence(sources: tuple[SourceConfig, ...], done: i
     assert again.state() == mixture.state()
 
 
+def test_unreadable_records_are_counted_over_a_resume(tmp_path: Path) -> None:
+    lines = ["{broken" if n % 10 == 5 else json.dumps({"text": f"document {n} " * 20}) for n in range(60)]
+    (tmp_path / "some.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    data = DataConfig(
+        sources=(SourceConfig(path=str(tmp_path / "some.jsonl")),),
+        sequence_length=64,
+        shuffle_documents=16,
+        held_out_percent=0,
+        max_corrupt_percent=20,
+    )
+    mixture, again = (Mixture(data, encode, split=HeldOutSplit(0), seed=1) for _ in range(2))
+    drawn = iter(mixture)
+    while next(counts["corrupt_records"] for counts in mixture.report().values()) < 4:
+        next(drawn)
+    again.restore(json.loads(json.dumps(mixture.state())))
+    assert again.report() == mixture.report()
+    others = iter(again)
+    for _ in range(100):
+        assert next(drawn) == next(others)
+    assert again.report() == mixture.report()
+
+
 def test_held_out_documents_are_never_drawn(sources: tuple[SourceConfig, ...], tmp_path: Path) -> None:
     excluded = "11: planted"
     path = Path(sources[0].path)

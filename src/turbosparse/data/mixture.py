@@ -159,6 +159,7 @@ class _SourceStream:
             "next": self._next,
             "pending": [list(self._ids), list(self._positions), list(self._labels)],
             "counts": asdict(self.counts),
+            "records": [self._reader.records, self._reader.corrupt],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -170,6 +171,8 @@ class _SourceStream:
             held_out = self.counts.held_out_documents
             self._block = self._fill_block()
             self.counts.held_out_documents = held_out
+        if "records" in state:  # checkpoints of older versions do not know
+            self._reader.records, self._reader.corrupt = state["records"]
         self._next = state["next"]
 
 
