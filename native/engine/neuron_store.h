@@ -131,6 +131,9 @@ class NeuronStore {
 
  private:
   static constexpr std::int64_t kStripes = 3;
+  /// A stripe is read in so many pieces at most: two stripes are on their way at once, and every reader takes
+  /// twice as many.
+  static constexpr std::size_t kStripeReads = 24;
   struct Ffn {
     FfnBundles bundles;
     std::int64_t pinned = 0;         // neurons

@@ -196,7 +196,7 @@ def test_what_was_measured_is_kept_if_predictors_fail(folder: Path, monkeypatch:
     [
         ("tiny.gguf", ["--cett", "a"], "[--cett] expected numbers with commas between, got 'a'"),
         ("tiny.gguf", ["--active", "0.15"], "[active] expected one of the CETT targets"),
-        ("tiny.gguf", ["--active", "0.1,0.2"], "[--active] expected one number or nonzero, got '0.1,0.2'"),
+        ("tiny.gguf", ["--active", "0.1,0.2"], "[--active] expected 1 number at most, got '0.1,0.2'"),
         ("tiny.gguf", ["--memory-mib", "0"], "expected --memory-mib of at least 1"),
         (
             "tiny.gguf",

@@ -111,7 +111,7 @@ def _config(args: argparse.Namespace) -> "MeasureConfig":
         tokens=args.tokens,
         context=args.context,
         cett_targets=tuple(sorted(set(_numbers("--cett", args.cett)))),
-        active=_active(args.active),
+        active=None if args.active == "nonzero" else _numbers("--active", args.active, most=1)[0],
         top_k=tuple(dict.fromkeys(_numbers("--top-k", args.top_k))),
         quality_tokens=args.quality_tokens,
         sample_tokens=args.sample_tokens,
@@ -120,20 +120,14 @@ def _config(args: argparse.Namespace) -> "MeasureConfig":
     )
 
 
-def _active(text: str) -> float | None:
-    if text == "nonzero":
-        return None
-    numbers = _numbers("--active", text)
-    if len(numbers) > 1:
-        raise ConfigError(f"[--active] expected one number or nonzero, got {text!r}")
-    return numbers[0]
-
-
-def _numbers(option: str, text: str) -> tuple[float, ...]:
+def _numbers(option: str, text: str, most: int = 100) -> tuple[float, ...]:
     try:
-        return tuple(float(part) for part in text.split(","))
+        numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"[{option}] expected numbers with commas between, got {text!r}") from None
+    if len(numbers) > most:
+        raise ConfigError(f"[{option}] expected {most} number at most, got {text!r}")
+    return numbers
 
 
 def _check_output(args: argparse.Namespace) -> None:
