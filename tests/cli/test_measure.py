@@ -220,7 +220,15 @@ def test_bad_input(
 
 
 @pytest.mark.parametrize(
-    "verb", ["measure", "study trade-off", "calibrate --cett 0.2", "fit-predictor", "export --type q8_0"]
+    "verb",
+    [
+        "measure",
+        "study trade-off",
+        "calibrate --cett 0.2",
+        "fit-predictor",
+        "export --type q8_0",
+        "export --down-type q8_0",
+    ],
 )
 def test_files_in_bundles_are_refused(folder: Path, capsys: pytest.CaptureFixture[str], verb: str) -> None:
     if verb == "fit-predictor":

@@ -120,12 +120,12 @@ def _config(args: argparse.Namespace) -> "MeasureConfig":
     )
 
 
-def _numbers(option: str, text: str, most: int = 100) -> tuple[float, ...]:
+def _numbers(option: str, text: str, most: int | None = None) -> tuple[float, ...]:
     try:
         numbers = tuple(float(part) for part in text.split(","))
     except ValueError:
         raise ConfigError(f"[{option}] expected numbers with commas between, got {text!r}") from None
-    if len(numbers) > most:
+    if most and len(numbers) > most:
         raise ConfigError(f"[{option}] expected {most} number at most, got {text!r}")
     return numbers
 

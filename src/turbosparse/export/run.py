@@ -155,7 +155,7 @@ def plan_export(source: Path, config: ExportConfig) -> ExportPlan:
         draft = draft_of_directory(source, name=config.name)
     else:
         file = ModelFile(source)
-        if types.weights:
+        if types.weights or types.down:
             file.require_no_bundles()  # whose types stay as they are
         draft = draft_of_model_file(file, name=config.name)
     if config.predictors is not None:
