@@ -41,7 +41,7 @@ RECIPES = sorted([*EXAMPLES.glob("*.toml"), *EXAMPLES.glob("cluster/*.toml")])
 def test_the_examples_are_valid(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.stages
-    # The fit and the original are on each device as a whole before they are sharded.
+    # A model that is fitted is on each device as a whole before it is sharded.
     assert not recipe.fsdp or not recipe.initial_fit_tokens
 
 

@@ -202,14 +202,13 @@ def _model_bytes(recipe: Recipe, stage: StageConfig, *, total: int, ffn: int, em
 
 
 def _bytes_before_sharding(recipe: Recipe, stage: StageConfig, total: int) -> int:
-    """The original, and a model that is fitted, are on each device as a whole before they are sharded."""
+    """A model that is fitted is on each device as a whole before it is sharded."""
     is_fitted = (
         stage is recipe.stages[0]
         and recipe.initial_fit_tokens > 0
         and not (recipe.from_scratch or stage.blend_tokens)
     )
-    teacher = total * _element_bytes(recipe) if _has_teacher(stage) else 0
-    return teacher + (total * _PARAMETER_BYTES if is_fitted else 0)
+    return total * _PARAMETER_BYTES if is_fitted else 0
 
 
 def _flops_per_token(stage: StageConfig, multiplied: int, ffn: int, head: int) -> float:

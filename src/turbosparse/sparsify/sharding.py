@@ -60,7 +60,8 @@ def shard_teacher(teacher: Any) -> Any:
     Parameters
     ----------
     teacher : PreTrainedModel
-        On its device, its FFNs replaced by `GatedFFN` modules.
+        In the host's memory, its FFNs replaced by `GatedFFN` modules. Each layer goes to the GPU and is cut
+        before the next one, so that no GPU ever holds more than its shard and one layer.
 
     Returns
     -------

@@ -266,7 +266,8 @@ class Stage:
         # An upcycled mixture starts as the dense model, which is cheaper; FFNs are compared one by one.
         teacher = load_model(start_of(self.recipe) if loss.ffn_output else self.recipe.model, dtype=dtype)
         _keep_activation(teacher)
-        return teacher.requires_grad_(False).to(device)
+        teacher.requires_grad_(False)
+        return teacher if self.recipe.fsdp else teacher.to(device)  # sharding moves it, layer by layer
 
     def _load_model(self, device: Any) -> Any:
         recipe = self.recipe
