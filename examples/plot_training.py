@@ -31,7 +31,8 @@ def main() -> None:
     texts = options.texts.split(",") if options.texts else None
     originals = read_originals(lines)
     curves = read_curves(lines, originals, texts)
-    controls = read_curves(read_lines(options.control), originals, texts) if options.control else {}
+    control = read_lines(options.control) if options.control else []
+    controls = read_curves(control, originals | read_originals(control), texts)  # its own windows, if it says
 
     def paint(axes: Any, records: Any) -> None:
         del records

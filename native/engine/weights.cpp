@@ -222,6 +222,8 @@ void bind_attention(Binder& binder, const std::string& block, const ModelConfig&
   binder.matrix(block + "attn_output.weight", D, q_rows, &layer.o);
 }
 
+bool is_finite_amount(float value) { return value >= 0 && std::isfinite(value); }
+
 /// The bundles of a group, and matrices that know type and shape of the rows in them.
 void bind_bundles(Binder& binder, const std::string& block, const FfnGroup& group, Bundles& bundles) {
   const std::string name = group.name(block, "bundles", "");
@@ -242,8 +244,9 @@ void bind_bundles(Binder& binder, const std::string& block, const FfnGroup& grou
     if (bundles.layout.part(Projection::kGate).there) ffn.gate = view(Projection::kGate);
     ffn.up = view(Projection::kUp);
     ffn.down = view(Projection::kDown);
-    if (!std::ranges::is_sorted(ffn.hotness, std::greater<>()))
-      fail(hotness, "numbers that never rise", "others");
+    if (!std::ranges::all_of(ffn.hotness, is_finite_amount) ||
+        !std::ranges::is_sorted(ffn.hotness, std::greater<>()))
+      fail(hotness, "finite numbers of at least 0 that never rise", "others");
     found[i].hotness = std::move(ffn.hotness);
     ffn.hotness.clear();
     bundles.ffns.push_back(std::move(found[i]));
@@ -271,10 +274,10 @@ void bind_ffns(Binder& binder, const std::string& block, const ModelConfig& conf
   binder.optional_vectors(name, group, &FfnWeights::threshold);
   if (config.gated)
     binder.optional_vectors(group.name(block, "gate_threshold", ""), group, &FfnWeights::gate_threshold);
-  const auto usable = [](float value) { return value >= 0 && std::isfinite(value); };
   for (FfnWeights& ffn : group.ffns) {
     ffn.neurons = F;
-    if (!std::ranges::all_of(ffn.threshold, usable) || !std::ranges::all_of(ffn.gate_threshold, usable))
+    if (!std::ranges::all_of(ffn.threshold, is_finite_amount) ||
+        !std::ranges::all_of(ffn.gate_threshold, is_finite_amount))
       fail(name, "finite thresholds of at least 0", "a negative one, NaN or Inf");
     if (!ffn.threshold.empty()) ffn.gate_threshold.resize(static_cast<std::size_t>(F), 0.0F);
   }

@@ -134,11 +134,17 @@ def test_hotness_of_experts_counts_all_tokens(small: Path) -> None:
     assert popularity.max() > 2 * popularity.min()
 
 
-def test_hotness_of_another_size_is_refused(small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("damage", ["size", "rise", "nan", "infinite", "negative"])
+def test_hotness_that_means_nothing_is_refused(small: Path, damage: str, tmp_path: Path) -> None:
     hotness = {key: np.zeros((8, 64)) if key[1] == "_exps" else np.zeros(96) for key in keys_of(small)}
     file = ModelFile(make_bundled(small, tmp_path / "b.gguf", hotness=hotness))
+    stored = np.full((8, 32 if damage == "size" else 64), 0.5, np.float32)
+    at, value = {"rise": (9, 0.6), "nan": (9, np.nan), "infinite": (0, np.inf), "negative": (-1, -1.0)}.get(
+        damage, (0, 0.5)
+    )
+    stored[3, at] = value
     tensors = [
-        TensorSource.of_array(name, np.zeros((8, 32), np.float32))
+        TensorSource.of_array(name, stored)
         if name == "blk.0.ffn_hotness_exps"
         else TensorSource.of_file(file, name)
         for name in file.tensors
