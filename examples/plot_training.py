@@ -14,7 +14,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from turbosparse.measure.plots import draw_plots, line_style, marker
+from turbosparse.measure.plots import draw_plots, line_style, marker, plain_log_ticks
 
 PREFIX = "perplexity_"
 
@@ -48,6 +48,8 @@ def main() -> None:
             axes.axvline(end / 1e6, color="#8c8c8c", linestyle=":", linewidth=1)
         axes.axhline(1, color="#000000", linewidth=0.8)
         axes.set_xlabel("million tokens of training")
+        axes.set_yscale("log")
+        plain_log_ticks(axes.yaxis)
         axes.set_ylabel("perplexity / original's")
 
     (plot,) = draw_plots([("curve", "", paint)], [{}], legend_columns=2)
@@ -85,7 +87,7 @@ def read_curves(
                 name = key.removeprefix(PREFIX)
                 if texts is None or name in texts:
                     curves[name].append((tokens, line[key] / original[key]))
-    return {name: sorted(points) for name, points in curves.items()}
+    return {name: sorted(points, key=lambda point: point[0]) for name, points in curves.items()}
 
 
 def stage_ends(lines: list[dict[str, Any]]) -> dict[str, float]:

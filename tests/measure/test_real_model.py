@@ -11,7 +11,7 @@ from turbosparse.measure.measurement import measure
 from turbosparse.runtime.measured_file import MeasuredFile
 from turbosparse.runtime.texts import HELD_OUT, read_text
 
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.filterwarnings("default")]
 
 CONFIG = MeasureConfig(
     tokens=2048, context=512, cett_targets=(0.1, 0.2), ppl_budgets=(), top_k=(), quality_tokens=0
