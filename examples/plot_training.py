@@ -32,7 +32,7 @@ def main() -> None:
     originals = read_originals(lines)
     curves = read_curves(lines, originals, texts)
     control = read_lines(options.control) if options.control else []
-    controls = read_curves(control, originals | read_originals(control), texts)  # its own windows, if it says
+    controls = read_curves(control, read_originals(control), texts)  # over the original on its own windows
 
     def paint(axes: Any, records: Any) -> None:
         del records

@@ -44,6 +44,8 @@ def test_what_is_whole_on_each_device_before_it_is_sharded(make_recipe: MakeReci
     stage = {**NEXT_TOKEN, "micro_batch": 1, "batch_sequences": 8}
     assert memory(make_recipe(stage, **settings), 8) == 2 * parameters + logits
     assert memory(make_recipe(stage, **settings, initial_fit_tokens=64), 8) == 4 * parameters + logits
+    taught = stage | {"loss": {"logits": 1.0}}  # the original is cut layer by layer
+    assert memory(make_recipe(taught, **settings), 8) == 20 * parameters // 8 + logits
 
 
 @pytest.mark.parametrize(
