@@ -40,7 +40,8 @@ struct InfoView {
   ModelPtr model;
 };
 
-std::span<const std::int32_t> as_span(const Ids& ids) { return {ids.data(), ids.shape(0)}; }
+/// A copy: what Python does to its array while the engine computes must not meet ids that were checked.
+std::vector<std::int32_t> own(const Ids& ids) { return {ids.data(), ids.data() + ids.shape(0)}; }
 
 /// An uninitialised array that Python owns.
 template <typename T>
@@ -137,14 +138,16 @@ Floats forward(Session& self, const Ids& ids, const std::string& mode, const std
                                .between_chunks = stop_check(should_stop)};
   const std::int64_t rows = Session::logit_rows(wanted, static_cast<std::int64_t>(ids.shape(0)));
   Floats out = make_array<float>(rows, self.model().config.vocab_size);
+  const std::vector<std::int32_t> tokens = own(ids);
   const nb::gil_scoped_release release;
-  self.forward(as_span(ids), options, out.data());
+  self.forward(tokens, options, out.data());
   return out;
 }
 
 nb::list capture(Session& self, const Ids& ids, const std::vector<std::int64_t>& layers) {
   const ModelConfig& config = self.model().config;
-  const auto tokens = static_cast<std::int64_t>(ids.shape(0));
+  const std::vector<std::int32_t> own_ids = own(ids);
+  const auto tokens = static_cast<std::int64_t>(own_ids.size());
   nb::list arrays;
   std::vector<CapturedLayer> wanted;
   for (const std::int64_t layer : layers) {
@@ -152,6 +155,8 @@ nb::list capture(Session& self, const Ids& ids, const std::vector<std::int64_t>&
       throw ConfigError("[layers] expected 0 to " + std::to_string(config.num_hidden_layers - 1) + ", got " +
                         std::to_string(layer));
     }
+    if (std::ranges::find(wanted, layer, &CapturedLayer::layer) != wanted.end())
+      throw ConfigError("[layers] expected each layer once, got " + std::to_string(layer) + " twice");
     Floats gate = make_array<float>(tokens, config.layer_neurons());
     Floats up = make_array<float>(tokens, config.layer_neurons());
     Floats out = make_array<float>(tokens, config.hidden_size);
@@ -162,12 +167,12 @@ nb::list capture(Session& self, const Ids& ids, const std::vector<std::int64_t>&
                                  std::move(experts)));
   }
   const nb::gil_scoped_release release;
-  self.capture(as_span(ids), wanted, signal_check());
+  self.capture(own_ids, wanted, signal_check());
   return arrays;
 }
 
-nb::dict counters(const Session& self) {
-  const Counters& counters = self.counters();
+nb::dict counters(Session& self) {
+  const Counters counters = self.counters();
   const auto per_layer = [&](std::int64_t LayerCounts::* count) {
     nb::list values;
     for (const LayerCounts& layer : counters.layers) values.append(layer.*count);
@@ -286,10 +291,10 @@ void bind_engine(nb::module_& m) {
       .def_prop_ro("context", &Session::context)
       .def_prop_ro("position", &Session::position)
       .def("truncate", &Session::truncate, nb::arg("position"))
-      .def("forward", &forward, nb::arg("ids"), nb::kw_only(), nb::arg("mode") = "dense",
+      .def("forward", &forward, nb::arg("ids").noconvert(), nb::kw_only(), nb::arg("mode") = "dense",
            nb::arg("logits") = "last", nb::arg("should_stop") = nb::none(),
            nb::arg("candidates") = nb::none(), nb::arg("choose") = nb::none())
-      .def("capture", &capture, nb::arg("ids"), nb::arg("layers"))
+      .def("capture", &capture, nb::arg("ids").noconvert(), nb::arg("layers"))
       .def_prop_rw("profiling", &Session::profiling, &Session::set_profiling)
       .def_prop_rw("skipping", &Session::skipping, &Session::set_skipping)
       .def_prop_ro("counters", &counters)

@@ -1,6 +1,7 @@
 // The last norm and the output projection. Where the output has a rest, threshold mode adds it to the logits
 // near the largest alone: the others hardly count in any distribution over tokens.
 #include <algorithm>
+#include <limits>
 
 #include "engine/step.h"
 
@@ -9,7 +10,8 @@ namespace {
 
 /// This thread's largest logit of token t of the batch, for all threads to see.
 void note_largest(const Step& step, std::int64_t t, Range rows, const float* logits, int index) {
-  const float largest = *std::max_element(logits + rows.begin, logits + rows.end);
+  const float largest = rows.size() == 0 ? -std::numeric_limits<float>::infinity()
+                                         : *std::max_element(logits + rows.begin, logits + rows.end);
   step.scratch.largest[static_cast<std::size_t>(t * step.thread_count() + index)] = largest;
 }
 

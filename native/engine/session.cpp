@@ -47,26 +47,36 @@ WantedLogits parse_wanted_logits(const std::string& name) {
   throw ConfigError("[logits] expected none, last or all, got " + name);
 }
 
-/// Marks the session as busy, and takes back what a call that did not finish has done.
+/// Marks the session as busy.
+class Session::Turn {
+ public:
+  explicit Turn(Session& session) : busy_(session.busy_) {
+    if (busy_.exchange(true)) throw EngineError("[session] expected one call at a time, got two");
+  }
+  ~Turn() { busy_.store(false); }
+  Turn(const Turn&) = delete;
+  Turn& operator=(const Turn&) = delete;
+
+ private:
+  std::atomic<bool>& busy_;
+};
+
+/// A turn that takes back what a call that did not finish has done.
 class Session::Guard {
  public:
-  explicit Guard(Session& session) : session_(session) {
-    if (session.busy_.exchange(true)) throw EngineError("[session] expected one call at a time, got two");
-    position_ = session.position_;
-    counters_ = session.counters_;
-  }
+  explicit Guard(Session& session)
+      : turn_(session), session_(session), position_(session.position_), counters_(session.counters_) {}
   ~Guard() {
-    if (!done_) {
-      session_.position_ = position_;
-      session_.counters_ = std::move(counters_);
-    }
-    session_.busy_.store(false);
+    if (done_) return;
+    session_.position_ = position_;
+    session_.counters_ = std::move(counters_);
   }
   Guard(const Guard&) = delete;
   Guard& operator=(const Guard&) = delete;
   void done() { done_ = true; }
 
  private:
+  Turn turn_;
   Session& session_;
   std::int64_t position_;
   Counters counters_;
@@ -110,17 +120,23 @@ Session::Session(std::shared_ptr<const Model> model, std::int64_t context)
   reset_counters();
 }
 
+Counters Session::counters() {
+  const Turn turn(*this);
+  return counters_;
+}
+
 void Session::reset_counters() {
+  const Turn turn(*this);
   counters_ = {};
   counters_.layers.resize(model_->weights->layers.size());
 }
 
 void Session::truncate(std::int64_t position) {
+  const Turn turn(*this);
   if (position < 0 || position > position_) {
     throw ConfigError("[truncate] expected 0 to " + std::to_string(position_) + ", got " +
                       std::to_string(position));
   }
-  if (busy_) throw EngineError("[session] expected one call at a time, got two");
   position_ = position;
 }
 

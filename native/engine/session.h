@@ -72,7 +72,8 @@ class Session {
   const Model& model() const { return *model_; }
   std::int64_t context() const { return cache_.context(); }
   std::int64_t position() const { return position_; }
-  const Counters& counters() const { return counters_; }
+  /// Throws EngineError, as reset_counters and truncate do, while another call computes.
+  Counters counters();
   void reset_counters();
   /// Whether the counters have times from now on.
   void set_profiling(bool on) { profiling_ = on; }
@@ -96,6 +97,7 @@ class Session {
                const std::function<void()>& between_layers);
 
  private:
+  class Turn;
   class Guard;
   struct ChosenNeurons;
   /// A session's part of the memory budget, as long as it lives.
@@ -128,8 +130,8 @@ class Session {
   std::unique_ptr<Scratch> scratch_;
   std::int64_t position_ = 0;
   Counters counters_;
-  bool profiling_ = false;
-  bool skipping_ = false;
+  std::atomic<bool> profiling_{false};
+  std::atomic<bool> skipping_{false};
   std::atomic<bool> busy_{false};
 };
 

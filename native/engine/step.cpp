@@ -174,16 +174,18 @@ std::int64_t Scratch::bytes(const Model& model, std::int64_t context, std::int64
   const std::int64_t D = config.hidden_size;
   const std::int64_t rank = largest_rank(*model.weights);
   const std::int64_t expert_input = config.router.experts > 0 ? D : 0;
+  const std::int64_t ffn_sum = expert_input;
   const std::int64_t residual = config.predictor.reads_residual ? D : 0;
   const std::int64_t heads = 2 * config.num_key_value_heads * config.head_dim;
   const std::int64_t floats =
-      2 * D + heads + (model.weights->has_rests ? 3 : 2) * F + config.rotary_dim + config.router.experts;
+      2 * D + heads + (model.weights->has_rests ? 3 : 2) * F + config.rotary_dim + config.router.experts + ffn_sum;
   // An InputBuffer has a float and an 8-bit integer per value, a scale and a sum per block.
   const std::int64_t queries = config.num_attention_heads * config.head_dim;
   const std::int64_t inputs = widest(config) + queries + F + residual + rank + expert_input;
   const std::int64_t rows = std::max(tokens, slots(config));
   const std::int64_t per_token = floats * kFloat + inputs * (kFloat + 1) + 2 * blocks(inputs) * kFloat;
-  const std::int64_t per_thread = context * kFloat + F * (kFloat + 3 * kIndex) +
+  const std::int64_t scores = context * (config.num_attention_heads / config.num_key_value_heads);
+  const std::int64_t per_thread = scores * kFloat + F * (kFloat + 3 * kIndex) +
                                   static_cast<std::int64_t>(gemm_scratch_bytes(std::max(widest(config), F)));
   const std::int64_t neurons = slots(config) * F;
   return rows * per_token + model.pool.size() * per_thread +

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "io/disk_reader.h"
+#include "util/error.h"
 
 namespace turbosparse {
 namespace {
@@ -20,7 +21,13 @@ constexpr std::size_t kDepth = 512;
 class PreadReader final : public DiskReader {
  public:
   explicit PreadReader(std::shared_ptr<const DiskFile> file) : file_(std::move(file)) {
-    for (std::size_t i = 0; i < kThreads; ++i) threads_.emplace_back([this] { work(); });
+    threads_.reserve(kThreads);
+    try {
+      for (std::size_t i = 0; i < kThreads; ++i) threads_.emplace_back([this] { work(); });
+    } catch (...) {
+      if (!threads_.empty()) return;  // fewer read as well, with less in flight
+      throw EngineError("[io pread] expected a system that gives a thread to read with, got none");
+    }
   }
 
   ~PreadReader() override {

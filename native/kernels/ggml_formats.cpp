@@ -167,7 +167,8 @@ const char* ggml_type_name(std::uint32_t ggml_type) {
 
 std::size_t ggml_row_bytes(std::uint32_t ggml_type, std::int64_t cols) {
   const Format* format = find_format(ggml_type);
-  if (format == nullptr || cols <= 0 || cols % format->block != 0) return 0;
+  constexpr std::int64_t kMostColumns = std::int64_t{1} << 40;  // sizes of rows stay far from overflow
+  if (format == nullptr || cols <= 0 || cols > kMostColumns || cols % format->block != 0) return 0;
   return static_cast<std::size_t>(cols / format->block) * static_cast<std::size_t>(format->bytes);
 }
 

@@ -31,6 +31,15 @@ void clear_row(WeightType type, std::int64_t cols, std::byte* out) {
   if (type == WeightType::kQ4_0) std::memset(out, 0x88, static_cast<std::size_t>(scales_offset(type, cols)));
 }
 
+/// What a block with a NaN gets as its scale: damaged weights must not pass for zeros.
+constexpr std::uint16_t kNanHalf = 0x7e00;
+
+bool has_nan(const float* x) {
+  bool found = false;
+  for (int j = 0; j < kBlock; ++j) found |= x[j] != x[j];
+  return found;
+}
+
 void quantize_block_q8_0(const float* x, std::int64_t cols, std::int64_t block, std::byte* out) {
   float largest = 0.0f;
   for (int j = 0; j < kBlock; ++j) largest = std::max(largest, std::fabs(x[j]));
@@ -40,7 +49,7 @@ void quantize_block_q8_0(const float* x, std::int64_t cols, std::int64_t block, 
     const float q = std::clamp(std::round(x[j] * inverse), -127.0f, 127.0f);
     out[block * kBlock + j] = static_cast<std::byte>(q == q ? static_cast<std::int8_t>(q) : 0);
   }
-  store_scale(WeightType::kQ8_0, cols, block, float_to_half(scale), out);
+  store_scale(WeightType::kQ8_0, cols, block, has_nan(x) ? kNanHalf : float_to_half(scale), out);
 }
 
 void quantize_block_q4_0(const float* x, std::int64_t cols, std::int64_t block, std::byte* out) {
@@ -56,7 +65,7 @@ void quantize_block_q4_0(const float* x, std::int64_t cols, std::int64_t block, 
     q[j] = level == level ? static_cast<std::uint8_t>(level) : 8;
   }
   store_nibbles(q, block, out);
-  store_scale(WeightType::kQ4_0, cols, block, float_to_half(scale), out);
+  store_scale(WeightType::kQ4_0, cols, block, has_nan(x) ? kNanHalf : float_to_half(scale), out);
 }
 
 }  // namespace

@@ -141,10 +141,18 @@ Range split(std::int64_t total, std::int64_t grain, int index, int parts) {
 
 ThreadPool::ThreadPool(int threads) : size_(threads), patience_(kPatience) {
   workers_.reserve(static_cast<std::size_t>(size_ - 1));
-  for (int index = 1; index < size_; ++index) workers_.emplace_back([this, index] { work(index); });
+  try {
+    for (int index = 1; index < size_; ++index) workers_.emplace_back([this, index] { work(index); });
+  } catch (...) {
+    stop_workers();
+    throw EngineError("[threads] expected a system that gives " + std::to_string(size_) + ", got " +
+                      std::to_string(workers_.size() + 1));
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop_workers(); }
+
+void ThreadPool::stop_workers() noexcept {
   stop_ = true;
   jobs_.fetch_add(1, std::memory_order_release);
   jobs_.notify_all();

@@ -34,6 +34,7 @@ Range split(std::int64_t total, std::int64_t grain, int index, int parts);
 
 class ThreadPool {
  public:
+  /// Throws EngineError where the system does not give so many.
   explicit ThreadPool(int threads);
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
@@ -63,6 +64,7 @@ class ThreadPool {
   using Job = void (*)(void* context, int index) noexcept;
   void run_job(Job job, void* context);
   void work(int index) noexcept;
+  void stop_workers() noexcept;
 
   const int size_;
   std::mutex turn_;

@@ -10,6 +10,7 @@ import pytest
 
 from tests.golden.test_engine import IDS, both, distance
 from tests.tiny_model import TinyModel, make_tiny_model
+from turbosparse import _native
 from turbosparse._native import Model
 from turbosparse.errors import ConfigError, ModelFileError
 from turbosparse.runtime.ffns import FFN, down_t
@@ -53,6 +54,33 @@ def test_threshold_mode_equals_the_reference(
         refined, active = session.counters["refined"], session.counters["active"]
         assert all(0 < few < many for few, many in zip(refined, active, strict=True))
         assert active == pytest.approx([np.count_nonzero(ffn.product) for ffn in trace], rel=0.05)
+
+
+def test_more_threads_than_parts_of_the_vocabulary(tmp_path: Path) -> None:
+    """Two parts of 32 logits, all negative: a thread without any must not give 0 as its largest."""
+    make_tiny_model(tmp_path / "whole.gguf", TinyModel(down_t=True, threshold=0.0, tied=False))
+    whole = ModelFile(tmp_path / "whole.gguf")
+    embedding = TensorSource.of_array("token_embd.weight", whole.dequantised("token_embd.weight")[:64])
+    keys = {"turbosparse.refine.neurons": 1.0, "turbosparse.refine.logits": 1.0}
+
+    def logits(output: Any, rest: Any, threads: int) -> Any:
+        parts = [
+            TensorSource.of_array("output.weight", output),
+            TensorSource.of_array("output_rest.weight", rest),
+        ]
+        path = tmp_path / "m.gguf"
+        metadata = whole.stored_metadata() | keys
+        copy_with(whole, path, metadata=metadata, tensors=[embedding, *parts], overwrite=True)
+        return Model(str(path), threads=threads).session(8).forward(IDS[:3] % 64, mode="threshold")[0]
+
+    hidden = logits(np.eye(64), np.zeros((64, 64)), 1)
+    direction = hidden / (hidden @ hidden)
+    output = np.outer(np.linspace(-4.8, -5.2, 64), direction)
+    rest = np.outer(0.3 * np.sin(np.arange(64)), direction)
+    alone = logits(output, rest, 1)
+    assert alone.max() < -4
+    for threads in (2, min(4 * _native.thread_count(0), 8)):
+        np.testing.assert_array_equal(logits(output, rest, threads), alone)
 
 
 @pytest.mark.parametrize("mode", ["dense", "exact"])

@@ -5,6 +5,7 @@ Every key of a tiny model is replaced by values of every kind; every tensor is d
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse import _native
 from turbosparse.cli.main import main
 from turbosparse.errors import EngineError, ModelFileError, TurboSparseError
+from turbosparse.runtime.model_description import describe
 from turbosparse.runtime.model_file import ModelFile, StoredValue
 from turbosparse.runtime.model_file_copy import copy_with
 from turbosparse.runtime.model_file_writer import TensorSource
@@ -68,7 +70,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> ModelFile:
 
 
 def run(path: Path) -> str:
-    """Loads a file and runs it in each of its modes; the error's text, or nothing."""
+    """Loads a file and runs it in each of its modes; the error's text, or nothing. Describes it, too."""
+    with suppress(ModelFileError):
+        describe(ModelFile(path), tensors=True)
     try:
         model = _native.Model(str(path), threads=1)
         ids = np.arange(min(2, model.info.context_length), dtype=np.int32)
@@ -124,6 +128,31 @@ def test_odd_values_of_keys(source: ModelFile, key: str, tmp_path: Path) -> None
         copy_with(source, tmp_path / f"{number}.gguf", metadata=keys)
         outcomes.append(run(tmp_path / f"{number}.gguf"))
     assert any(outcomes), "no value was refused"
+
+
+@pytest.mark.parametrize(
+    ("keys", "name"),
+    [
+        ({}, "blk.9.ffn_up.weight"),
+        ({}, "blk.0.ffn_bundles"),
+        ({"turbosparse-llama.block_count": StoredValue("uint32", 4_000_000_000)}, "blk.1.ffn_threshold"),
+        ({"turbosparse-llama.expert_count": StoredValue("string", "abc")}, "blk.0.ffn_up_exps.weight"),
+        (
+            {
+                "turbosparse.calibration.ffn_tokens": StoredValue("string[]", ["a", "b"]),
+                "turbosparse.calibration.cett": StoredValue("string[]", ["a", "b"]),
+            },
+            "blk.1.ffn_threshold",
+        ),
+    ],
+)
+def test_what_does_not_fit_together_can_be_inspected(
+    source: ModelFile, keys: dict[str, StoredValue], name: str, tmp_path: Path
+) -> None:
+    values = np.zeros((64,) if name.endswith("threshold") else (64, 32))
+    tensors = [TensorSource.of_array(name, values)]
+    copy_with(source, tmp_path / "m.gguf", metadata=source.stored_metadata() | keys, tensors=tensors)
+    run(tmp_path / "m.gguf")
 
 
 Array = np.ndarray[Any, Any]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
+import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -79,6 +83,12 @@ def test_bad_calls(tiny: str) -> None:
         assert session.position == 0
     with pytest.raises(ConfigError, match=r"\[layers\]"):
         session.capture(IDS, [2])
+    with pytest.raises(ConfigError, match=r"\[layers\] expected each layer once, got 1 twice"):
+        session.capture(IDS, [1, 0, 1])
+    others: list[Any] = [IDS.astype(np.int64), IDS.astype(np.float32)]
+    for ids in others:  # neither is wrapped or rounded
+        with pytest.raises(TypeError):
+            session.forward(ids)
     with pytest.raises(ConfigError, match=r"\[truncate\]"):
         session.truncate(1)
     assert session.forward(IDS, logits="none").shape == (0, 267)
@@ -148,7 +158,60 @@ def test_two_calls_at_once_are_refused(tmp_path: Path) -> None:
     worker.start()
     while not started.is_set():  # the GIL is free while the other thread computes
         time.sleep(0.001)
+    for call in (lambda: session.forward(IDS), session.reset_counters, lambda: session.truncate(0)):
+        with pytest.raises(EngineError, match="one call at a time"):
+            call()
     with pytest.raises(EngineError, match="one call at a time"):
-        session.forward(IDS)
+        _ = session.counters
     stop.set()
     worker.join()
+
+
+def test_ids_that_change_while_they_are_read(tiny: str) -> None:
+    ids = np.full(200, 5, np.int32)
+    expected = Model(tiny).session(256).forward(ids)
+
+    def overwrite() -> bool:
+        ids[:] = 2**31 - 1
+        return False
+
+    np.testing.assert_array_equal(Model(tiny).session(256).forward(ids, should_stop=overwrite), expected)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of Linux")
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (
+            "_native.read_bandwidth(4, 1 << 20, seconds=0.01)",
+            r"\[threads\] expected a system that gives 4, got 1",
+        ),
+        (
+            "_native.time_read_bursts(sys.argv[1], io='pread', read_bytes=4096, begin=0, end=8192, reads=1)",
+            r"\[io pread\] expected a system that gives a thread to read with, got none",
+        ),
+    ],
+)
+def test_a_system_that_gives_no_threads(tiny: str, call: str, says: str) -> None:
+    program = f"""
+import resource, sys
+from turbosparse import _native
+pages = int(open("/proc/self/statm").read().split()[0])
+limit = pages * resource.getpagesize() + (64 << 20)  # less than the stack of one thread
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+{call}
+"""
+
+    def large_stacks() -> None:
+        resource.setrlimit(resource.RLIMIT_STACK, (256 << 20, resource.getrlimit(resource.RLIMIT_STACK)[1]))
+
+    done = subprocess.run(
+        [sys.executable, "-c", program, tiny],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        preexec_fn=large_stacks,
+    )
+    assert done.returncode == 1, done.stderr
+    assert re.search(rf"EngineError: {says}", done.stderr)

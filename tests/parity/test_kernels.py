@@ -64,7 +64,19 @@ def test_requantize_equals_gguf(isa: str, name: str, cols: int) -> None:
     np.testing.assert_array_equal(_native.requantize(values, name, isa), expected.reshape(values.shape))
 
 
+@pytest.mark.parametrize("isa", _native.available_isas())
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0"])
+def test_nan_does_not_become_zero(isa: str, name: str) -> None:
+    values = np.ones((1, 64), np.float32)
+    values[0, 40] = np.nan
+    stored = _native.requantize(values, name, isa)
+    assert np.all(np.isfinite(stored[0, :32]))
+    assert np.all(np.isnan(stored[0, 32:]))
+
+
 def test_dequantize_refuses_what_is_no_row() -> None:
+    with pytest.raises(ConfigError, match="whole blocks"):
+        _native.dequantize(0, np.zeros(128, np.uint8), 2**62 + 8)
     with pytest.raises(ConfigError, match="whole blocks, got type 99"):
         _native.dequantize(99, np.zeros(34, np.uint8), 32)
     with pytest.raises(ConfigError, match="got type 8 and 33 columns"):

@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -156,9 +157,10 @@ def test_an_answer_can_be_stopped_from_outside(model: Model) -> None:
     assert "".join(answer) is not None
     assert answer.stats.finish_reason == "interrupted"
     assert answer.stats.tokens < 50
-    before = model.generate(PROMPT, should_stop=stop.is_set, cache=model.new_cache())
+    before = model.generate(PROMPT, should_stop=stop.is_set)
     assert before.read() == ""
     assert before.stats.finish_reason == "interrupted"
+    assert before.stats.active_ratio is before.stats.bytes_per_token is None  # not the answer's before it
 
 
 def test_the_end_of_the_context(model: Model, caplog: pytest.LogCaptureFixture) -> None:
@@ -218,6 +220,10 @@ def test_a_file_without_tokenizer_still_gives_logits(model: Model) -> None:
     metadata = {k: v for k, v in model.metadata.items() if not k.startswith("tokenizer")}
     bare = Model(model.engine, metadata)
     assert bare.logits([1, 2, 3]).shape == (3, 267)
+    impossible: list[Any] = [[2**32 + 1], [2**70], [1.5], [[1]], ["a"]]
+    for ids in impossible:
+        with pytest.raises(ConfigError, match=r"\[ids\] expected"):
+            bare.logits(ids)
     with pytest.raises(TokenizerError, match="expected the key tokenizer"):
         bare.generate("text")
 

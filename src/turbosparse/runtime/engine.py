@@ -19,7 +19,7 @@ from turbosparse.runtime import perplexity as _perplexity
 from turbosparse.runtime.chat_template import ChatTemplate, Message
 from turbosparse.runtime.cpus import check_threads
 from turbosparse.runtime.generation import Generation
-from turbosparse.runtime.prefix_cache import PrefixCache
+from turbosparse.runtime.prefix_cache import PrefixCache, token_array
 from turbosparse.runtime.sampling import Sampler, SamplingConfig
 from turbosparse.tokenizer import Tokenizer
 
@@ -135,7 +135,7 @@ def default_context(metadata: Mapping[str, Any]) -> int:
         Tokens that the model was trained for, at most 4096.
     """
     trained = metadata.get(f"{metadata.get('general.architecture')}.context_length", DEFAULT_CONTEXT)
-    return min(int(trained), DEFAULT_CONTEXT)
+    return min(trained, DEFAULT_CONTEXT) if isinstance(trained, int) else DEFAULT_CONTEXT
 
 
 class Model:
@@ -356,7 +356,7 @@ class Model:
         if len(ids) > self.context:
             raise ContextLengthError(f"[ids] expected at most {self.context} tokens, got {len(ids)}")
         session = self.engine.session(max(len(ids), 1))
-        return session.forward(np.asarray(ids, dtype=np.int32), mode=mode or self.default_mode, logits="all")
+        return session.forward(token_array(ids), mode=mode or self.default_mode, logits="all")
 
     def text_ids(self, text: str) -> list[int]:
         """Turn a text to be measured into tokens: no control tokens are read in it.

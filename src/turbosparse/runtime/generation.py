@@ -219,7 +219,7 @@ class Generation:
                 yield tail
         finally:
             stats.finish_reason = stats.finish_reason or "interrupted"
-            if cache.owner is self:
+            if cache.owner is self and stats.decode_steps:
                 stats.active_ratio, stats.bytes_per_token = cache.usage()
 
     def _reason_to_stop(self, stops: StopMatcher) -> FinishReason | None:

@@ -4,10 +4,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
+from turbosparse.errors import ModelFileError
 from turbosparse.runtime.ffns import ffns_of
 from turbosparse.runtime.model_file import KEY_ACTIVATION_PARAM, KEY_BUNDLE, KEY_PREDICTOR, ModelFile
 from turbosparse.runtime.predictors import read_predictors
@@ -96,8 +97,10 @@ def _weights(file: ModelFile) -> dict[str, Any]:
     for tensor in file.tensors.values():
         values = math.prod(tensor.shape)
         if ".ffn_bundles" in tensor.name:  # bytes of rows that are as wide as the model
-            parts = len(file.metadata[f"{KEY_BUNDLE}parts"])
-            values = values // tensor.shape[-1] * parts * file.hidden_size
+            parts = file.metadata.get(f"{KEY_BUNDLE}parts")
+            if not isinstance(parts, list):
+                raise ModelFileError(f"[{file.path}: key {KEY_BUNDLE}parts] expected a list, got {parts!r}")
+            values = values // tensor.shape[-1] * len(parts) * file.hidden_size
         # A rest belongs to a weight that is counted.
         parameters += 0 if tensor.name.endswith("_rest.weight") else values
         in_experts += values if "_exps" in tensor.name else 0
@@ -107,9 +110,8 @@ def _weights(file: ModelFile) -> dict[str, Any]:
         of_type["tensors"] += 1
         of_type["parameters"] += values
         of_type["bytes"] += tensor.nbytes
-    experts = file.metadata.get(f"{file.architecture}.expert_count") or 0
-    used = file.metadata.get(f"{file.architecture}.expert_used_count") or 0
-    unused = in_experts * (experts - used) // experts if experts else 0
+    experts = file.num_experts
+    unused = in_experts * (experts - file.num_experts_per_tok) // experts if experts else 0
     return {
         "parameters": parameters,
         "active_parameters": parameters - unused,
@@ -126,13 +128,15 @@ def _thresholds(file: ModelFile) -> Iterator[dict[str, Any]]:
         return
     ffns, achieved = ffns_of(file), file.calibration()
     tokens = achieved.get("ffn_tokens")
-    if not isinstance(tokens, list) or len(tokens) != len(ffns):
+    if not _numbers(tokens) or len(tokens) != len(ffns):
         tokens = [1] * len(ffns)
     for layer, numbered in groupby(enumerate(ffns), key=lambda item: item[1].layer):
         stored = {at: thresholds for at, ffn in numbered if (thresholds := ffn.thresholds(file))}
         if not stored:
             continue
-        gate, down = (np.concatenate(stage) for stage in zip(*stored.values(), strict=True))
+        gate, down = (
+            np.concatenate(stage).astype(np.float64) for stage in zip(*stored.values(), strict=True)
+        )
         weights = {at: float(tokens[at] * ffns[at].neurons) for at in stored}
         yield {
             "layer": layer,
@@ -142,9 +146,13 @@ def _thresholds(file: ModelFile) -> Iterator[dict[str, Any]]:
         }
 
 
+def _numbers(values: Any) -> TypeGuard[list[float]]:
+    return isinstance(values, list) and all(isinstance(value, int | float) for value in values)
+
+
 def _mean(values: Any, weights: Mapping[int, float]) -> float | None:
     """Average some entries of a list, where it is one that has them."""
-    if not isinstance(values, list) or len(values) <= max(weights) or not any(weights.values()):
+    if not _numbers(values) or len(values) <= max(weights) or not any(weights.values()):
         return None
     return float(np.average([values[at] for at in weights], weights=list(weights.values())))
 
@@ -161,8 +169,8 @@ def _predictor(file: ModelFile) -> dict[str, Any] | None:
     }
     ffn_bytes = [0] * len(stored)
     for tensor in file.tensors.values():
-        if FFN_TENSOR.fullmatch(tensor.name):
-            ffn_bytes[int(tensor.name.split(".")[1])] += tensor.nbytes
+        if FFN_TENSOR.fullmatch(tensor.name) and (layer := int(tensor.name.split(".")[1])) < len(stored):
+            ffn_bytes[layer] += tensor.nbytes
     ratios = ("recall", "precision", "candidate_ratio", "active_ratio")
     layers = [
         {

@@ -50,6 +50,7 @@ KEY_CALIBRATION = "turbosparse.calibration."  # prefix of the calibration's reco
 KEY_BUNDLE = "turbosparse.bundle."  # prefix of the keys of bundles
 KEY_PREDICTOR = "turbosparse.predictor."  # prefix of all keys of the predictors
 KEY_REFINE = "turbosparse.refine."  # prefix of the rules by which second parts of weights are read
+_MOST = 1024  # layers, and experts of a layer
 
 # Architectures that the engine runs, and the activation that a reader assumes where none is written.
 ARCHITECTURES = {
@@ -148,8 +149,8 @@ class ModelFile:
 
     @property
     def num_hidden_layers(self) -> int:
-        """Number of transformer blocks."""
-        return self.integer(f"{self.architecture}.block_count")
+        """Number of transformer blocks, 1 to 1024 as in the engine."""
+        return self._bounded(f"{self.architecture}.block_count", least=1)
 
     @property
     def hidden_size(self) -> int:
@@ -167,7 +168,7 @@ class ModelFile:
     def num_experts(self) -> int:
         """Number of experts per layer, E, the shared one aside; 0 where there are none."""
         key = f"{self.architecture}.expert_count"
-        return self.integer(key) if key in self.metadata else 0
+        return self._bounded(key, least=0) if key in self.metadata else 0
 
     @property
     def num_experts_per_tok(self) -> int:
@@ -436,6 +437,13 @@ class ModelFile:
         return isinstance(layers, int) and all(
             any(f"blk.{n}.{name}" in self._tensors for name in names) for n in range(layers)
         )
+
+    def _bounded(self, key: str, *, least: int) -> int:
+        """A number of layers or experts: lists of them are made, so a broken file must not say how long."""
+        value = self.integer(key)
+        if not least <= value <= _MOST:
+            raise self._wrong(key, f"{least} to {_MOST}", value)
+        return value
 
     def _wrong(self, key: str, expected: str, value: object) -> ModelFileError:
         got = "no such key" if value is None else repr(value)[:80]

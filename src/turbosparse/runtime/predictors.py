@@ -251,6 +251,9 @@ def read_predictors(file: ModelFile) -> list[StoredPredictor]:
     for layer, threshold in enumerate(thresholds[::per_layer]):
         block = f"blk.{layer}.ffn_pred_"
         parts = [] if sign else [file.tensor(f"{block}{part}{suffix}.weight") for part in "ab"]
+        for part in parts:
+            if len(part.shape) < 2:
+                raise ModelFileError(f"[{file.path}] expected a matrix {part.name!r}, got shape {part.shape}")
         rows = max(file.num_experts, 1) * (2 if file.activation == "drelu" else 1)
         bits = rows * file.intermediate_size * -(-file.hidden_size // 64) * 8
         hot = file.tensors.get(f"{block}hot{suffix}")

@@ -6,12 +6,41 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turbosparse.errors import ContextLengthError
+from turbosparse.errors import ConfigError, ContextLengthError
 
 if TYPE_CHECKING:
     from turbosparse._native import Mode, Model, ModelInfo
 
-__all__ = ["PrefixCache", "active_per_layer", "active_ratio"]
+__all__ = ["PrefixCache", "active_per_layer", "active_ratio", "token_array"]
+
+
+def token_array(ids: Sequence[int]) -> NDArray[np.int32]:
+    """Turn token ids into what the engine takes, without wrapping or rounding any.
+
+    Parameters
+    ----------
+    ids : sequence of int
+        Of any integer type.
+
+    Returns
+    -------
+    ndarray of int32, shape (T,)
+        The same ids.
+
+    Raises
+    ------
+    ConfigError
+        If they are not whole numbers of 32 bits.
+    """
+    found = np.asarray(ids)
+    limits = np.iinfo(np.int32)
+    if found.size == 0:
+        return np.zeros(0, np.int32)
+    if found.ndim != 1 or not np.issubdtype(found.dtype, np.integer):
+        raise ConfigError(f"[ids] expected a list of whole numbers, got {found.dtype} of shape {found.shape}")
+    if found.min() < limits.min or found.max() > limits.max:
+        raise ConfigError(f"[ids] expected numbers of 32 bits, got {found.min()} to {found.max()}")
+    return found.astype(np.int32)
 
 
 def active_per_layer(counters: Mapping[str, Any], info: "ModelInfo") -> list[float]:
@@ -131,6 +160,8 @@ class PrefixCache:
         ------
         ContextLengthError
             If the prompt does not fit.
+        ConfigError
+            If there is no token, or one that is not a whole number of the vocabulary.
         """
         if len(ids) > self.context:
             raise ContextLengthError(f"[prompt] expected at most {self.context} tokens, got {len(ids)}")
@@ -141,7 +172,7 @@ class PrefixCache:
         shared = min(shared, len(ids) - 1)  # the last one's logits are needed
         self._session.truncate(shared)
         self._ids, self._mode = list(ids), mode
-        fresh = np.asarray(ids[shared:], dtype=np.int32)
+        fresh = token_array(ids[shared:])
         logits = self._session.forward(fresh, mode=mode, logits="last", should_stop=should_stop)
         return _row(logits), shared
 

@@ -408,10 +408,11 @@ class ReferenceEngine:
         block = f"blk.{layer}.attn_{name}"
         y = x @ self._weights[f"{block}.weight"].T + self._weights.get(f"{block}.bias", np.float32(0))
         norm = self._weights.get(f"{block}_norm.weight")
-        if norm is not None and len(norm) == y.shape[1]:  # olmoe
+        whole = self._shape.architecture == "olmoe"
+        if norm is not None and whole:
             y = _rms_norm(y, norm, self._shape.eps)
         heads = y.reshape(len(x), -1, self._shape.head_dim)
-        if norm is not None and len(norm) == self._shape.head_dim:  # qwen3
+        if norm is not None and not whole:  # qwen3
             heads = _rms_norm(heads, norm, self._shape.eps)
         return heads
 
