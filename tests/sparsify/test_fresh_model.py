@@ -1,12 +1,14 @@
 """Runs that start from a shape: configuration and tokenizer are made once, weights from the seed."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from tests.sparsify.test_run import interrupt_at, losses
 from tests.tiny_hf import make_texts
 from turbosparse.errors import ConfigError
 from turbosparse.models.registry import activation_of, load_model
@@ -78,6 +80,18 @@ def test_experts_make_a_mixtral(tmp_path: Path) -> None:
         recipe(tmp_path, fresh=experts | {"gated": False})
 
 
+def test_fresh_experts_go_on_where_they_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = {"num_experts": 4}
+    whole = recipe(tmp_path, fresh=experts, output=str(tmp_path / "whole"))
+    run_recipe(whole)
+    broken = recipe(tmp_path, fresh=experts)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        assert not run_recipe(broken).finished
+    run_recipe(broken)
+    assert losses(broken) == losses(whole)
+
+
 def test_a_plain_ffn_has_an_activation_of_its_own(tmp_path: Path) -> None:
     plain = start_fresh(recipe(tmp_path, "relu2", fresh={"gated": False}))
     config = json.loads((Path(plain.model) / "config.json").read_text(encoding="utf-8"))
@@ -92,6 +106,41 @@ def test_a_start_is_written_once(tmp_path: Path) -> None:
     written = (Path(first.model) / "tokenizer.json").stat().st_mtime_ns
     assert start_fresh(recipe(tmp_path)) == first
     assert (Path(first.model) / "tokenizer.json").stat().st_mtime_ns == written
+
+
+def test_a_start_of_other_settings_is_refused(tmp_path: Path) -> None:
+    made = start_fresh(recipe(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"\[fresh.hidden_size\] expected 32, with which .*start .*, got 64"
+    ):
+        start_fresh(recipe(tmp_path, fresh={"hidden_size": 64}))
+    with pytest.raises(
+        ConfigError, match=r"\[fresh.tokenizer\] expected '', with which .*, got 'some/other'"
+    ):
+        start_fresh(recipe(tmp_path, fresh={"tokenizer": "some/other"}))
+    (Path(made.model) / "turbosparse_start.json").unlink()  # as earlier versions left it
+    assert start_fresh(recipe(tmp_path, fresh={"hidden_size": 64})).model == made.model
+
+
+def test_a_run_moves_together_with_its_tokenizer(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    tokenizer = Path(start_fresh(recipe(first, output=str(first / "other"))).model)
+    start_fresh(recipe(first, fresh={"tokenizer": str(tokenizer)}))
+    first.rename(second)
+    moved = second / tokenizer.relative_to(first)
+    start_fresh(recipe(second, fresh={"tokenizer": str(moved)}))
+    with pytest.raises(ConfigError, match=r"\[fresh.tokenizer\] expected '../other/start', with which"):
+        start_fresh(recipe(second, fresh={"tokenizer": str(second)}))
+
+
+def test_what_a_killed_process_left_does_not_hinder(tmp_path: Path) -> None:
+    folder = tmp_path / "shared"
+    (tmp_path / f".shared-{os.getpid()}").mkdir()  # of another container, or of one that was killed
+    write_once(folder, lambda staging: (staging / "file").write_text("whole", encoding="utf-8"))
+    assert (folder / "file").read_text(encoding="utf-8") == "whole"
+    (tmp_path / "ordinary").mkdir()
+    assert folder.stat().st_mode == (tmp_path / "ordinary").stat().st_mode
 
 
 def test_who_comes_second_keeps_what_the_first_wrote(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped, unused-ignore]
-from transformers import AutoConfig
+from transformers import AutoConfig, TrainingArguments
 
 from tests.sparsify.conftest import MakeRecipe
 from tests.tiny_hf import make_hf_model, make_tokenizer
@@ -35,6 +36,7 @@ from turbosparse.sparsify.trainer import StageTrainer
 
 REGRESSION = {"loss": {"ffn_output": 1.0}}
 DISTILLATION = {"loss": {"logits": 1.0}}
+BALANCED = {"loss": {"logits": 1.0, "router_balance": 0.01}}
 
 
 def metrics(recipe: Recipe, *, event: str | None = None) -> list[dict[str, Any]]:
@@ -186,14 +188,32 @@ def test_embeddings_stay_when_told(make_recipe: MakeRecipe, base: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("stage", [REGRESSION, DISTILLATION], ids=["regression", "distillation"])
+@pytest.mark.parametrize(
+    ("stage", "model"),
+    [
+        pytest.param(REGRESSION, {}, id="regression"),
+        pytest.param(DISTILLATION, {}, id="distillation"),
+        pytest.param(DISTILLATION, {"tie_word_embeddings": True}, id="tied"),
+        pytest.param(REGRESSION, {"model_type": "mixtral"}, id="mixtral-regression"),
+        pytest.param(BALANCED, {"model_type": "mixtral", "tie_word_embeddings": True}, id="mixtral-tied"),
+        pytest.param(BALANCED, {"model_type": "qwen2_moe"}, id="qwen2_moe"),
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, stage: dict[str, Any]
+    make_recipe: MakeRecipe,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    stage: dict[str, Any],
+    model: dict[str, Any],
 ) -> None:
+    make_hf_model(**model).save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
     schedule = {"warmup_tokens": 256, "decay_tokens": 384, "average_tokens": 256}
-    whole = make_recipe(stage | schedule, output="whole")
+    whole, broken = (
+        make_recipe(stage | schedule, model=str(tmp_path / "model"), output=name)
+        for name in ("whole", "broken")
+    )
     run_recipe(whole)
-    broken = make_recipe(stage | schedule, output="broken")
     handler = signal.getsignal(signal.SIGTERM)
     with monkeypatch.context() as patch:
         interrupt_at(patch, 3)
@@ -737,6 +757,41 @@ def test_a_damaged_checkpoint_is_one_line(make_recipe: MakeRecipe, stopped: Path
             run_recipe(recipe)
 
 
+def test_a_checkpoint_of_other_tensors_is_refused(make_recipe: MakeRecipe, stopped: Path) -> None:
+    recipe = make_recipe(DISTILLATION | {"average_tokens": 256})
+    file = stopped / "model.safetensors"
+    tensors = load_file(file)
+    save_file(tensors | {"model.layers.0.mlp.gate.weight": torch.zeros(4, 32)}, file, {"format": "pt"})
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-2\] expected .*, got: 1 unexpected tensors, such as"
+    ):
+        run_recipe(recipe)
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(
+        TrainingError, match=r"got: 1 missing tensors, such as model\.layers\.1\.mlp\.up_proj"
+    ):
+        run_recipe(recipe)
+
+
+def test_a_process_with_many_gpus_trains_on_one(
+    make_recipe: MakeRecipe, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, recipe = make_recipe(DISTILLATION, output="one"), make_recipe(DISTILLATION)
+    run_recipe(whole)
+    original = TrainingArguments.__post_init__
+
+    def see_two(self: Any) -> None:
+        original(self)
+        self._n_gpu = 2
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", see_two)
+    run_recipe(recipe)
+    assert losses(recipe) == losses(whole)
+    (told,) = [record.getMessage() for record in caplog.records if "torchrun" in record.getMessage()]
+    assert told == "[stage0] trains on one of 2 GPUs; start it with torchrun --nproc_per_node 2 to use all"
+
+
 def test_batches_that_do_not_divide(make_recipe: MakeRecipe) -> None:
     with pytest.raises(ConfigError, match=r"expected a multiple of micro_batch \* processes = 3 \* 1, got 4"):
         run_recipe(make_recipe(DISTILLATION | {"micro_batch": 3}))
@@ -747,6 +802,26 @@ def test_sources_that_all_run_dry(make_recipe: MakeRecipe, base: Path) -> None:
     recipe = make_recipe(DISTILLATION | {"tokens": 32 * 4 * 50}, data=data)
     with pytest.raises(DataError, match="expected text for the whole stage, got the end"):
         run_recipe(recipe)
+
+
+@pytest.mark.parametrize("on_end", ["stop", "error"])
+def test_text_for_exactly_the_stages_is_enough(
+    make_recipe: MakeRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_end: str
+) -> None:
+    path = tmp_path / "exact.jsonl"  # 12 documents of one sequence each, with the token that ends them
+    path.write_text("".join(json.dumps({"text": f"{i:031}"}) + "\n" for i in range(12)), encoding="utf-8")
+    source = {"path": str(path), "on_end": on_end}
+    data = {"sequence_length": 32, "held_out_percent": 0.0, "sources": [source]}
+    stage = {"loss": {"next_token": 1.0}, "tokens": 32 * 4 * 2}
+    recipe = make_recipe(stage, stage | {"tokens": 32 * 4}, data=data)
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 1)
+        assert not run_recipe(recipe).finished
+    assert run_recipe(recipe).finished
+    assert [line["step"] for line in metrics(recipe)] == [1, 2, 1]
+    more = make_recipe(stage, stage | {"tokens": 32 * 4 * 2}, data=data)
+    with pytest.raises(DataError, match="got the end"):
+        run_recipe(more)
 
 
 def test_wrong_starts_are_one_line(make_recipe: MakeRecipe, base: Path, tmp_path: Path) -> None:

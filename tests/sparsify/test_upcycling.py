@@ -14,6 +14,7 @@ from turbosparse.errors import ConfigError
 from turbosparse.models.activations import Activation
 from turbosparse.models.registry import activation_of, load_model, swap_activation
 from turbosparse.sparsify.estimate import estimate_run
+from turbosparse.sparsify.fresh_model import write_start
 from turbosparse.sparsify.recipe import recipe_from_dict, recipe_to_dict
 from turbosparse.sparsify.run import run_recipe
 from turbosparse.sparsify.upcycling import start_of, upcycle
@@ -75,6 +76,30 @@ def test_a_start_is_written_once_and_follows_the_seed(make_recipe: MakeRecipe) -
     written = weights.stat().st_mtime_ns
     upcycle(recipe)
     assert weights.stat().st_mtime_ns == written
+
+
+def test_a_start_of_other_settings_is_refused(make_recipe: MakeRecipe, tmp_path: Path) -> None:
+    upcycle(make_recipe(DISTILLATION, upcycle=EXPERTS))
+    other = save(make_hf_model(hidden_size=64), tmp_path / "other")
+    changed: list[tuple[dict[str, Any], str]] = [
+        (
+            {"upcycle": EXPERTS | {"num_experts": 8}},
+            r"upcycle.num_experts\] expected 4, with which .*, got 8",
+        ),
+        ({"upcycle": EXPERTS, "seed": 3}, r"seed\] expected 0, with which .*run/start was made, got 3"),
+        ({"upcycle": EXPERTS, "model": other}, r"base_model\] expected '.*', with which .*, got '.*'"),
+    ]
+    for changes, message in changed:
+        with pytest.raises(ConfigError, match=rf"\[{message}; give the run another output"):
+            upcycle(make_recipe(DISTILLATION, **changes))
+    (Path(start_of(make_recipe(DISTILLATION, upcycle=EXPERTS))) / "turbosparse_start.json").unlink()
+    upcycle(make_recipe(DISTILLATION, **changed[0][0]))  # of an earlier version
+
+
+def test_another_kind_of_start_is_refused(tmp_path: Path) -> None:
+    assert write_start(tmp_path / "start", {"start": "fresh", "fresh.hidden_size": 32}, Path.touch)
+    with pytest.raises(ConfigError, match=r"\[start\] expected 'fresh', with which .*, got 'upcycle'"):
+        write_start(tmp_path / "start", {"start": "upcycle", "upcycle.num_experts": 4}, Path.touch)
 
 
 def test_experts_part_while_they_learn(make_recipe: MakeRecipe) -> None:

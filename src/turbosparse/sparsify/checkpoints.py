@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import CheckpointException
 
@@ -19,6 +20,7 @@ __all__ = [
     "check_identity",
     "checkpoint_steps",
     "latest_checkpoint",
+    "load_weights",
     "read_identity",
     "reading",
     "step_of",
@@ -166,6 +168,33 @@ def reading(checkpoint: Path) -> Iterator[None]:
         raise TrainingError(
             f"[{checkpoint}] expected a whole checkpoint of these parameters, got: {reason}"
         ) from error
+
+
+def load_weights(model: Any, checkpoint: Path) -> None:
+    """Give a model the weights of a checkpoint that is not sharded.
+
+    Parameters
+    ----------
+    model : PreTrainedModel
+        In fp32, of the class that wrote the checkpoint.
+    checkpoint : Path
+        A checkpoint's directory. Its files have the hub's names and shapes (an expert is three tensors), and
+        transformers turns them into those of a model in memory.
+
+    Raises
+    ------
+    TrainingError
+        If a file is missing or cut, or its tensors are not exactly those of the model.
+    """
+    with reading(checkpoint):
+        saved, info = type(model).from_pretrained(
+            checkpoint, config=model.config, dtype=torch.float32, output_loading_info=True
+        )
+        for kind in ("missing", "unexpected"):
+            names = sorted(info[f"{kind}_keys"])
+            if names:
+                raise ValueError(f"{len(names)} {kind} tensors, such as {names[0]}")
+        model.load_state_dict(saved.state_dict(), strict=True)
 
 
 def sync_files(directory: Path) -> None:

@@ -1,9 +1,10 @@
 """Models that start from random weights: a shape, a tokenizer of their own size, and a directory of both."""
 
 import dataclasses
+import json
 import logging
 import os
-import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -19,10 +20,11 @@ from turbosparse.models.activations import Activation, parse_activation
 if TYPE_CHECKING:
     from turbosparse.sparsify.recipe import Recipe
 
-__all__ = ["FreshModel", "start_fresh", "train_tokenizer", "write_once"]
+__all__ = ["FreshModel", "start_fresh", "train_tokenizer", "write_once", "write_start"]
 
 _LOG = logging.getLogger(__name__)
 _START = "start"
+_SETTINGS_FILE = "turbosparse_start.json"
 _END = "<|endoftext|>"
 _TOKENIZER_CHARACTERS = 20_000_000  # read to train a tokenizer; a vocabulary of 32,000 needs no more
 
@@ -99,7 +101,8 @@ def start_fresh(recipe: "Recipe") -> "Recipe":
     Raises
     ------
     ConfigError
-        If the activation does not fit the FFN, or sequences are longer than the model's context.
+        If the activation does not fit the FFN, sequences are longer than the model's context, or the run
+        began with another shape.
     """
     shape = recipe.fresh
     if shape is None:
@@ -108,10 +111,59 @@ def start_fresh(recipe: "Recipe") -> "Recipe":
     if longest > shape.context_length:
         raise ConfigError(f"[fresh.context_length] expected at least {longest}, got {shape.context_length}")
     start = Path(recipe.output) / _START
-    if not start.is_dir():
-        activation = parse_activation(recipe.activation)
-        write_once(start, lambda staging: _write_start(staging, shape, activation, recipe.data))
+    activation = parse_activation(recipe.activation)
+    tokenizer = shape.tokenizer
+    if tokenizer and Path(tokenizer).is_dir():  # may move together with the run
+        tokenizer = os.path.relpath(tokenizer, recipe.output)
+    settings = dataclasses.asdict(shape) | {"tokenizer": tokenizer}
+    write_start(
+        start,
+        {"start": "fresh", **{f"fresh.{name}": value for name, value in settings.items()}},
+        lambda staging: _write_configuration(staging, shape, activation, recipe.data),
+    )
     return dataclasses.replace(recipe, model=str(start), fresh=None, from_scratch=True)
+
+
+def write_start(folder: Path, settings: dict[str, Any], write: Callable[[Path], object]) -> bool:
+    """Write what a run starts from, once, and what it was made with.
+
+    Parameters
+    ----------
+    folder : Path
+        Directory of the start.
+    settings : dict
+        Names as in a recipe, and values that JSON can hold.
+    write : callable
+        Fills the folder it is given.
+
+    Returns
+    -------
+    bool
+        False if it was there.
+
+    Raises
+    ------
+    ConfigError
+        If it was made with other settings. One of an earlier version, which has none, is taken as it is.
+    """
+    if not folder.is_dir():
+
+        def _write_all(staging: Path) -> None:
+            write(staging)
+            (staging / _SETTINGS_FILE).write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+        write_once(folder, _write_all)
+        return True
+    record = folder / _SETTINGS_FILE
+    if record.is_file():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if before.get(name, value) != value:
+                raise ConfigError(
+                    f"[{name}] expected {before[name]!r}, with which {folder} was made, got {value!r}; give "
+                    "the run another output"
+                )
+    return False
 
 
 def write_once(folder: Path, write: Callable[[Path], object]) -> None:
@@ -125,19 +177,20 @@ def write_once(folder: Path, write: Callable[[Path], object]) -> None:
         Fills the folder it is given.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.with_name(f".{folder.name}-{os.getpid()}")
-    staging.mkdir()
-    try:
-        write(staging)
-        staging.rename(folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+        prefix=f".{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
+    ) as private:
+        staging = Path(private) / folder.name  # with the usual permissions
+        staging.mkdir()
+        try:
+            write(staging)
+            staging.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
 
 
-def _write_start(folder: Path, shape: FreshModel, activation: Activation, data: DataConfig) -> None:
+def _write_configuration(folder: Path, shape: FreshModel, activation: Activation, data: DataConfig) -> None:
     from transformers import ArceeConfig, AutoTokenizer, LlamaConfig, MixtralConfig  # noqa: PLC0415 -- slow to import
 
     if shape.tokenizer:

@@ -110,7 +110,9 @@ class Stage:
         self.trainable = "ffn" if stage.loss.is_regression_only else stage.trainable
         if control and self.checkpoint is not None:  # those of earlier versions train all weights
             self.trainable = read_identity(self.checkpoint).get("trainable", "all")
-        self.stream = SequenceStream(self.mixture, stage.batch_sequences)
+        self.stream = SequenceStream(
+            self.mixture, stage.batch_sequences, steps=stage.steps(self.data.sequence_length)
+        )
         known = texts_of_original(Path(recipe.output) / METRICS_FILE, stage.name if stage.data else None)
         self.original_unknown = [name for name in self.evaluation if name not in known]
         self.average = (
@@ -222,7 +224,7 @@ class Stage:
                 f"[stages.{stage.name}.batch_sequences] expected a multiple of micro_batch * processes = "
                 f"{stage.micro_batch} * {world}, got {stage.batch_sequences}"
             )
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(self.directory),
             max_steps=stage.steps(self.data.sequence_length),
             per_device_train_batch_size=stage.micro_batch,
@@ -253,6 +255,15 @@ class Stage:
             dataloader_pin_memory=torch.cuda.is_available(),
             accelerator_config={"dispatch_batches": True},
         )
+        if arguments.n_gpu > 1:  # nn.DataParallel, which the Trainer would take, copies no probes
+            _LOG.warning(
+                "[%s] trains on one of %d GPUs; start it with torchrun --nproc_per_node %d to use all",
+                stage.name,
+                arguments.n_gpu,
+                arguments.n_gpu,
+            )
+            arguments._n_gpu = 1
+        return arguments
 
     def _load_teacher(self, device: Any) -> Any:
         loss = self.stage.loss

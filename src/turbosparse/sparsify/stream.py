@@ -31,12 +31,15 @@ class SequenceStream(IterableDataset):  # type: ignore[type-arg, unused-ignore]
         Where sequences come from.
     batch_sequences : int
         Sequences per optimizer step.
+    steps : int
+        Optimizer steps of the stage: whoever reads ahead gets no sequence beyond them.
     """
 
-    def __init__(self, mixture: Mixture, batch_sequences: int) -> None:
+    def __init__(self, mixture: Mixture, batch_sequences: int, *, steps: int) -> None:
         super().__init__()
         self.mixture = mixture
         self._batch_sequences = batch_sequences
+        self._steps = steps
         self._first_step = 0
         self._states: deque[tuple[int, dict[str, Any], dict[str, Any]]] = deque(maxlen=_KEPT_STATES)
 
@@ -57,6 +60,8 @@ class SequenceStream(IterableDataset):  # type: ignore[type-arg, unused-ignore]
             if rows == self._batch_sequences:
                 step, rows = step + 1, 0
                 self._remember(step)
+                if step >= self._steps:
+                    return
         raise DataError(
             f"[data] expected text for the whole stage, got the end of all sources in step {step + 1}; "
             "set on_end to repeat, or train on fewer tokens"

@@ -16,7 +16,14 @@ from transformers import Trainer
 from turbosparse.data.encoding import IGNORED_LABEL
 from turbosparse.errors import ConfigError, TrainingError
 from turbosparse.measure.divergence import logit_divergence, relative_error
-from turbosparse.sparsify.checkpoints import COMPLETE_FILE, checkpoint_steps, reading, sync_files, writing
+from turbosparse.sparsify.checkpoints import (
+    COMPLETE_FILE,
+    checkpoint_steps,
+    load_weights,
+    reading,
+    sync_files,
+    writing,
+)
 from turbosparse.sparsify.probes import ProbeSet
 from turbosparse.sparsify.recipe import StageConfig
 from turbosparse.sparsify.routing import balance_loss
@@ -309,6 +316,9 @@ class StageTrainer(Trainer):
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not self.is_fsdp_enabled:  # the Trainer would leave out what the files name differently
+            load_weights(self.model, Path(resume_from_checkpoint))
+            return
         with reading(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

@@ -6,12 +6,12 @@ arXiv 2212.05055.
 """
 
 import logging
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbosparse.errors import ConfigError
-from turbosparse.sparsify.fresh_model import write_once
+from turbosparse.sparsify.fresh_model import write_start
 
 if TYPE_CHECKING:
     from turbosparse.sparsify.recipe import Recipe
@@ -124,12 +124,23 @@ def upcycle(recipe: "Recipe") -> None:
     Raises
     ------
     ConfigError
-        If the recipe's model cannot be upcycled.
+        If the recipe's model cannot be upcycled, or the run began with another mixture.
     """
-    start = Path(start_of(recipe))
-    if recipe.upcycle is not None and not start.is_dir():
-        upcycling = recipe.upcycle
-        write_once(start, lambda folder: _write_mixture(folder, recipe.model, upcycling, recipe.seed))
+    if recipe.upcycle is None:
+        return
+    from turbosparse.models.registry import base_fingerprint  # noqa: PLC0415 -- imports transformers
+
+    upcycling, start = recipe.upcycle, Path(start_of(recipe))
+    base = base_fingerprint(recipe.model)
+    settings = {
+        "start": "upcycle",
+        **{f"upcycle.{name}": value for name, value in asdict(upcycling).items()},
+        "seed": recipe.seed,
+        **({"base_model": base} if base else {}),
+    }
+    if write_start(
+        start, settings, lambda folder: _write_mixture(folder, recipe.model, upcycling, recipe.seed)
+    ):
         _LOG.info(
             "upcycled %s to %d experts, %d per token: %s",
             recipe.model,
@@ -150,7 +161,9 @@ def _write_mixture(folder: Path, model: str, upcycling: Upcycling, seed: int) ->
     dense = load_model(model, dtype="auto")
     mixture = AutoModelForCausalLM.from_config(config, dtype=dense.dtype)
     shared = {name: value for name, value in dense.state_dict().items() if ".mlp." not in name}
-    mixture.load_state_dict(shared, strict=False)
+    left = mixture.load_state_dict(shared, strict=False)
+    assert not left.unexpected_keys
+    assert all(".mlp." in name for name in left.missing_keys)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for of, to in zip(dense.model.layers, mixture.model.layers, strict=True):
