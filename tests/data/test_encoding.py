@@ -6,6 +6,7 @@ import pytest
 
 from tests.tiny_hf import make_tokenizer
 from turbosparse.data.encoding import IGNORED_LABEL, make_encoder
+from turbosparse.data.mixture import DocumentError
 from turbosparse.errors import DataError
 
 CHAT = [
@@ -48,6 +49,21 @@ def test_unknown_end_token_and_missing_template(tokenizer: Any) -> None:
     bare.chat_template = None
     with pytest.raises(DataError, match="expected a tokenizer with a chat template"):
         make_encoder(bare)(CHAT)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "chat template takes, got: roles must alternate"),
+        ("{{ messages[0]['name'] + ':' }}", "chat template takes, got: .* has no attribute 'name'"),
+        ("{{ messages[-1]['content'] }}", "expected a chat template that only appends"),
+    ],
+)
+def test_a_chat_that_the_template_refuses(template: str, reason: str) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(DocumentError, match=rf"\[chat\] .*{reason}"):
+        make_encoder(tokenizer)(CHAT)
 
 
 def test_token_ids_made_beforehand(tokenizer: Any) -> None:

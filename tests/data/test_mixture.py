@@ -1,12 +1,15 @@
 """The mixture: shares, packing, held-out documents, resuming, and sources that run dry."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.tiny_hf import make_texts
+from tests.tiny_hf import make_texts, make_tokenizer
 from turbosparse.data.config import DataConfig, SourceConfig
+from turbosparse.data.encoding import make_encoder
 from turbosparse.data.held_out import HeldOutSplit, document_hash
 from turbosparse.data.mixture import Mixture, PackedSequence, held_out_sequences
 from turbosparse.data.readers import Document
@@ -37,6 +40,18 @@ def make(
 
 def take(mixture: Mixture, count: int) -> list[PackedSequence]:
     return [sequence for sequence, _ in zip(mixture, range(count), strict=False)]
+
+
+def saved(mixture: Mixture) -> dict[str, Any]:
+    """State of a mixture, as a checkpoint holds it."""
+    state: dict[str, Any] = json.loads(json.dumps(mixture.state()))
+    return state
+
+
+def documents_of(rows: list[PackedSequence]) -> set[int]:
+    """Numbers of the texts "document N ..." that begin in some rows."""
+    stream = bytes(token for row in rows for token in row.input_ids)
+    return {int(number) for number in re.findall(rb"document (\d+) ", stream)}
 
 
 @pytest.fixture
@@ -78,12 +93,188 @@ def test_the_seed_decides_the_order(sources: tuple[SourceConfig, ...]) -> None:
 def test_resume_at_the_exact_sequence(sources: tuple[SourceConfig, ...], done: int) -> None:
     mixture = make(sources, split=HeldOutSplit(10))
     take(mixture, done)
-    state = json.loads(json.dumps(mixture.state()))
+    state = saved(mixture)
     expected = take(mixture, 60)
     again = make(sources, split=HeldOutSplit(10))
     again.restore(state)
     assert take(again, 60) == expected
     assert again.state() == mixture.state()
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> SourceConfig:
+    """A directory that stands for a repository of the hub, 25 rows in two files."""
+    pytest.importorskip("datasets")
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    for name, rows in (("a", range(15)), ("b", range(15, 25))):
+        texts = [f"document {row} " + "x" * (row * 7 % 40) for row in rows]
+        parquet.write_table(
+            pyarrow.table({"text": texts}), tmp_path / f"{name}.parquet", row_group_size=4, compression="none"
+        )
+    return SourceConfig(path=str(tmp_path))
+
+
+def test_resume_of_a_hub_dataset_at_every_sequence(hub: SourceConfig) -> None:
+    mixture, again, twice = (make((hub,), split=HeldOutSplit(10), shuffle=4) for _ in range(3))
+    states, rows = [saved(mixture)], []
+    for row, _ in zip(mixture, range(70), strict=False):
+        rows.append(row)
+        states.append(saved(mixture))
+    assert states[60]["sources"][0]["counts"]["passes"] >= 2
+    for done in range(60):
+        again.restore(states[done])
+        assert take(again, 10) == rows[done : done + 10]
+        twice.restore(saved(again))
+        assert take(twice, 4) == take(again, 4)
+
+
+def test_the_first_block_of_a_hub_dataset_is_whole_after_a_resume(hub: SourceConfig) -> None:
+    mixture, again = (make((hub,), shuffle=25) for _ in range(2))
+    take(mixture, 1)
+    again.restore(saved(mixture))
+    assert saved(again)["sources"][0]["block_start"]["row"] == 0
+    assert documents_of(take(again, 80)) == set(range(25))
+
+
+def test_a_state_of_a_hub_dataset_by_an_older_version(hub: SourceConfig) -> None:
+    mixture, again = (make((hub,), shuffle=4) for _ in range(2))
+    take(mixture, 12)
+    state = saved(mixture)
+    (source,) = state["sources"]
+    source["block_start"] = source["block_start"]["dataset"]
+    again.restore(state)
+    assert documents_of(take(again, 80)) == set(range(25))
+
+
+@pytest.mark.parametrize(
+    ("kind", "order"),
+    [
+        ("txt", [3, 1, 0, 4, 2, 6, 5, 8, 9, 7, 10, 11, 3, 2, 0, 1, 4, 5, 9, 7, 8, 6, 11, 10]),
+        ("jsonl", [3, 1, 0, 4, 2, 8, 5, 9, 7, 6, 10, 11, 3, 2, 0, 1, 4, 8, 7, 6, 5, 9, 11, 10]),
+        ("parquet", [3, 1, 0, 4, 2, 8, 7, 5, 6, 9, 11, 10, 3, 2, 0, 1, 4, 5, 8, 6, 9, 7, 10, 11]),
+    ],
+)
+def test_the_order_of_files_stays_as_it_was(kind: str, order: list[int], tmp_path: Path) -> None:
+    path, texts = tmp_path / f"a.{kind}", [f"document {number}" for number in range(12)]
+    if kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.table({"text": texts}), path)
+    elif kind == "jsonl":
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    else:
+        path.write_text("\n\n\n".join(texts), encoding="utf-8")
+    rows = take(make((SourceConfig(path=str(path)),), length=16, shuffle=5, seed=3), 22)
+    stream = bytes(token for row in rows for token in row.input_ids).decode()
+    assert [int(number) for number in re.findall(r"document (\d+)\0", stream)][:24] == order
+
+
+def test_few_unreadable_records_of_many_do_not_stop_a_resume(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"document {n} " * 3}) for n in range(3000)]
+    for broken in (1001, 1003, 1005):
+        lines[broken] = "{broken"
+    (tmp_path / "many.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    mixture, again = (make((SourceConfig(path=str(tmp_path / "many.jsonl")),), shuffle=500) for _ in range(2))
+    drawn = iter(mixture)
+    while next(counts["corrupt_records"] for counts in mixture.report().values()) < 3:
+        next(drawn)
+    again.restore(saved(mixture))
+    assert again.report() == mixture.report()
+    assert take(again, 50) == take(mixture, 50)
+    assert again.report() == mixture.report()
+
+
+def test_unreadable_records_within_the_limit_are_not_counted_twice(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": f"document {n} " * 3}) for n in range(60)]
+    lines[10] = "{broken"  # 1 of fewer than 100 is what 1 % tolerates
+    (tmp_path / "few.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    source = SourceConfig(path=str(tmp_path / "few.jsonl"))
+    mixture, again = (make((source,), shuffle=60) for _ in range(2))
+    take(mixture, 5)
+    again.restore(saved(mixture))
+    assert again.report() == mixture.report()
+    assert take(again, 10) == take(mixture, 10)
+
+
+CHAT_OF_TWO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
+
+
+def chats(path: Path, *, bad: tuple[int, ...], count: int = 300) -> SourceConfig:
+    """Write chats, some of which a template of user and assistant in turn refuses."""
+    records = []
+    for number in range(count):
+        messages = [{**message, "content": f"{message['content']} {number}"} for message in CHAT_OF_TWO]
+        records.append(json.dumps({"messages": messages[::-1] if number in bad else messages}))
+    path.write_text("\n".join(records) + "\n", encoding="utf-8")
+    return SourceConfig(path=str(path), field="messages")
+
+
+STRICT_TEMPLATE = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_a_chat_that_the_template_refuses_is_an_unreadable_record(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = STRICT_TEMPLATE
+    source = chats(tmp_path / "chats.jsonl", bad=(40, 250))
+    data = DataConfig(sources=(source,), sequence_length=64, shuffle_documents=50)
+    split, encoder = HeldOutSplit(0), make_encoder(tokenizer)
+    mixture, again = (Mixture(data, encoder, split=split) for _ in range(2))
+    drawn = iter(mixture)
+    while (counts := mixture.report()[source.path])["corrupt_records"] < 2:
+        next(drawn)
+        if counts["corrupt_records"] == 1:
+            again.restore(saved(mixture))
+            assert again.report() == mixture.report()
+    assert counts["passes"] == 0
+    rows = take(again, 200)
+    assert mixture.report()[source.path]["corrupt_records"] == 2
+    stream = [token for row in rows for token in row.input_ids]
+    assert "hi 41\n" in tokenizer.decode(stream)
+    assert "hi 40\n" not in tokenizer.decode(stream)
+    held_out = held_out_sequences(source, encoder, split=None, sequence_length=16, count=1000)
+    text = tokenizer.decode([token for row in held_out for token in row.input_ids])
+    assert ("hi 39\n" in text, "hi 40\n" in text, "hi 41\n" in text) == (True, False, True)
+
+
+def test_too_many_chats_that_the_template_refuses(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = STRICT_TEMPLATE
+    source = chats(tmp_path / "chats.jsonl", bad=tuple(range(0, 300, 3)))
+    data = DataConfig(sources=(source,), sequence_length=64, shuffle_documents=50)
+    mixture = Mixture(data, make_encoder(tokenizer), split=HeldOutSplit(0))
+    with pytest.raises(DataError, match=r"chats\.jsonl\] .* at most 1 % .* roles must alternate"):
+        take(mixture, 100)
+    source = chats(tmp_path / "chats.jsonl", bad=tuple(range(300)))
+    with pytest.raises(DataError, match=r"chats\.jsonl\] expected documents to train on, got none"):
+        Mixture(
+            DataConfig(sources=(source,), max_corrupt_percent=100),
+            make_encoder(tokenizer),
+            split=HeldOutSplit(0),
+        )
+
+
+def test_a_tokenizer_that_does_not_fit_is_reported_when_sources_are_opened(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    source = chats(tmp_path / "chats.jsonl", bad=())
+    with pytest.raises(DataError, match="expected a tokenizer with a chat template, got one without"):
+        Mixture(DataConfig(sources=(source,)), make_encoder(tokenizer), split=HeldOutSplit(0))
+    path = tmp_path / "ids.jsonl"
+    path.write_text('{"text": [1, 999]}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"\[token ids\] expected ids of the model's vocabulary"):
+        Mixture(
+            DataConfig(sources=(SourceConfig(path=str(path)),)),
+            make_encoder(tokenizer),
+            split=HeldOutSplit(0),
+        )
 
 
 def test_unreadable_records_are_counted_over_a_resume(tmp_path: Path) -> None:
@@ -100,7 +291,7 @@ def test_unreadable_records_are_counted_over_a_resume(tmp_path: Path) -> None:
     drawn = iter(mixture)
     while next(counts["corrupt_records"] for counts in mixture.report().values()) < 4:
         next(drawn)
-    again.restore(json.loads(json.dumps(mixture.state())))
+    again.restore(saved(mixture))
     assert again.report() == mixture.report()
     others = iter(again)
     for _ in range(100):
@@ -133,6 +324,17 @@ def test_held_out_text_is_not_looked_for_without_end(
     start = Path(sources[0].path).read_text("utf-8").replace("\n\n\n", "\0")[:800].encode()
     assert len(rows) == 5
     assert all(bytes(row.input_ids) in start for row in rows)
+
+
+@pytest.mark.parametrize("count", [1, 3, 7, 8, 9, 20, 1000])
+def test_held_out_windows_are_spread_and_none_comes_twice(count: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("".join(f"{number:03}." for number in range(33)), encoding="utf-8")
+    rows = held_out_sequences(
+        SourceConfig(path=str(path)), encode, split=None, sequence_length=16, count=count
+    )
+    numbers = [int(bytes(row.input_ids[:3]).decode()) // 4 for row in rows]
+    assert numbers == ([i * 8 // count for i in range(count)] if count <= 8 else list(range(8)))
 
 
 def test_long_documents_are_cut_at_blank_lines(tmp_path: Path) -> None:

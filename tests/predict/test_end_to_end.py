@@ -24,8 +24,10 @@ from turbosparse.predict.capture import capture_inputs
 from turbosparse.predict.config import PredictorConfig
 from turbosparse.predict.end_to_end import PlacedPredictor, evaluate, predictors_on
 from turbosparse.predict.finetune import finetune
+from turbosparse.predict.layer_fit import LayerFit
 from turbosparse.predict.layers import FFNLayer, layers_of
 from turbosparse.predict.predictors import LowRankPredictor, WeightCopyPredictor
+from turbosparse.predict.score import exact_bytes
 from turbosparse.predict.source import HuggingFaceSource
 
 MOE = ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe")
@@ -91,6 +93,23 @@ def test_an_expert_sees_the_tokens_that_are_routed_to_it(model_type: str, tmp_pa
         layer = layers[f"{name}.{expert}"]
         total[token] += layer.neurons(x[token]).activations @ layer.down.T * weights[token, slot, None]
     torch.testing.assert_close(ffn(x, index, weights), total)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model_type", ["llama", "mixtral"])
+def test_predictors_are_scored_on_the_last_sequences(model_type: str, tmp_path: Path) -> None:
+    model, rows = make(model_type), tiny_ids(12)
+    for number in range(6, 12):  # the later ones have other tokens: some experts meet more of them
+        rows[number] = number
+    batches = [{"input_ids": row[None]} for row in rows]
+    captured = capture_inputs(model, batches, tmp_path / "all")
+    held_out = capture_inputs(model, batches[9:], tmp_path / "held out")  # int(12 * 0.8) = 9 come before
+    config = PredictorConfig(ranks=(4,), predictor_type="F32", steps=1)
+    for name, layer in layers_of(model, "F32").items():
+        with torch.enable_grad():
+            fit = LayerFit(layer, captured[name], config)
+        x = torch.from_numpy(held_out[name].open("ffn_norm").astype(np.float32))
+        assert fit.menu.exact_bytes == exact_bytes(layer.neurons(x), layer)
 
 
 @torch.no_grad()
@@ -243,6 +262,52 @@ def test_the_verb_saves_a_fine_tuned_model(base: Path, tmp_path: Path) -> None:
     assert activation_of(after) == activation_of(before)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(before.state_dict()[name], after.state_dict()[name])
+
+
+def make_source(base: Path, text: Path, held_out: Path | None = None, tokens: int = 480) -> HuggingFaceSource:
+    data = DataConfig(
+        sources=(SourceConfig(path=str(text), on_end="stop"),),
+        held_out=() if held_out is None else (SourceConfig(path=str(held_out)),),
+        sequence_length=32,
+    )
+    return HuggingFaceSource(base / "llama", data, tokens=tokens, weight_type="F32")
+
+
+def test_fine_tuning_sees_no_held_out_sequence(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("turbosparse.predict.source.finetune", lambda *args: seen.append(args[3]))
+    source = make_source(base, base / "stories.txt", base / "book.txt")
+    source.finetune({}, 0.0, tmp_path, PredictorConfig())
+    source.finetune({}, 0.0, tmp_path, PredictorConfig(held_out_share=0.5))
+    assert len(source.rows) == 15
+    assert seen == [source.rows[:12], source.rows[:7]]
+    source = make_source(base, base / "stories.txt", base / "book.txt", tokens=32)
+    with pytest.raises(DataError, match=r"\[fit-predictor\] expected sequences to fine-tune on .* got 1 in"):
+        source.finetune({}, 0.0, tmp_path, PredictorConfig())
+
+
+def test_halves_of_few_held_out_sequences_share_none(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: list[list[PackedSequence]] = []
+    monkeypatch.setattr(
+        "turbosparse.predict.source.evaluate", lambda model, configurations, rows: parts.append(rows)
+    )
+    book = tmp_path / "book.txt"
+    for windows in (2, 3, 5):
+        book.write_text("".join(f"{number:03}." for number in range(8 * windows)), encoding="utf-8")
+        source = make_source(base, base / "stories.txt", book)
+        source.evaluate([], "choose")
+        source.evaluate([], "report")
+        choose, report = ([tuple(row.input_ids) for row in part] for part in parts[-2:])
+        assert len({*choose, *report}) == len(choose) + len(report) == windows
+        assert choose
+        assert report
+    book.write_text("".join(f"{number:03}." for number in range(8)), encoding="utf-8")
+    with pytest.raises(DataError, match="expected held-out text of at least two sequences, got 1"):
+        make_source(base, base / "stories.txt", book)
 
 
 def test_wrong_input(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -61,6 +61,26 @@ def test_a_layer_that_no_token_reached_runs_exactly(layer: FFNLayer, captured: C
     assert fit.place(choice) is None
 
 
+@pytest.mark.parametrize("ends", [(1500,) * 5, (0, 0, 0, 0, 1500), (300, 600, 900, 1495, 1500)])
+def test_an_expert_that_met_nothing_before_or_after_the_split_runs_exactly(
+    ends: tuple[int, ...], layer: FFNLayer, captured: CapturedInputs
+) -> None:
+    fit = LayerFit(layer, dataclasses.replace(captured, batch_ends=ends), QUICK)
+    assert (fit.fitted, dict(fit.menu.curves), fit.tokens) == ({}, {}, 1500)
+    score = fit.score(within_loss({"x": fit.menu}, 1.0).choices["x"])
+    assert (score.cett, score.recall) == ((0, 0) if ends[3] == 1500 else (0, 1))
+
+
+def test_an_expert_that_meets_no_held_out_token_any_more_runs_exactly(
+    layer: FFNLayer, captured: CapturedInputs
+) -> None:
+    ends = (300, 600, 900, 1200, 1500)
+    fit = LayerFit(layer, dataclasses.replace(captured, batch_ends=ends), QUICK)
+    assert "low_rank_4" in fit.menu.curves
+    fit.read(dataclasses.replace(captured, batch_ends=(1500,) * 5))
+    assert dict(fit.menu.curves) == {}
+
+
 def test_the_oracle_knows_the_norm_of_each_output(layer: FFNLayer, x: torch.Tensor) -> None:
     activations = layer.neurons(x).activations
     scores = WeightCopyPredictor(layer, None)(x)

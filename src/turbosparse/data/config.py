@@ -67,7 +67,8 @@ class DataConfig:
     held_out: tuple[SourceConfig, ...] = field(default_factory=tuple)
     """Sources for evaluation alone; none of their documents is trained on, wherever it turns up."""
     max_corrupt_percent: float = 1.0
-    """Unreadable records tolerated per source, 0 to 100; they are counted and skipped."""
+    """Unreadable records tolerated per source, 0 to 100; they are counted and skipped. A chat that the
+    tokenizer's chat template refuses is one."""
 
     def __post_init__(self) -> None:
         if not self.sources:

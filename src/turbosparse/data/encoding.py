@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from turbosparse.data.mixture import Encoder
+from jinja2 import TemplateError
+
+from turbosparse.data.mixture import DocumentError, Encoder
 from turbosparse.data.readers import Document
 from turbosparse.errors import DataError
 
@@ -32,7 +34,9 @@ def make_encoder(tokenizer: Any, document_end: str = "", *, answers_only: bool =
     ------
     DataError
         If the token is unknown; from the function, if token ids made beforehand are not of the vocabulary, or
-        the tokenizer has no chat template that fits.
+        the tokenizer has no chat template.
+    DocumentError
+        From the function, if the chat template refuses a chat.
     """
     end = tokenizer.convert_tokens_to_ids(document_end) if document_end else tokenizer.eos_token_id
     if end is None or (
@@ -69,9 +73,14 @@ def _encode_chat(
         raise DataError("[chat] expected a tokenizer with a chat template, got one without")
 
     def render(count: int, *, prompt: bool) -> str:
-        return str(
-            tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
-        )
+        try:
+            return str(
+                tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
+            )
+        except TemplateError as error:
+            raise DocumentError(
+                f"[chat] expected one that the tokenizer's chat template takes, got: {error}"
+            ) from error
 
     ids: list[int] = []
     labels: list[int] = []
@@ -84,7 +93,7 @@ def _encode_chat(
             done = head
         text = render(index + 1, prompt=False)
         if not text.startswith(done):
-            raise DataError(
+            raise DocumentError(
                 "[chat] expected a chat template that only appends, got one that rewrites earlier turns"
             )
         _append(tokenizer, text[len(done) :], ids, labels, learn=is_answer or not answers_only)

@@ -16,13 +16,17 @@ from typing import Any
 
 from turbosparse.data.config import DataConfig, SourceConfig
 from turbosparse.data.held_out import HeldOutSplit
-from turbosparse.data.readers import Document, open_reader
+from turbosparse.data.readers import Document, DocumentReader, open_reader
 from turbosparse.errors import DataError
 
-__all__ = ["Encoder", "Mixture", "PackedSequence", "SourceCounts", "held_out_sequences"]
+__all__ = ["DocumentError", "Encoder", "Mixture", "PackedSequence", "SourceCounts", "held_out_sequences"]
 
 Encoder = Callable[[Document], tuple[list[int], list[int]]]
 """Turns a document into token ids and labels (-100 where there is nothing to learn) of the same length."""
+
+
+class DocumentError(DataError):
+    """An encoder cannot take this document, but may take others: it counts as an unreadable record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +57,14 @@ _LOG = logging.getLogger(__name__)
 class _SourceStream:
     """Packed sequences of one source."""
 
-    def __init__(self, index: int, data: DataConfig, seed: int, split: HeldOutSplit) -> None:
+    def __init__(
+        self, index: int, data: DataConfig, encode: Encoder, *, seed: int, split: HeldOutSplit
+    ) -> None:
         self.config = data.sources[index]
         self.name = data.source_names()[index]
         self.counts = SourceCounts()
         self._reader = open_reader(self.config, data.max_corrupt_percent)
+        self._encode = encode
         self._block_size = data.shuffle_documents
         self._length = data.sequence_length
         self._max_characters = data.max_document_characters
@@ -74,9 +81,11 @@ class _SourceStream:
     def _check_not_empty(self) -> None:
         """Look for one document to train on, before a run spends time on anything else."""
         for document in self._reader:
-            if not self._split.is_held_out(document):
+            if self._split.is_held_out(document):
+                self.counts.held_out_documents += 1
+            # Any tokenizer takes a text; chats and token ids show whether it is the one for them.
+            elif isinstance(document, str) or _encoded(document, self._encode, self._reader)[0]:
                 break
-            self.counts.held_out_documents += 1
         else:
             count = self.counts.held_out_documents
             found = f"none: all {count} are held out" if count else "none"
@@ -85,13 +94,14 @@ class _SourceStream:
         self._reader.seek(None)
         self._reader.records = self._reader.corrupt = 0
 
-    def draw(self, encode: Encoder) -> PackedSequence | None:
+    def draw(self) -> PackedSequence | None:
         """Return the next sequence, or None when the source is dry and shall stop."""
         while len(self._ids) < self._length:
             document = self._next_document()
             if document is None:
                 return None
-            ids, labels = encode(document)
+            ids, labels = _encoded(document, self._encode, self._reader)
+            self.counts.documents += bool(ids)
             self._ids += ids
             self._labels += labels
             self._positions += range(len(ids))
@@ -109,7 +119,6 @@ class _SourceStream:
             if not self._block:
                 return None
         self._next += 1
-        self.counts.documents += 1
         return self._block[self._next - 1]
 
     def _read_block(self, start: Any) -> None:
@@ -149,7 +158,8 @@ class _SourceStream:
             if read == self._block_size:
                 break
         # Keyed by what is known after a resume as well: the same block gets the same order.
-        random.Random(f"{self._seed}/{self.counts.passes}/{self._block_start}").shuffle(block)
+        start = self._reader.order_key(self._block_start)
+        random.Random(f"{self._seed}/{self.counts.passes}/{start}").shuffle(block)
         return block
 
     def state(self) -> dict[str, Any]:
@@ -165,15 +175,28 @@ class _SourceStream:
     def restore(self, state: dict[str, Any]) -> None:
         self.counts = SourceCounts(**state["counts"])
         self._ids, self._positions, self._labels = (list(values) for values in state["pending"])
+        known = state.get("records")  # checkpoints of older versions do not know
+        # The block's unreadable records were within the limit when it was read: as part of all that was read
+        # by then, and counted once.
+        self._reader.records, self._reader.corrupt = known[0] if known else 0, 0
         if state["block_start"] is not None:
             self._reader.seek(state["block_start"])
             self._block_start = state["block_start"]
             held_out = self.counts.held_out_documents
             self._block = self._fill_block()
             self.counts.held_out_documents = held_out
-        if "records" in state:  # checkpoints of older versions do not know
-            self._reader.records, self._reader.corrupt = state["records"]
+        if known:
+            self._reader.records, self._reader.corrupt = known
         self._next = state["next"]
+
+
+def _encoded(document: Document, encode: Encoder, reader: DocumentReader) -> tuple[list[int], list[int]]:
+    """Encode a document; one that the encoder cannot take is counted, and becomes no tokens."""
+    try:
+        return encode(document)
+    except DocumentError as error:
+        reader.count_corrupt(reader.config.path, str(error))
+        return [], []
 
 
 def _cut(text: str, limit: int) -> list[str]:
@@ -222,12 +245,11 @@ class Mixture:
     Raises
     ------
     DataError
-        If a source is missing or empty.
+        If a source is missing or empty, or begins with chats or token ids that the encoder cannot take.
     """
 
     def __init__(self, config: DataConfig, encode: Encoder, *, split: HeldOutSplit, seed: int = 0) -> None:
         self.sequence_length = config.sequence_length
-        self._encode = encode
         self._order = {
             "seed": seed,
             "shuffle_documents": config.shuffle_documents,
@@ -235,7 +257,7 @@ class Mixture:
             "held_out_percent": split.percent,
         }
         self._streams = [
-            _SourceStream(index, config, seed, split)
+            _SourceStream(index, config, encode, seed=seed, split=split)
             for index, source in enumerate(config.sources)
             if source.weight > 0
         ]
@@ -245,7 +267,7 @@ class Mixture:
         while len(self._dry) < len(self._streams):
             live = [i for i in range(len(self._streams)) if i not in self._dry]
             index = min(live, key=lambda i: self._streams[i].counts.tokens / self._streams[i].config.weight)
-            sequence = self._streams[index].draw(self._encode)
+            sequence = self._streams[index].draw()
             if sequence is None:
                 self._dry.add(index)
             else:
@@ -320,7 +342,8 @@ def held_out_sequences(
     Returns
     -------
     sequence of PackedSequence
-        At most `count`, out of the source's first 100 times as many, and of its first 1e9 characters.
+        At most `count`, each of other tokens, out of the source's first 100 times as many, and of its first
+        1e9 characters.
     """
     reader = open_reader(source, max_corrupt_percent=100)
     ids: list[int] = []
@@ -330,8 +353,9 @@ def held_out_sequences(
             break
         characters += _size(document)
         if split is None or split.is_held_out(document):
-            ids += encode(document)[0]
+            ids += _encoded(document, encode, reader)[0]
     starts = range(0, len(ids) - sequence_length + 1, sequence_length)
-    rows = [ids[starts[i * len(starts) // count] :][:sequence_length] for i in range(min(count, len(starts)))]
+    found = min(count, len(starts))
+    rows = [ids[starts[i * len(starts) // found] :][:sequence_length] for i in range(found)]
     positions = list(range(sequence_length))
     return [PackedSequence(input_ids=row, position_ids=positions, labels=row) for row in rows]

@@ -57,6 +57,21 @@ class DocumentReader(ABC):
             What `tell` returned; None is the start.
         """
 
+    def order_key(self, position: Any) -> str:
+        """Name a position in a pass, by the same name however often the reader was resumed before.
+
+        Parameters
+        ----------
+        position : JSON value
+            What `tell` returned.
+
+        Returns
+        -------
+        str
+            The name.
+        """
+        return str(position)
+
     @abstractmethod
     def read(self) -> Document | None:
         """Return the next document, or None at the end."""
@@ -65,7 +80,21 @@ class DocumentReader(ABC):
         while (document := self.read()) is not None:
             yield document
 
-    def _count_corrupt(self, place: str, reason: str) -> None:
+    def count_corrupt(self, place: str, reason: str) -> None:
+        """Count a record that cannot be used.
+
+        Parameters
+        ----------
+        place : str
+            Where it stands.
+        reason : str
+            What is wrong with it.
+
+        Raises
+        ------
+        DataError
+            If these are more than are tolerated.
+        """
         self.corrupt += 1
         if self.corrupt == 1:
             _LOG.warning(
@@ -82,7 +111,7 @@ class DocumentReader(ABC):
         value = record.get(self.config.field) if isinstance(record, dict) else None
         if _is_document(value):
             return value
-        self._count_corrupt(place, f"no text, messages of text or token ids in field {self.config.field!r}")
+        self.count_corrupt(place, f"no text, messages of text or token ids in field {self.config.field!r}")
         return None
 
 
@@ -168,7 +197,7 @@ class _TextReader(_FileReader):
         try:
             return part.decode().strip()
         except UnicodeDecodeError as error:
-            self._count_corrupt(str(path), f"not UTF-8: {error.reason}")
+            self.count_corrupt(str(path), f"not UTF-8: {error.reason}")
             return ""
 
 
@@ -186,7 +215,7 @@ class _JsonLinesReader(_FileReader):
                 try:
                     record = json.loads(line)
                 except ValueError as error:
-                    self._count_corrupt(str(path), f"not JSON: {error}")
+                    self.count_corrupt(str(path), f"not JSON: {error}")
                     continue
                 document = self._field(record, str(path))
                 if document is not None:
@@ -218,7 +247,7 @@ class _ParquetReader(_FileReader):
                     try:
                         record = {self.config.field: column[row].as_py()}
                     except UnicodeDecodeError as error:
-                        self._count_corrupt(str(path), f"not UTF-8: {error.reason}")
+                        self.count_corrupt(str(path), f"not UTF-8: {error.reason}")
                         continue
                     document = self._field(record, str(path))
                     if document is not None:
@@ -227,6 +256,11 @@ class _ParquetReader(_FileReader):
 
 
 class _HubReader(DocumentReader):
+    """Reads a dataset; a position is the number of rows before it in the pass, and the dataset's state there.
+
+    `datasets` has several states for one position: which one depends on where it was resumed.
+    """
+
     def __init__(self, config: SourceConfig, max_corrupt_percent: float) -> None:
         super().__init__(config, max_corrupt_percent)
         from datasets import load_dataset  # noqa: PLC0415 -- only where a source needs it
@@ -243,14 +277,28 @@ class _HubReader(DocumentReader):
         self.seek(None)
 
     def tell(self) -> Any:
-        return self._dataset.state_dict()
+        # Before its first row a dataset still has the state of what was read before.
+        if self._pending is not None:
+            return self._pending
+        return {"row": self._row, "dataset": self._dataset.state_dict()}
 
     def seek(self, position: Any) -> None:
-        self._dataset.load_state_dict(self._start if position is None else position)
+        if position is None:
+            position = {"row": 0, "dataset": self._start}
+        elif "row" not in position:  # checkpoints of older versions have the state alone
+            position = {"row": 0, "dataset": position}
+        self._row: int = position["row"]
+        self._pending: Any = position
+        self._dataset.load_state_dict(position["dataset"])
         self._rows = iter(self._dataset)
 
+    def order_key(self, position: Any) -> str:
+        return str(position.get("row", position))
+
     def read(self) -> Document | None:
+        self._pending = None
         for record in self._rows:
+            self._row += 1
             self.records += 1
             document = self._field(record, self.config.path)
             if document is not None:

@@ -34,6 +34,8 @@ class CapturedInputs:
     hidden_size: int
     tokens_seen: int
     """Tokens that the model was run on; an expert meets a part of them."""
+    batch_ends: tuple[int, ...] = ()
+    """Rows up to the end of each batch that the model was run on; empty if they are not known."""
 
     def open(self, kind: str) -> NDArray[np.float16]:
         """Map a file into memory.
@@ -102,12 +104,14 @@ def capture_inputs(
         By the name of the FFN, with the expert's number behind it.
     """
     kinds = tuple(dict.fromkeys((FFN_INPUT, *inputs)))
+    size = model.config.hidden_size
     directory.mkdir(parents=True, exist_ok=True)
     paths: dict[str, dict[str, Path]] = {}
     for name, ffn in gated_ffns(model).items():
         experts = [f"{name}.{i}" for i in range(ffn.num_experts)] if isinstance(ffn, GatedExperts) else [name]
         paths |= {unit: {kind: directory / f"{unit}.{kind}.f16" for kind in kinds} for unit in experts}
     tokens = 0
+    ends: dict[str, list[int]] = {unit: [] for unit in paths}
     with ExitStack() as stack:
         tap = stack.enter_context(InputTap(model))
         files = {
@@ -130,8 +134,9 @@ def capture_inputs(
         for batch in batches:
             model(**batch, use_cache=False, logits_to_keep=1)
             tokens += batch["input_ids"].numel()
-    size = model.config.hidden_size
+            for unit, found in ends.items():
+                found.append(files[paths[unit][FFN_INPUT]].tell() // (2 * size))
     return {
-        unit: CapturedInputs(files=files, hidden_size=size, tokens_seen=tokens)
+        unit: CapturedInputs(files=files, hidden_size=size, tokens_seen=tokens, batch_ends=tuple(ends[unit]))
         for unit, files in paths.items()
     }

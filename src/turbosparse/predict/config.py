@@ -54,9 +54,25 @@ class PredictorConfig:
     finetune_sequences: int = 4
     """Sequences per step there, at least 1."""
     held_out_share: float = 0.2
-    """Share of the captured tokens on which predictors are scored, above 0, below 1."""
+    """Share of the captured sequences, the last ones, on which predictors are scored and nothing is trained,
+    above 0, below 1."""
     seed: int = 0
     """Of weights and batches."""
+
+    def first_held_out(self, count: int) -> int:
+        """Say where the held-out part of the captured text begins.
+
+        Parameters
+        ----------
+        count : int
+            Sequences in all; or tokens, where sequences are not known.
+
+        Returns
+        -------
+        int
+            How many come before; with few of them, this may be 0.
+        """
+        return int(count * (1 - self.held_out_share))
 
     def __post_init__(self) -> None:
         unit = 32 if self.predictor_type.startswith("Q") else 1

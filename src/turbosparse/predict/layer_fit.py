@@ -15,7 +15,8 @@ from turbosparse.predict.score import PredictorScore, exact_bytes, score_candida
 __all__ = ["LayerFit", "family_of"]
 
 _SCORED_TOKENS = 2048
-_FEWEST_TOKENS = 64  # an expert that met fewer is left without a predictor
+_FEWEST_TOKENS = 64  # an expert that met fewer is left without a predictor,
+_FEWEST_OF_A_PART = 8  # as is one that met fewer in what it is fitted or scored on
 
 
 def family_of(kind: str) -> str:
@@ -50,7 +51,7 @@ class LayerFit:
     layer : FFNLayer
         Its weights.
     captured : CapturedInputs
-        What it and its predictors read; the last part is held out. The files are read until the end.
+        What it and its predictors read; the last sequences are held out. The files are read until the end.
     config : PredictorConfig
         What to fit.
     """
@@ -64,9 +65,10 @@ class LayerFit:
         """By kind; empty where too few tokens reached the layer."""
         inputs = {kind: captured.open(kind) for kind in ("ffn_norm", *config.inputs)}
         tokens = len(inputs["ffn_norm"])
-        if tokens >= _FEWEST_TOKENS:
-            training = {kind: rows[: self._held_out_from(tokens)] for kind, rows in inputs.items()}
-            sample = rows_of(inputs["ffn_norm"], self._scored(tokens))
+        first = self._first_held_out(captured, tokens)
+        if tokens >= _FEWEST_TOKENS and min(first, tokens - first) >= _FEWEST_OF_A_PART:
+            training = {kind: rows[:first] for kind, rows in inputs.items()}
+            sample = rows_of(inputs["ffn_norm"], slice(first, first + _SCORED_TOKENS))
             self._bound = activity_bound(layer, sample, config)
             for (source, rank), predictor in fit_low_rank(layer, training, self._bound, config).items():
                 kind = f"low_rank_{rank}" + ("" if source == config.inputs[0] else f"_{source}")
@@ -83,23 +85,25 @@ class LayerFit:
         """
         self._inputs = {kind: captured.open(kind) for kind in ("ffn_norm", *self._config.inputs)}
         self.tokens = len(self._inputs["ffn_norm"])
+        first = self._first_held_out(captured, self.tokens)
+        self._scored = slice(first, first + _SCORED_TOKENS)
         neurons = self._neurons()
-        kinds = (*self.fitted, *self._config.rivals) if self.fitted else ()
+        # Which tokens an expert meets can change with the model.
+        is_scored = bool(self.fitted) and self.tokens - first >= _FEWEST_OF_A_PART
+        kinds = (*self.fitted, *self._config.rivals) if is_scored else ()
         self.menu = Menu(
             exact_bytes=exact_bytes(neurons, self.layer),
             curves={kind: self._trade_off(kind, neurons) for kind in kinds},
             share=self.tokens / max(captured.tokens_seen, 1),
         )
 
-    def _held_out_from(self, tokens: int) -> int:
-        return int(tokens * (1 - self._config.held_out_share))
-
-    def _scored(self, tokens: int) -> slice:
-        first = self._held_out_from(tokens)
-        return slice(first, first + _SCORED_TOKENS)
+    def _first_held_out(self, captured: CapturedInputs, tokens: int) -> int:
+        """Find the row with which the held-out sequences begin, and with one sequence, its last tokens."""
+        sequences = self._config.first_held_out(len(captured.batch_ends))
+        return captured.batch_ends[sequences - 1] if sequences else self._config.first_held_out(tokens)
 
     def _held_out(self, source: str) -> Tensor:
-        return rows_of(self._inputs[source], self._scored(self.tokens))
+        return rows_of(self._inputs[source], self._scored)
 
     def _neurons(self) -> Neurons:
         return self.layer.neurons(self._held_out("ffn_norm"))
@@ -143,6 +147,7 @@ class LayerFit:
         -------
         PredictorScore
             Without a predictor: all neurons are candidates, and rows of up and down are still skipped.
+            Zeros where no held-out token reached the layer.
         """
         neurons = self._neurons()
         placed = self.place(choice)

@@ -28,7 +28,8 @@ __all__ = ["check_predictable", "predictability", "recall_curves"]
 logger = logging.getLogger(__name__)
 
 _SPARSITIES = tuple(round(0.05 * step, 2) for step in range(21))
-_HELD_OUT = 512  # tokens the curves are drawn on, the last ones
+_HELD_OUT = 512  # tokens the curves are drawn on, the last ones, but at most a fourth of what there is
+_FEWEST_TOKENS = 8  # of an FFN that is fitted: fewer leave less than two held out, and no standard error
 _RUNS = 8  # of held-out tokens, for standard errors
 _STEPS = 300
 _TYPE = "F16"  # of a low-rank predictor's weights; a sign is a bit
@@ -91,7 +92,7 @@ def predictability(
     text : str
         What it was measured on.
     record : dict
-        Its measurement: which neurons are active, how much text.
+        Its measurement: which neurons are active, how much text; FFNs left out are told in its notes.
     layers : int
         Layers to fit, evenly spread over the model, at least 1.
     advance : callable, optional
@@ -131,7 +132,8 @@ def recall_curves(
     units : sequence of int
         For each, which unit of the measurement it is.
     record : dict
-        The measurement: which neurons are active.
+        The measurement: which neurons are active. Its notes are told which FFNs are left out, since fewer
+        than 8 tokens reached them.
     layers : int
         Layers to fit, evenly spread over the model, at least 1.
     advance : callable, optional
@@ -161,8 +163,14 @@ def recall_curves(
         captured = ffns.capture(Path(folder), (_INPUT,))
         for at in chosen:
             bound = _active_bound(record, units[at])
-            drawn = _layer_curves(ffns.layers[names[at]], captured[names[at]].open(_INPUT), bound)
-            curves += [{"name": record["units"][units[at]]["name"], **curve} for curve in drawn]
+            name, inputs = record["units"][units[at]]["name"], captured[names[at]].open(_INPUT)
+            if len(inputs) < _FEWEST_TOKENS:
+                note = f"{name}: {len(inputs)} tokens reached it, too few to fit predictors"
+                logger.warning("%s", note)
+                record["notes"].append(note)
+            else:
+                drawn = _layer_curves(ffns.layers[names[at]], inputs, bound)
+                curves += [{"name": name, **curve} for curve in drawn]
             advance(1 / len(chosen))
     return curves
 
@@ -180,8 +188,8 @@ def _layer_curves(layer: FFNLayer, inputs: NDArray[np.float16], bound: float) ->
     rank = max(1, round(signs.read_bytes("") / (BYTES_PER_WEIGHT[_TYPE] * (neurons + hidden_size))))
     config = PredictorConfig(ranks=(rank,), predictor_type=_TYPE, steps=_STEPS)
     held_out = min(_HELD_OUT, len(inputs) // 4)
-    fitted = fit_low_rank(layer, {_INPUT: inputs[:-held_out]}, bound, config)
-    x = rows_of(inputs, slice(-held_out, None))
+    fitted = fit_low_rank(layer, {_INPUT: inputs[: len(inputs) - held_out]}, bound, config)
+    x = rows_of(inputs, slice(len(inputs) - held_out, None))
     activations = layer.neurons(x).activations.numpy()
     active = neuron_output_norms(activations, layer.down.T.numpy()) >= np.float32(bound)
     predictors: list[tuple[str, Predictor]] = [("sign bits", signs)]

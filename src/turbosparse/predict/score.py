@@ -69,20 +69,21 @@ def score_candidates(
     activations = neurons.activations
     norms = activations.abs() * layer.down.norm(dim=0)  # [N, F]
     active = norms >= bound
+    tokens = max(len(activations), 1)  # an expert may have met none
     named, wanted = candidates.sum().item(), active.sum().item()
     both = (candidates & active).sum().item()
     output = activations @ layer.down.T  # [N, D]
     missed = (activations * ~candidates) @ layer.down.T
     rows = torch.stack([candidates, candidates & neurons.passed, candidates & (activations != 0)])
-    per_token = rows.sum(dim=(1, 2)).double() / len(activations)
+    per_token = rows.sum(dim=(1, 2)).double() / tokens
     read = float(per_token @ torch.tensor(layer.row_bytes, dtype=torch.float64)) + predictor_bytes
     return PredictorScore(
         recall=both / max(wanted, 1),
         precision=both / max(named, 1),
         norm_kept=float((norms * candidates).sum() / norms.sum().clamp(min=1e-30)),
-        cett=float((missed.norm(dim=1) / output.norm(dim=1).clamp(min=1e-30)).mean()),
-        active_ratio=wanted / active.numel(),
-        candidate_ratio=named / candidates.numel(),
+        cett=float((missed.norm(dim=1) / output.norm(dim=1).clamp(min=1e-30)).sum()) / tokens,
+        active_ratio=wanted / (tokens * active.shape[1]),
+        candidate_ratio=named / (tokens * candidates.shape[1]),
         bytes_ratio=read / layer.dense_bytes,
     )
 

@@ -139,8 +139,14 @@ class HuggingFaceSource:
     def finetune(
         self, placed: Mapping[str, PlacedPredictor], price: float, output: Path, config: PredictorConfig
     ) -> None:
-        """Train predictors, and the model if wished; see `PredictorSource`."""
-        finetune(self.model, placed, self.layers, self.rows, price, config)
+        """Train predictors, and the model if wished, on what is not held out; see `PredictorSource`."""
+        rows = self.rows[: config.first_held_out(len(self.rows))]
+        if not rows:
+            raise DataError(
+                f"[fit-predictor] expected sequences to fine-tune on besides those held out, got "
+                f"{len(self.rows)} in all: give more text, or capture more tokens"
+            )
+        finetune(self.model, placed, self.layers, rows, price, config)
         if config.finetune == "model":
             self.model.save_pretrained(output / "model")
             self._tokenizer.save_pretrained(output / "model")
