@@ -124,3 +124,67 @@ def test_sizes_have_to_fit_the_study(folder: Path, capsys: pytest.CaptureFixture
     recipe = Path(__file__).parents[2] / "examples" / "studies" / "activations_small.toml"
     assert main(["study", "scale", "--recipe", str(recipe)]) == 2
     assert "[sizes] expected several sizes for study scale, got 1" in capsys.readouterr().err
+
+
+def test_a_study_of_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    (tmp_path / "train.txt").write_text("\n\n\n".join([TEXT] * 4), encoding="utf-8")
+    shape = "intermediate_size = 64\nnum_hidden_layers = 2\nnum_attention_heads = 4\nvocab_size = 280\n"
+    (tmp_path / "recipe.toml").write_text(
+        f"""
+text = "text.txt"
+output = "out"
+kinds = ["swiglu", "drelu"]
+seeds = [1]
+predict_layers = 0
+threads = 1
+precision = "fp32"
+evaluate_tokens = 256
+evaluation_sequences = 1
+measure = {{ tokens = 128, context = 32, cett_targets = [0.1], quality_tokens = 64, sample_tokens = 32 }}
+data = {{ sequence_length = 32, sources = [{{ path = "train.txt" }}] }}
+[training]
+name = "short"
+tokens = 512
+loss = {{ next_token = 1.0 }}
+learning_rate = 1e-3
+batch_sequences = 4
+micro_batch = 4
+[[sizes]]
+hidden_size = 32
+context_length = 64
+{shape}
+[[sizes]]
+hidden_size = 48
+context_length = 64
+{shape}
+"""
+    )
+    command = ["study", "scale", "--recipe", "recipe.toml"]
+    assert main([*command, "--dry-run"]) == 0
+    assert "drelu 48x2 seed 1: 512 tokens" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert main([*command, "--train-only", "--set", 'kinds=["drelu"]']) == 0
+    assert main([*command, "--set", "training.learning_rate=1e-2"]) == 2  # would be told of the old models
+    assert "expected the training that this study began with" in capsys.readouterr().err
+    assert main(command) == 0
+    record = json.loads((tmp_path / "out" / "study.json").read_text(encoding="utf-8"))
+    assert [run["group"] for run in record["runs"]] == [
+        "swiglu 32x2",
+        "drelu 32x2",
+        "swiglu 48x2",
+        "drelu 48x2",
+    ]
+    assert record["run"]["seconds"] >= sum(run["seconds"] for run in record["runs"])
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "less swiglu" in page
+    assert (tmp_path / "out" / "gap_by_size.png").is_file()
+    typed = [*command, "--set", "seeds=[1]"]
+    monkeypatch.setattr("sys.argv", ["/usr/bin/turbosparse", *typed])
+    assert main(typed) == 0
+    again = json.loads((tmp_path / "out" / "study.json").read_text(encoding="utf-8"))
+    assert again["run"]["seconds"] >= sum(run["seconds"] for run in record["runs"])
+    assert again["run"]["command"] == "turbosparse study scale --recipe recipe.toml --set 'seeds=[1]'"

@@ -175,6 +175,9 @@ def test_sizes_have_names_of_their_own(tmp_path: Path) -> None:
     assert len({variant.name for variant in variants}) == len(variants) == 8
     assert variants[2].group == "relu2 48x2"
     assert len({variant.recipe.fresh.tokenizer for variant in variants if variant.recipe.fresh}) == 1
+    wider = from_scratch(tmp_path, sizes=[SHAPE, SHAPE | {"intermediate_size": 96}])
+    names = [variant.name for variant in training.from_scratch_variants(wider, Path(wider.output))]
+    assert names[::2] == ["relu2 32x2x64 seed 1", "relu2 32x2x96 seed 1"]
 
 
 @pytest.mark.parametrize(
@@ -182,6 +185,8 @@ def test_sizes_have_names_of_their_own(tmp_path: Path) -> None:
     [
         ({"kinds": ["relu3"]}, r"\[kinds\] expected FFNs of relu, .*, got 'relu3'"),
         ({"seeds": [1, 1]}, r"\[seeds\] expected different seeds"),
+        ({"kinds": ["drelu", "drelu"]}, r"\[kinds\] expected different ones, got drelu, drelu"),
+        ({"sizes": [SHAPE, SHAPE | {"num_attention_heads": 2}]}, r"\[sizes\] expected .*, got 32x2x64 twice"),
         ({"sizes": []}, "expected at least one kind and one size, got 2 and 0"),
         ({"sizes": [SHAPE | {"hidden_size": 33}]}, r"\[fresh.hidden_size\] expected a multiple of twice"),
         ({"sizes": [SHAPE | {"vocab_size": 9}]}, r"\[fresh.vocab_size\] expected at least 257"),
@@ -195,6 +200,12 @@ def test_sizes_have_names_of_their_own(tmp_path: Path) -> None:
 def test_wrong_settings_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_scratch(tmp_path, **changes)
+
+
+def test_an_activation_has_one_run(tmp_path: Path) -> None:
+    fields = {"model": "m", "activations": ["relu", "drelu", "reglu"], "stages": [stage()]}
+    with pytest.raises(ConfigError, match="expected different ones, got relu and reglu, which are the same"):
+        fill(RelufyStudy, values(tmp_path, **fields), "study")
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.toml")), ids=lambda path: path.name)

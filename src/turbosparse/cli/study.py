@@ -15,6 +15,7 @@ with an interrupted study.
 
 import argparse
 import logging
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -84,14 +85,15 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     try:
         if args.train_only:
-            train(config)
+            train(args.kind, config)
             return 0
         found = find(args.kind, config)
     except KeyboardInterrupt:
         console(stderr=True).print("stopped; finished results are kept, the same command goes on")
         return 130
-    command = " ".join(["turbosparse", *sys.argv[1:]])
-    record = plain({**settings_of(args.kind, config, command, time.monotonic() - started), **found})
+    command = shlex.join(["turbosparse", *sys.argv[1:]])
+    seconds = max(found.pop("seconds"), time.monotonic() - started)
+    record = plain({**settings_of(args.kind, config, command, seconds), **found})
     page = write_study(record, Path(config.output))
     for table in study_tables(record)[:1]:
         show(table)

@@ -1,10 +1,12 @@
 """What `turbosparse study` runs: models opened in their column, tasks asked, training estimated."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from turbosparse.cli.console import progress
@@ -39,7 +41,7 @@ def find(kind: str, config: StudyConfig) -> dict[str, Any]:
     Returns
     -------
     dict
-        What it found.
+        What it found, and ``seconds`` that its results took, in this call or before.
     """
     text = read_text(Path(config.text))
     return _sweep(kind, config, text) if isinstance(config, SweepStudy) else _train(kind, config, text)
@@ -63,7 +65,7 @@ def _sweep(kind: str, config: SweepStudy, text: str) -> dict[str, Any]:
     finally:
         source.close()
     found["text"]["name"] = Path(config.text).name
-    return found
+    return found | {"seconds": store.seconds}
 
 
 def _task_scorer(source: "Source", config: SweepStudy) -> Any:
@@ -117,17 +119,12 @@ def _harness_of(
 def _train(kind: str, config: FromScratchStudy | RelufyStudy, text: str) -> dict[str, Any]:
     from transformers.utils.logging import disable_progress_bar
 
-    from turbosparse.study.fingerprint import model_fingerprint, texts_fingerprint
-    from turbosparse.study.training import run_variants, training_settings
+    from turbosparse.study.training import run_variants
 
     disable_progress_bar()
-    settings = training_settings(config, text) | {"texts_fingerprint": texts_fingerprint(config.data)}
-    if isinstance(config, RelufyStudy):
-        check_model_name(config.model)
-        settings["model_fingerprint"] = model_fingerprint(config.model)
-    store = Store(Path(config.output), kind, settings)
+    store = _training_store(kind, config, text)
     found = run_variants(
-        _variants(config),
+        _variants(config, store.folder),
         text,
         store,
         config.measure,
@@ -138,21 +135,34 @@ def _train(kind: str, config: FromScratchStudy | RelufyStudy, text: str) -> dict
     baseline = config.baseline if isinstance(config, FromScratchStudy) else "control"
     name = Path(config.model).name if isinstance(config, RelufyStudy) else "fresh models"
     shown = found["runs"][0]["text"] | {"name": Path(config.text).name}
-    return {"model": {"name": name}, "text": shown, "baseline": baseline, **found}
+    return {"model": {"name": name}, "text": shown, "baseline": baseline, "seconds": store.seconds, **found}
 
 
-def train(config: StudyConfig) -> None:
+def _training_store(kind: str, config: FromScratchStudy | RelufyStudy, text: str) -> Store:
+    from turbosparse.study.fingerprint import model_fingerprint, texts_fingerprint
+    from turbosparse.study.training import training_settings
+
+    settings = training_settings(config, text) | {"texts_fingerprint": texts_fingerprint(config.data)}
+    if isinstance(config, RelufyStudy):
+        check_model_name(config.model)
+        settings["model_fingerprint"] = model_fingerprint(config.model)
+    return Store(Path(config.output), kind, settings)
+
+
+def train(kind: str, config: StudyConfig) -> None:
     """Train what a study needs and is not there, without measuring it.
 
     Parameters
     ----------
+    kind : str
+        Which study.
     config : FromScratchStudy or RelufyStudy
         Its recipe.
 
     Raises
     ------
     ConfigError
-        If the study trains nothing.
+        If the study trains nothing, or its directory holds another study or one with other settings.
     TextError
         If there is too little text to measure on.
     """
@@ -160,15 +170,17 @@ def train(config: StudyConfig) -> None:
 
     if isinstance(config, SweepStudy):
         raise ConfigError("[--train-only] expected a study that trains, got one that only measures")
-    variants = _variants(config)
-    check_text(variants, read_text(Path(config.text)), config.measure)
+    text = read_text(Path(config.text))
+    if int(os.environ.get("RANK", "0")) == 0:
+        _training_store(kind, config, text)
+    variants = _variants(config, Path(config.output))
+    check_text(variants, text, config.measure)
     train_variants(variants)
 
 
-def _variants(config: FromScratchStudy | RelufyStudy) -> "list[Variant]":
+def _variants(config: FromScratchStudy | RelufyStudy, output: Path) -> "list[Variant]":
     from turbosparse.study.training import from_scratch_variants, relufied_variants
 
-    output = Path(config.output)
     if isinstance(config, RelufyStudy):
         check_model_name(config.model)
         return relufied_variants(config, output)
@@ -198,11 +210,12 @@ def estimate(config: StudyConfig) -> Iterator[str]:
     flops = measure_flops(bf16=config.precision != "fp32")
     yield f"measured {flops / 1e9:.0f} GFLOP/s"
     hours = 0.0
-    for variant in _variants(config):
-        stages = estimate_run(start_fresh(variant.recipe), flops=flops)
-        hours += sum(stage.hours for stage in stages)
-        tokens = sum(stage.tokens for stage in stages)
-        yield f"{variant.name}: {tokens:,} tokens, {sum(stage.hours for stage in stages):.2f} h"
+    with TemporaryDirectory() as scratch:  # what is made to be counted is not what the study begins with
+        for variant in _variants(config, Path(scratch)):
+            stages = estimate_run(start_fresh(variant.recipe), flops=flops)
+            hours += sum(stage.hours for stage in stages)
+            tokens = sum(stage.tokens for stage in stages)
+            yield f"{variant.name}: {tokens:,} tokens, {sum(stage.hours for stage in stages):.2f} h"
     yield f"{hours:.1f} h in all at half of that speed; small models reach less"
 
 
@@ -218,7 +231,7 @@ def settings_of(kind: str, config: StudyConfig, command: str, seconds: float) ->
     command : str
         As it was typed.
     seconds : float
-        That this call took.
+        That it took, in this call or before.
 
     Returns
     -------

@@ -20,7 +20,7 @@ from turbosparse.measure.plots import (
     percent_axis,
 )
 
-__all__ = ["draw", "trade_off_lines"]
+__all__ = ["RULE_NAMES", "draw", "trade_off_lines"]
 
 Record = dict[str, Any]
 
@@ -47,7 +47,7 @@ def _name(record: Record) -> str:
     return str(record["model"]["name"])
 
 
-_KINDS = {
+RULE_NAMES = {
     "cett": "CETT",
     "top_k": "top-k",
     "gate_threshold": "gate threshold",
@@ -72,7 +72,7 @@ def trade_off_lines(axes: Any, records: Sequence[Record], cost: str, loss: str) 
     """
     number = 0
     for record in records:
-        for kind, label in _KINDS.items():
+        for kind, label in RULE_NAMES.items():
             points = sorted(
                 (point for point in record["quality"] if point["kind"].split("_ppl")[0] == kind),
                 key=lambda point: point[cost]["value"],

@@ -112,20 +112,23 @@ def _as(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def line_style(number: int) -> dict[str, Any]:
+def line_style(number: int, style: int | None = None) -> dict[str, Any]:
     """Give the look of the n-th line.
 
     Parameters
     ----------
     number : int
         From 0.
+    style : int, optional
+        Number of its dashes, from 0, where lines of one colour belong together.
 
     Returns
     -------
     dict
         Arguments of matplotlib's plot.
     """
-    return {"color": colour(number), "linestyle": _STYLES[number % len(_STYLES)]}
+    dashes = number if style is None else style
+    return {"color": colour(number), "linestyle": _STYLES[dashes % len(_STYLES)]}
 
 
 def colour(number: int) -> str:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from turbosparse.data.config import DataConfig
 from turbosparse.errors import ConfigError
 from turbosparse.measure.config import MeasureConfig
-from turbosparse.models.activations import parse_activation
+from turbosparse.models.activations import Activation, parse_activation
 from turbosparse.sparsify.fresh_model import FreshModel
 from turbosparse.sparsify.recipe import StageConfig
 
@@ -150,6 +150,9 @@ class FromScratchStudy(_TrainingStudy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.size_names()
+        if len(set(self.kinds)) != len(self.kinds):
+            raise ConfigError(f"[kinds] expected different ones, got {', '.join(self.kinds)}")
         for kind in self.kinds:
             if kind not in FFN_KINDS:
                 raise ConfigError(f"[kinds] expected FFNs of {', '.join(FFN_KINDS)}, got {kind!r}")
@@ -162,6 +165,30 @@ class FromScratchStudy(_TrainingStudy):
             raise ConfigError(
                 f"[predict_layers] expected 0 for mixtures of experts, got {self.predict_layers}"
             )
+
+    def size_names(self) -> list[str]:
+        """Name the sizes, so that no two runs share a name.
+
+        Returns
+        -------
+        list of str
+            Width and layers of each, and the width of its FFN where that alone tells sizes apart.
+
+        Raises
+        ------
+        ConfigError
+            If two sizes differ in neither.
+        """
+        names = [f"{size.hidden_size}x{size.num_hidden_layers}" for size in self.sizes]
+        if len(set(names)) < len(names):
+            names = [f"{name}x{size.intermediate_size}" for name, size in zip(names, self.sizes, strict=True)]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ConfigError(
+                "[sizes] expected sizes that differ in hidden_size, num_hidden_layers or intermediate_size, "
+                f"got {min(twice)} twice"
+            )
+        return names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,5 +212,10 @@ class RelufyStudy(_TrainingStudy):
         super().__post_init__()
         if not self.activations or not self.stages:
             raise ConfigError("[study] expected at least one activation and one stage, got none")
+        same: dict[Activation, str] = {}
         for activation in self.activations:
-            parse_activation(activation)
+            first = same.setdefault(parse_activation(activation), activation)
+            if first is not activation:
+                raise ConfigError(
+                    f"[activations] expected different ones, got {first} and {activation}, which are the same"
+                )

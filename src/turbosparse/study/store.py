@@ -34,6 +34,11 @@ class Store:
         that ends in ``_fingerprint`` stands for what it is of, whose path may then change; studies of older
         versions have none.
 
+    Attributes
+    ----------
+    seconds : float
+        That the results asked for have taken, in this call or before.
+
     Raises
     ------
     ConfigError
@@ -43,6 +48,7 @@ class Store:
 
     def __init__(self, folder: Path, kind: str, settings: Mapping[str, Any]) -> None:
         self.folder = folder
+        self.seconds = 0.0
         self._results = folder / "results"
         self._results.mkdir(parents=True, exist_ok=True)
         begun = folder / _BEGUN
@@ -92,7 +98,9 @@ class Store:
             started = time.monotonic()
             value = compute()
             _write(path, plain(value | {"seconds": time.monotonic() - started}))
-        return _read(path, ("seconds",))
+        found = _read(path, ("seconds",))
+        self.seconds += found["seconds"]
+        return found
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
+
 from turbosparse.measure.cett_search import CettSearch, take_sample
 from turbosparse.measure.counted_rule import CountedRule
-from turbosparse.measure.figures import trade_off_lines
+from turbosparse.measure.figures import RULE_NAMES, trade_off_lines
 from turbosparse.measure.measurement import Progress, text_windows
 from turbosparse.measure.plots import Figures, as_floats, line_style, marker, percent_axis
 from turbosparse.measure.quality_points import QualityRuns
@@ -218,25 +220,33 @@ def _tasks(axes: Any, records: Sequence[dict[str, Any]]) -> None:
     """Mean over tasks of the first metric of each."""
     for record in records:
         firsts = {score["task"]: at for at, score in reversed(list(enumerate(record["dense_tasks"])))}
-        for number, kind in enumerate(("cett", "top_k", "gate_threshold")):
+        if not firsts:
+            continue
+        asked = list(firsts.values())
+        for number, (kind, label) in enumerate(RULE_NAMES.items()):
             points = [point for point in record["quality"] if point["kind"] == kind]
             points = sorted(points, key=lambda point: point["computed"]["value"])
-            means = [[point["tasks"][at]["value"] for at in firsts.values()] for point in points]
-            if points and firsts:
-                axes.plot(
+            if points:
+                errors = [_scores(point["tasks"], asked, "standard_error") for point in points]
+                axes.errorbar(
                     as_floats([point["computed"]["value"] for point in points]),
-                    as_floats(means).mean(axis=1),
+                    as_floats([_scores(point["tasks"], asked, "value").mean() for point in points]),
+                    yerr=as_floats([np.sqrt((each**2).sum()) / len(each) for each in errors]),
                     marker=marker(number),
-                    label=kind.replace("_", " "),
+                    label=label,
+                    capsize=2,
                     **line_style(number),
                 )
-        if firsts:
-            mean = as_floats([record["dense_tasks"][at]["value"] for at in firsts.values()]).mean()
-            axes.axhline(mean, color="#8c8c8c", label="all neurons")
+        dense = _scores(record["dense_tasks"], asked, "value").mean()
+        axes.axhline(dense, color="#8c8c8c", label="all neurons")
     axes.set_xlabel("neurons computed")
     axes.set_ylabel("mean over tasks")
     for axis in (axes.xaxis, axes.yaxis):
         percent_axis(axis)
+
+
+def _scores(tasks: Sequence[Mapping[str, Any]], asked: Sequence[int], field: str) -> Any:
+    return as_floats([tasks[number][field] for number in asked])
 
 
 _NEURONS, _BYTES = "neurons computed", "bytes of the FFN read, gate first"
@@ -261,5 +271,9 @@ FIGURES: Figures = (
         "Mean KL to the dense model by the bytes that a rule has to read.",
         _painter("ffn_bytes", "mean_kl", _BYTES),
     ),
-    ("tasks", "Mean score over tasks by the share of neurons computed.", _tasks),
+    (
+        "tasks",
+        "Mean score over tasks by the share of neurons computed. Bars: standard errors over questions.",
+        _tasks,
+    ),
 )

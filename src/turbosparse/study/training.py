@@ -107,7 +107,7 @@ def from_scratch_variants(config: FromScratchStudy, folder: Path) -> list[Varian
             shared[size.vocab_size] = str(_shared_tokenizer(config, size.vocab_size, folder))
     variants = []
     for seed in config.seeds:
-        for size in config.sizes:
+        for size, size_name in zip(config.sizes, config.size_names(), strict=True):
             for kind in config.kinds:
                 activation, gated = FFN_KINDS[kind]
                 width = size.intermediate_size
@@ -117,9 +117,7 @@ def from_scratch_variants(config: FromScratchStudy, folder: Path) -> list[Varian
                     intermediate_size=width if gated else round(_PLAIN_WIDTH * width),
                     tokenizer=size.tokenizer or shared[size.vocab_size],
                 )
-                group = (
-                    kind if len(config.sizes) == 1 else f"{kind} {size.hidden_size}x{size.num_hidden_layers}"
-                )
+                group = kind if len(config.sizes) == 1 else f"{kind} {size_name}"
                 recipe = _recipe(config, folder, f"{group} seed {seed}", seed, activation, fresh=shape)
                 variants.append(
                     Variant(name=f"{group} seed {seed}", group=group, kind=kind, seed=seed, recipe=recipe)

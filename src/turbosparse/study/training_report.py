@@ -27,6 +27,7 @@ _Number = Callable[[Record], float | None]
 _REUSE_WINDOW = 5
 _RECALL = 0.95
 _SHOWN_TARGET = 0.1
+_SHOWN_BUDGET = 0.01
 
 
 def _groups(record: Mapping[str, Any]) -> dict[str, list[Record]]:
@@ -35,6 +36,27 @@ def _groups(record: Mapping[str, Any]) -> dict[str, list[Record]]:
     for run in record["runs"]:
         groups.setdefault(run["group"], []).append(run)
     return groups
+
+
+def _looks(record: Mapping[str, Any]) -> list[tuple[str, list[Record], int, int]]:
+    """Groups with the numbers of their colour and of their dashes: a kind's colour, a size's dashes."""
+    groups = _groups(record)
+    kinds = list(dict.fromkeys(runs[0]["kind"] for runs in groups.values()))
+    shapes = list(dict.fromkeys(_shape(runs[0]) for runs in groups.values()))
+    return [
+        (
+            name,
+            runs,
+            at := kinds.index(runs[0]["kind"]),
+            shapes.index(_shape(runs[0])) if len(shapes) > 1 else at,
+        )
+        for name, runs in groups.items()
+    ]
+
+
+def _shape(run: Record) -> str:
+    """Size of a run's model, where a study has several."""
+    return str(run["group"]).removeprefix(str(run["kind"]))
 
 
 def _mean(runs: Sequence[Record], number: _Number) -> tuple[float | None, float | None]:
@@ -71,6 +93,23 @@ def loss(run: Record) -> float | None:
         Nats per token on the measured text.
     """
     return math.log(run["quality"][0]["dense_perplexity"]) if run["quality"] else None
+
+
+def _over_baseline(record: Mapping[str, Any]) -> _Number | None:
+    """Loss less that of the baseline with the same size and seed; None where the baseline was not trained."""
+    baseline: dict[tuple[str, int], float] = {}
+    for run in record["runs"]:
+        found = loss(run)
+        if run["kind"] == record["baseline"] and found is not None:
+            baseline[_shape(run), run["seed"]] = found
+    if not baseline:
+        return None
+
+    def gap(run: Record) -> float | None:
+        own, other = loss(run), baseline.get((_shape(run), run["seed"]))
+        return None if own is None or other is None else own - other
+
+    return gap
 
 
 def _overall(name: str) -> _Number:
@@ -158,7 +197,11 @@ def training_tables(record: Mapping[str, Any]) -> list[Table]:
         Means over seeds, and every run.
     """
     groups = _groups(record)
-    columns = [column for column in _COLUMNS if any(column[1](run) is not None for run in record["runs"])]
+    known = [*_COLUMNS]
+    gap = _over_baseline(record)
+    if gap is not None:
+        known.insert(1, (f"less {record['baseline']}'s", gap, False))
+    columns = [column for column in known if any(column[1](run) is not None for run in record["runs"])]
     rows = []
     for name, runs in groups.items():
         cells = [_cell(*_mean(runs, number), percent=percent) for _, number, percent in columns]
@@ -168,14 +211,21 @@ def training_tables(record: Mapping[str, Any]) -> list[Table]:
         for run in record["runs"]
     ]
     header = [name for name, _, _ in columns]
+    predictable = (
+        "Predictable: sparsity left when a low-rank predictor of as many bytes as sign bits finds 95 % of "
+        "the active neurons. "
+        if any(number is _predictable for _, number, _ in columns)
+        else ""
+    )
+    base = record["baseline"]
+    less = "" if gap is None else f"Less {base}'s: than the loss of {base} with the same size and seed. "
     seeds = sorted({run["seed"] for run in record["runs"]})
     error = "with the standard error over seeds" if len(seeds) > 1 else "of one seed, so without errors"
     return [
         Table(
             title="Kinds side by side",
             note=f"Means over seeds {', '.join(map(str, seeds))}, {error}. Active neurons are those kept at "
-            "CETT 0.1, whatever the activation. Predictable: sparsity left when a low-rank predictor of as "
-            "many bytes as sign bits finds 95 % of the active neurons. Click a column to sort by it.",
+            f"CETT 0.1, whatever the activation. {less}{predictable}Click a column to sort by it.",
             header=["kind", "M parameters", *header],
             rows=rows,
         ),
@@ -191,7 +241,7 @@ def _cell(value: float | None, error: float | None, *, percent: bool) -> Cell:
 
 
 def _loss_by_sparsity(axes: Any, records: Sequence[Record]) -> None:
-    for number, (name, runs) in enumerate(_groups(records[0]).items()):
+    for name, runs, number, dashes in _looks(records[0]):
         if not runs[0]["quality"]:
             continue
         points = [point for point in runs[0]["quality"] if point["kind"] == "cett"]
@@ -199,7 +249,13 @@ def _loss_by_sparsity(axes: Any, records: Sequence[Record]) -> None:
         sparsity, _ = _over_seeds([[0.0, *_of(run, labels, "sparsity")] for run in runs])
         losses, spread = _over_seeds([[loss(run), *_of(run, labels, "perplexity")] for run in runs])
         axes.errorbar(
-            sparsity, losses, yerr=spread, marker=marker(number), capsize=2, label=name, **line_style(number)
+            sparsity,
+            losses,
+            yerr=spread,
+            marker=marker(number),
+            capsize=2,
+            label=name,
+            **line_style(number, dashes),
         )
     axes.set_xlabel("sparsity")
     axes.set_ylabel("loss, nats per token")
@@ -214,11 +270,11 @@ def _of(run: Record, labels: Sequence[str], field: str) -> list[float]:
 
 
 def _recall(axes: Any, records: Sequence[Record]) -> None:
-    for number, (name, runs) in enumerate(_groups(records[0]).items()):
+    for name, runs, number, dashes in _looks(records[0]):
         curves = [curve for run in runs if (curve := _recall_curve(run)) is not None]
         if curves:
-            mean = as_floats([recall for _, recall in curves]).mean(axis=0)
-            axes.plot(curves[0][0], mean, label=name, **line_style(number))
+            mean, spread = _over_seeds([recall for _, recall in curves])
+            axes.errorbar(curves[0][0], mean, yerr=spread, label=name, **line_style(number, dashes))
     axes.set_xlabel("predicted sparsity")
     axes.set_ylabel("recall of active neurons")
     for axis in (axes.xaxis, axes.yaxis):
@@ -226,25 +282,26 @@ def _recall(axes: Any, records: Sequence[Record]) -> None:
 
 
 def _reuse_lines(axes: Any, records: Sequence[Record]) -> None:
-    for number, (name, runs) in enumerate(_groups(records[0]).items()):
+    for name, runs, number, dashes in _looks(records[0]):
         mean, spread = _over_seeds([run["overall"]["reuse"]["value"] for run in runs])
         chance, _ = _over_seeds([run["overall"]["chance_reuse"]["value"] for run in runs])
-        axes.errorbar(runs[0]["windows"], mean - chance, yerr=spread, label=name, **line_style(number))
+        axes.errorbar(
+            runs[0]["windows"], mean - chance, yerr=spread, label=name, **line_style(number, dashes)
+        )
     axes.set_xlabel("tokens in the window, this one included")
     axes.set_ylabel("re-use above chance")
     percent_axis(axes.yaxis)
 
 
-def _dots(axes: Any, record: Record, number: _Number) -> bool:
-    """One dot with an error bar per group; False where none has the number."""
-    groups = _groups(record)
-    means = [_mean(runs, number) for runs in groups.values()]
-    for at, (mean, spread) in enumerate(means):
+def _dots(axes: Any, record: Record, number: _Number) -> None:
+    """One dot with an error bar per group."""
+    looks = _looks(record)
+    for at, (_, runs, number_of_colour, _) in enumerate(looks):
+        mean, spread = _mean(runs, number)
         if mean is not None:
-            axes.errorbar(mean, at, xerr=spread, marker="o", capsize=3, color=colour(at))
-    axes.set_yticks(range(len(groups)), list(groups))
+            axes.errorbar(mean, at, xerr=spread, marker="o", capsize=3, color=colour(number_of_colour))
+    axes.set_yticks(range(len(looks)), [name for name, *_ in looks])
     axes.invert_yaxis()
-    return any(mean is not None for mean, _ in means)
 
 
 def _gaps(axes: Any, records: Sequence[Record]) -> None:
@@ -253,13 +310,13 @@ def _gaps(axes: Any, records: Sequence[Record]) -> None:
 
 
 def _budget_dots(axes: Any, records: Sequence[Record]) -> None:
-    _dots(axes, records[0], _at_budget(0.01))
+    _dots(axes, records[0], _at_budget(_SHOWN_BUDGET))
     axes.set_xlabel("sparsity at which the perplexity rises by 1 %")
     percent_axis(axes.xaxis)
 
 
 def _learning(axes: Any, records: Sequence[Record], field: str) -> None:
-    for number, (name, runs) in enumerate(_groups(records[0]).items()):
+    for name, runs, number, dashes in _looks(records[0]):
         shortest = min(len(run["curve"]) for run in runs)
         if field == "zeros" and not any(point["zeros"] for run in runs for point in run["curve"]):
             continue
@@ -267,7 +324,7 @@ def _learning(axes: Any, records: Sequence[Record], field: str) -> None:
             [[point.get(field, math.nan) for point in run["curve"][:shortest]] for run in runs]
         )
         tokens = [point["tokens"] / 1e6 for point in runs[0]["curve"][:shortest]]
-        axes.errorbar(tokens, mean, yerr=spread, label=name, **line_style(number))
+        axes.errorbar(tokens, mean, yerr=spread, label=name, **line_style(number, dashes))
     axes.set_xlabel("million tokens trained on")
 
 
@@ -285,10 +342,10 @@ def _zeros_curve(axes: Any, records: Sequence[Record]) -> None:
 
 
 def _zeros_by_layer(axes: Any, records: Sequence[Record]) -> None:
-    for number, (name, runs) in enumerate(_groups(records[0]).items()):
+    for name, runs, number, dashes in _looks(records[0]):
         mean, spread = _over_seeds([run["zeros_per_layer"] for run in runs])
         if mean.any():
-            axes.errorbar(range(len(mean)), mean, yerr=spread, label=name, **line_style(number))
+            axes.errorbar(range(len(mean)), mean, yerr=spread, label=name, **line_style(number, dashes))
     layer_axis(axes.xaxis)
     axes.set_ylabel("exact zeros")
     percent_axis(axes.yaxis)
@@ -339,25 +396,18 @@ def _sparsity_by_size(axes: Any, records: Sequence[Record]) -> None:
     percent_axis(axes.yaxis)
 
 
+def _budget_by_size(axes: Any, records: Sequence[Record]) -> None:
+    _by_size(axes, records[0], _at_budget(_SHOWN_BUDGET))
+    axes.set_ylabel("sparsity at CETT-PPL-1%")
+    percent_axis(axes.yaxis)
+
+
 def _gap_by_size(axes: Any, records: Sequence[Record]) -> None:
     [record] = records
-    baseline: dict[tuple[str, int], float] = {}
-    for run in record["runs"]:
-        found = loss(run)
-        if run["kind"] == record["baseline"] and found is not None:
-            baseline[_shape(run), run["seed"]] = found
-
-    def gap(run: Record) -> float | None:
-        own, other = loss(run), baseline.get((_shape(run), run["seed"]))
-        return None if own is None or other is None else own - other
-
-    if baseline:
+    gap = _over_baseline(record)
+    if gap is not None:
         _by_size(axes, record, gap)
     axes.set_ylabel(f"loss less that of {record['baseline']}, nats")
-
-
-def _shape(run: Record) -> str:
-    return str(run["group"]).removeprefix(str(run["kind"]))
 
 
 SCALE_FIGURES: Figures = (
@@ -367,5 +417,10 @@ SCALE_FIGURES: Figures = (
         "Loss less that of the baseline of the same size and seed, by the size of the model.",
         _gap_by_size,
     ),
-    *FIGURES,
+    (
+        "sparsity_at_1_percent_by_size",
+        "Sparsity at which the perplexity rises by 1 %, by the size of the model.",
+        _budget_by_size,
+    ),
+    *(figure for figure in FIGURES if figure[0] not in ("sparsity_at_1_percent", "coactivation")),
 )
