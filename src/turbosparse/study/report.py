@@ -73,7 +73,7 @@ def write_study(record: dict[str, Any], folder: Path) -> Path:
         opening=[_opening(record)],
         warnings=record["notes"],
         tables=study_tables(record),
-        plots=draw_plots(_FIGURES[kind], [record], legend_columns=2),
+        plots=draw_plots(_FIGURES[kind], [record], legend_columns=3 if kind == "scale" else 2),
         provenance=[
             Provenance(
                 name=record["model"]["name"],

@@ -28,6 +28,7 @@ _REUSE_WINDOW = 5
 _RECALL = 0.95
 _SHOWN_TARGET = 0.1
 _SHOWN_BUDGET = 0.01
+_FEW = 0.001  # zeros that are no line: a smooth activation has some by rounding
 
 
 def _groups(record: Mapping[str, Any]) -> dict[str, list[Record]]:
@@ -318,7 +319,7 @@ def _budget_dots(axes: Any, records: Sequence[Record]) -> None:
 def _learning(axes: Any, records: Sequence[Record], field: str) -> None:
     for name, runs, number, dashes in _looks(records[0]):
         shortest = min(len(run["curve"]) for run in runs)
-        if field == "zeros" and not any(point["zeros"] for run in runs for point in run["curve"]):
+        if field == "zeros" and all(point["zeros"] < _FEW for run in runs for point in run["curve"]):
             continue
         mean, spread = _over_seeds(
             [[point.get(field, math.nan) for point in run["curve"][:shortest]] for run in runs]
@@ -344,7 +345,7 @@ def _zeros_curve(axes: Any, records: Sequence[Record]) -> None:
 def _zeros_by_layer(axes: Any, records: Sequence[Record]) -> None:
     for name, runs, number, dashes in _looks(records[0]):
         mean, spread = _over_seeds([run["zeros_per_layer"] for run in runs])
-        if mean.any():
+        if mean.max() >= _FEW:
             axes.errorbar(range(len(mean)), mean, yerr=spread, label=name, **line_style(number, dashes))
     layer_axis(axes.xaxis)
     axes.set_ylabel("exact zeros")
