@@ -177,8 +177,8 @@ std::int64_t Scratch::bytes(const Model& model, std::int64_t context, std::int64
   const std::int64_t ffn_sum = expert_input;
   const std::int64_t residual = config.predictor.reads_residual ? D : 0;
   const std::int64_t heads = 2 * config.num_key_value_heads * config.head_dim;
-  const std::int64_t floats =
-      2 * D + heads + (model.weights->has_rests ? 3 : 2) * F + config.rotary_dim + config.router.experts + ffn_sum;
+  const std::int64_t floats = 2 * D + heads + (model.weights->has_rests ? 3 : 2) * F + config.rotary_dim +
+                              config.router.experts + ffn_sum;
   // An InputBuffer has a float and an 8-bit integer per value, a scale and a sum per block.
   const std::int64_t queries = config.num_attention_heads * config.head_dim;
   const std::int64_t inputs = widest(config) + queries + F + residual + rank + expert_input;

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from tests.tiny_hf import make_tokenizer
 from turbosparse.data.encoding import IGNORED_LABEL, make_encoder
@@ -27,6 +28,22 @@ def test_text_ends_with_the_end_token(tokenizer: Any) -> None:
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(ids[:-1]) == "abc"
     assert labels == ids
+
+
+@pytest.mark.parametrize("document", ["abc", [65, 66, 67], [1, 65, 66, 67]])
+def test_text_begins_as_the_tokenizer_begins_it(document: Any) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.bos_token = "!"
+    begin = tokenizer.bos_token_id
+    assert begin == 1
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = TemplateProcessing(single="! $A", special_tokens=[("!", begin)])
+    ids, labels = make_encoder(tokenizer)(document)
+    assert ids == [begin, *make_encoder(make_tokenizer())("abc")[0]]
+    given = isinstance(document, list) and document[0] == begin
+    assert labels == (ids if given else [IGNORED_LABEL, *ids[1:]])
+    chat = make_encoder(tokenizer)(CHAT)[0]
+    assert tokenizer.decode(chat) == tokenizer.apply_chat_template(CHAT, tokenize=False)
 
 
 def test_only_answers_are_learnt(tokenizer: Any) -> None:

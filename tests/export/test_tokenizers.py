@@ -127,6 +127,14 @@ def test_normalisation_is_said_to_be_lost(tmp_path: Path, caplog: pytest.LogCapt
     assert ours.encode(text) == tokenizer.encode(text).ids
 
 
+def test_tokens_that_strip_are_said_to_be_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = byte_level(split_by(PATTERNS["qwen2"]))
+    tokenizer.add_special_tokens([tokenizers.AddedToken("<|user|>", rstrip=True), "<|end|>"])
+    with caplog.at_level(logging.WARNING):
+        write(tmp_path, tokenizer)
+    assert "white space beside '<|user|>' gets other ids" in caplog.text
+
+
 @pytest.mark.parametrize("prefix", [True, False])
 @pytest.mark.parametrize("legacy", [True, False])
 def test_sentencepiece(prefix: bool, legacy: bool, tmp_path: Path) -> None:

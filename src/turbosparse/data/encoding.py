@@ -16,6 +16,9 @@ IGNORED_LABEL = -100
 def make_encoder(tokenizer: Any, document_end: str = "", *, answers_only: bool = False) -> Encoder:
     """Make the function that turns documents into tokens and labels.
 
+    A document begins with the beginning-of-sequence token where the tokenizer puts it before a text by
+    itself, as those of Llama and Mistral do; it is not learnt. What a chat begins with is up to the template.
+
     Parameters
     ----------
     tokenizer : PreTrainedTokenizerBase
@@ -47,11 +50,17 @@ def make_encoder(tokenizer: Any, document_end: str = "", *, answers_only: bool =
         )
 
     vocabulary = len(tokenizer)
+    begin = tokenizer("a")["input_ids"][:1]
+    if begin != [tokenizer.bos_token_id]:
+        begin = []
+
+    def _whole(ids: list[int]) -> tuple[list[int], list[int]]:
+        before = [] if ids[: len(begin)] == begin else begin
+        return [*before, *ids, end], [*[IGNORED_LABEL] * len(before), *ids, end]
 
     def _encode(document: Document) -> tuple[list[int], list[int]]:
         if isinstance(document, str):
-            ids = [*tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"], end]
-            return ids, list(ids)
+            return _whole(tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"])
         messages = [part for part in document if isinstance(part, dict)]
         if messages:
             return _encode_chat(tokenizer, messages, answers_only=answers_only)
@@ -60,7 +69,7 @@ def make_encoder(tokenizer: Any, document_end: str = "", *, answers_only: bool =
             raise DataError(
                 f"[token ids] expected ids of the model's vocabulary, 0 to {vocabulary - 1}, got {max(ids)}"
             )
-        return [*ids, end], [*ids, end]
+        return _whole(ids)
 
     return _encode
 

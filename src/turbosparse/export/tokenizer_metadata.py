@@ -239,6 +239,14 @@ def _check(
                 "model files hold no Unicode normalisation (%s): text that is not normalised gets other ids",
                 form,
             )
+    added = content.get("added_tokens", [])
+    stripping = [token["content"] for token in added if token.get("lstrip") or token.get("rstrip")]
+    if stripping:
+        logger.warning(
+            "model files hold no rule by which a token swallows the white space beside it: text with white "
+            "space beside %s gets other ids than in training",
+            ", ".join(map(repr, stripping)),
+        )
 
 
 def _optional_json(path: Path) -> dict[str, Any]:
