@@ -1,15 +1,18 @@
 """What a run will need, and what is refused before it starts."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.sparsify.conftest import MakeRecipe
-from tests.tiny_hf import make_texts
+from tests.tiny_hf import make_texts, make_tokenizer
 from turbosparse.errors import ConfigError, DataError
 from turbosparse.sparsify.estimate import check_data, estimate_run
 from turbosparse.sparsify.recipe import Recipe
+from turbosparse.sparsify.run import run_recipe
 
 NEXT_TOKEN: dict[str, Any] = {"loss": {"next_token": 1.0}}
 
@@ -69,6 +72,26 @@ def test_a_model_that_cannot_be_swapped(make_recipe: MakeRecipe, tmp_path: Path)
     recipe = make_recipe(NEXT_TOKEN, model=str(tmp_path / "gpt2"))
     with pytest.raises(ConfigError, match=r"\[swap\] expected a model with gated FFNs .* got 'gpt2'"):
         estimate_run(recipe, flops=1e9)
+
+
+def test_chats_without_a_template_are_told_before_any_stage(
+    make_recipe: MakeRecipe, base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base / "model", tmp_path / "model")
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink(missing_ok=True)
+    texts = make_texts(tmp_path)
+    chat = [{"role": "user", "content": "the cat?"}, {"role": "assistant", "content": "a hat"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": chat}) + "\n", encoding="utf-8")
+    text, chats = {"path": str(texts["text"])}, {"path": str(tmp_path / "chats.jsonl"), "field": "messages"}
+    for data in ({"sources": [chats]}, {"sources": [text], "held_out": [chats]}):
+        last = {**NEXT_TOKEN, "data": {"sequence_length": 32, "held_out_percent": 0.0, **data}}
+        recipe = make_recipe(NEXT_TOKEN, last, model=str(tmp_path / "model"))
+        with pytest.raises(DataError, match="expected a tokenizer with a chat template"):
+            run_recipe(recipe)
+        assert list(Path(recipe.output).iterdir()) == []
 
 
 def test_a_missing_source(make_recipe: MakeRecipe, tmp_path: Path) -> None:

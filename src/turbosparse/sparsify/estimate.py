@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from turbosparse.data.encoding import make_encoder
 from turbosparse.data.held_out import split_of
 from turbosparse.data.mixture import Mixture
+from turbosparse.data.readers import open_reader
 from turbosparse.errors import ConfigError
 from turbosparse.models.activations import parse_activation
 from turbosparse.models.registry import activation_of, register, swap_activation
@@ -106,11 +107,16 @@ def check_data(recipe: Recipe) -> None:
     Raises
     ------
     DataError
-        If a source is missing or empty.
+        If a source is missing or empty, or has chats for which the tokenizer has no template.
     """
     tokenizer = AutoTokenizer.from_pretrained(recipe.model)
     for data in dict.fromkeys(recipe.data_of(stage) for stage in recipe.stages):
-        Mixture(data, make_encoder(tokenizer, data.document_end), split=split_of(data))
+        encode = make_encoder(tokenizer, data.document_end)
+        Mixture(data, encode, split=split_of(data))
+        for source in data.held_out:
+            first = next(iter(open_reader(source, max_corrupt_percent=100)), "")
+            if not isinstance(first, str):
+                encode(first)
 
 
 def estimate_run(recipe: Recipe, *, flops: float, processes: int = 1) -> list[StageEstimate]:

@@ -13,6 +13,7 @@ import torch
 
 from turbosparse.errors import ConfigError, TrainingError
 from turbosparse.sparsify.checkpoints import latest_checkpoint, read_identity
+from turbosparse.sparsify.estimate import check_data
 from turbosparse.sparsify.fresh_model import start_fresh
 from turbosparse.sparsify.host_memory import keep_freed_memory
 from turbosparse.sparsify.recipe import Recipe, StageConfig, recipe_to_dict
@@ -76,9 +77,11 @@ def run_recipe(recipe: Recipe, *, control: bool = False, from_checkpoint: Path |
     if from_checkpoint is not None:
         stages = _stages_from(stages, from_checkpoint)
     previous: Path | None = None
-    for stage in stages:
+    for number, stage in enumerate(stages):
         directory = output / stage.name
         if not _is_finished(recipe, stage, control=control):
+            if any(later.data for later in stages[number + 1 :]):
+                check_data(recipe)  # not after the hours of this stage
             finished = Stage(recipe, stage, directory, previous, from_checkpoint, control=control).train()
             if not finished:
                 return RunResult(finished=False, model=previous or Path(start_of(recipe)))
