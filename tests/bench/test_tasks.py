@@ -196,6 +196,21 @@ def test_bad_input_is_one_line(
     assert message in error
 
 
+@pytest.mark.parametrize(
+    ("options", "got"), [([], "tiny"), (["--tasks", "tiny,other"], "one of tiny, other")]
+)
+def test_more_examples_than_a_task_has_are_refused(
+    path: Path, tasks: Path, capsys: pytest.CaptureFixture[str], options: list[str], got: str
+) -> None:
+    other = (tasks / "tiny.yaml").read_text(encoding="utf-8").replace("task: tiny", "task: other")
+    (tasks / "other.yaml").write_text(other, encoding="utf-8")
+    arguments = ["--tasks", "tiny", "--include", str(tasks), "--shots", "25", *options]
+    assert main(["eval", str(path), *arguments]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    expected = "[shots] expected a task with 25 examples to show before a question, got fewer in"
+    assert error.endswith(f"{expected} {got}")
+
+
 def test_modes_are_checked_before_anything_is_asked(
     path: Path, tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

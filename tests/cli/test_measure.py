@@ -54,7 +54,7 @@ def read(folder: Path) -> dict[str, Any]:
 def test_a_report_of_a_model_file(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["turbosparse", "measure", "tiny.gguf"])
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/turbosparse", "measure", "a model.gguf"])
     assert measure(folder, "tiny.gguf", "one", "--json") == 0
     out = capsys.readouterr().out
     assert "sparsity at CETT 0.1" in out
@@ -64,7 +64,7 @@ def test_a_report_of_a_model_file(
     assert model["overall"] == record["overall"]
     assert 0.6 < record["overall"]["exact_zeros"]["value"] < 0.9
     assert record["text"]["name"] == "text.txt"
-    assert record["run"]["command"] == "turbosparse measure tiny.gguf"
+    assert record["run"]["command"] == "turbosparse measure 'a model.gguf'"
     assert {path.suffix for path in (folder / "one").iterdir()} >= {".json", ".html", ".png"}
 
 
@@ -198,6 +198,7 @@ def test_what_was_measured_is_kept_if_predictors_fail(folder: Path, monkeypatch:
         ("tiny.gguf", ["--active", "0.15"], "[active] expected one of the CETT targets"),
         ("tiny.gguf", ["--active", "0.1,0.2"], "[--active] expected 1 number at most, got '0.1,0.2'"),
         ("tiny.gguf", ["--memory-mib", "0"], "expected --memory-mib of at least 1"),
+        ("tiny.gguf", ["--seed", "-1"], "[seed] expected 0 or more, got -1"),
         (
             "tiny.gguf",
             ["--context", "128", "--tokens", "100"],
@@ -247,6 +248,48 @@ def test_files_without_gates_are_refused(folder: Path, capsys: pytest.CaptureFix
     make_tiny_model(folder / "plain.gguf", TinyModel(activation="relu2", gated=False))
     assert measure(folder, "plain.gguf", "plain") == 2
     assert "got plain ones, which are measured in torch only" in capsys.readouterr().err
+
+
+def test_a_device_that_torch_cannot_use_is_found_before_the_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr("turbosparse.cli.measure_model.measure", lambda *args: pytest.fail("measured"))
+    make_hf_model("llama", max_position_embeddings=128).save_pretrained(folder / "elsewhere")
+    compared = ["--compare", str(folder / "tiny.gguf"), str(folder / "elsewhere")]
+    assert main(["measure", *compared, "-o", str(folder / "device"), "--device", "foo"]) == 2
+    assert "[device] expected one that torch can use here, got 'foo': " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["text.txt/report", "text.txt", "/proc/self"])
+def test_where_nothing_can_be_written_is_found_before_the_work(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    if output.startswith("/proc") and not Path(output).is_dir():
+        pytest.skip("there is no directory that not even root can write to")
+    monkeypatch.setattr("turbosparse.cli.measure_model.measure", lambda *args: pytest.fail("measured"))
+    assert measure(folder, "tiny.gguf", output) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"[{folder / output}] expected a directory that can be written to, got: " in line
+
+
+def test_measurements_beside_a_comparison_are_not_overwritten(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tiny_model(folder / "second.gguf", TinyModel(activation="drelu", down_t=True))
+    models = ["--compare", str(folder / "tiny.gguf"), str(folder / "second.gguf")]
+    rest = ["--text", str(folder / "text.txt"), "-o", str(folder / "beside"), "--quality-tokens", "0"]
+    (folder / "beside" / "second.gguf").mkdir(parents=True)
+    there = folder / "beside" / "second.gguf" / "measurement.json"
+    there.write_text("of before", encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr("turbosparse.cli.measure_model.measure", lambda *args: pytest.fail("measured"))
+        assert main(["measure", *models, *OPTIONS, *rest]) == 2
+    error = capsys.readouterr().err
+    assert "second.gguf] expected no report there, got measurement.json; --force replaces it" in error
+    assert there.read_text(encoding="utf-8") == "of before"
+    assert main(["measure", *models, *OPTIONS, *rest, "--force"]) == 0
+    assert read(there.parent)["model"]["name"] == "second.gguf"
 
 
 def test_a_report_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

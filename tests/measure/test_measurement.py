@@ -17,7 +17,7 @@ from tests.tiny_hf import make_hf_model, make_tokenizer
 from turbosparse.errors import CalibrationError, ConfigError, TextError
 from turbosparse.measure.config import MeasureConfig
 from turbosparse.measure.figures import draw
-from turbosparse.measure.hugging_face import HuggingFaceModel, open_hugging_face
+from turbosparse.measure.hugging_face import HuggingFaceModel, check_device, open_hugging_face
 from turbosparse.measure.measurement import measure
 from turbosparse.measure.quality_points import budget_targets
 from turbosparse.measure.report import plain
@@ -189,6 +189,25 @@ def test_budgets_are_met_or_said_not_to_be() -> None:
     assert len(notes) == 2
 
 
+class Unreachable(Quadratic):
+    """A search in which a layer never reaches large targets."""
+
+    def selection(self, target: float) -> float:
+        if target > 0.15:
+            raise CalibrationError("[layer 3] expected an error above it")
+        return target
+
+
+def test_a_target_that_no_threshold_reaches_does_not_cost_the_budget() -> None:
+    notes: list[str] = []
+    stub: Any = Unreachable()
+    found = budget_targets(stub, stub, (0.01, 0.05, 0.1), notes)
+    assert found[0.01] == pytest.approx(0.095, rel=0.1)
+    for budget in (0.05, 0.1):
+        assert 0.14 < found[budget] <= 0.15
+    assert not [note for note in notes if "layer 3" in note]
+
+
 @pytest.mark.parametrize(
     ("folder", "name"), [("models/tiny", "tiny"), ("runs/mine/distillation/model", "mine/distillation")]
 )
@@ -216,6 +235,22 @@ def test_mixtures_are_measured_per_expert(model_type: str) -> None:
         assert 0 < layer["reuse"]["value"][0] <= 1
     shared = [unit for unit in record["units"] if "shared" in unit["name"]]
     assert len(shared) == (2 if model_type == "qwen2_moe" else 0)
+
+
+def test_the_gap_of_a_mixture_is_weighted_as_all_means_are() -> None:
+    model = HuggingFaceModel(make_hf_model("qwen2_moe"), byte_tokenizer(), name="mixture")
+    record = measure(model, TEXT, dataclasses.replace(CONFIG, quality_tokens=0))
+    judged = [unit for unit in record["units"] if unit["coactivation"]["neurons"]]
+    weights = [unit["tokens"] * unit["neurons"] for unit in judged]
+    assert len(set(weights)) > 1
+    for name in ("gap", "partner", "average"):
+        mean = np.average([unit["coactivation"][name] for unit in judged], weights=weights)
+        assert record["overall"]["coactivation"][name] == pytest.approx(mean)
+    errors = np.nan_to_num([unit["coactivation"]["standard_error"] for unit in judged])
+    expected = math.sqrt(sum((w * error) ** 2 for w, error in zip(weights, errors, strict=True))) / sum(
+        weights
+    )
+    assert record["overall"]["coactivation"]["standard_error"] == pytest.approx(expected)
 
 
 def test_experts_that_the_sample_does_not_reach_have_no_numbers() -> None:
@@ -288,6 +323,16 @@ def test_nan_is_an_error_that_names_the_layer(tmp_path: Path) -> None:
         measure(twin, TEXT, CONFIG)
 
 
+@pytest.mark.parametrize("budgets", [(), (0.2,)])
+def test_predictions_that_are_not_finite_are_an_error(tmp_path: Path, budgets: tuple[float, ...]) -> None:
+    twin = make_twins(tmp_path / "tiny.gguf")
+    with torch.no_grad():
+        twin.model.model.norm.weight[3] = math.nan
+    message = r"\[window 0\] \[quality\] expected finite losses, got nan of the dense model at scored token 0"
+    with pytest.raises(CalibrationError, match=message):
+        measure(twin, TEXT, dataclasses.replace(CONFIG, ppl_budgets=budgets))
+
+
 @pytest.mark.parametrize(("text", "message"), [("  \n", "white space"), ("short", "at least 64 tokens")])
 def test_too_little_text(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(TextError, match=message):
@@ -306,12 +351,29 @@ def test_too_little_text(tmp_path: Path, text: str, message: str) -> None:
         ({"sample_tokens": 2}, "[sample tokens] expected at least 16"),
         ({"pair_neurons": 1}, "[pair neurons] expected at least 2"),
         ({"quality_tokens": -1}, "[quality tokens] expected 0 or more"),
+        ({"seed": -1}, "[seed] expected 0 or more"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         dataclasses.replace(CONFIG, **settings)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", ""])
+def test_devices_that_torch_cannot_use(device: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"\[device\] expected one that torch can use here, got '{device}': "
+    ):
+        check_device(device)
+    check_device("cpu")
+
+
+def test_a_torch_without_cuda_is_said(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this one has it")
+    with pytest.raises(ConfigError, match=r"\[device\] expected .* got 'cuda': "):
+        open_hugging_face(tmp_path, device="cuda")
 
 
 def test_a_small_budget_shrinks_the_sample(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

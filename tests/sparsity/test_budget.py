@@ -43,6 +43,23 @@ def test_a_rise_that_is_not_finite_is_beyond_the_budget() -> None:
     assert 0.14 < found <= 0.15
 
 
+def test_a_target_that_cannot_be_reached_is_beyond_the_budget() -> None:
+    def rise(target: float) -> float:
+        if target > 0.5:
+            raise CalibrationError("[layer 3] expected an error above 0.8")
+        return 0.001
+
+    assert 0.48 < largest_cett_within(rise, 0.01) <= 0.5
+
+
+def test_no_target_that_can_be_reached() -> None:
+    def rise(target: float) -> float:
+        raise CalibrationError(f"[layer 3] expected an error above {target}")
+
+    with pytest.raises(CalibrationError, match=r"layer 3.*0\.002"):
+        largest_cett_within(rise, 0.01)
+
+
 def test_a_model_that_nothing_harms_gets_the_largest_target() -> None:
     assert largest_cett_within(lambda target: 0.0, 0.01) == 0.8
 

@@ -175,6 +175,14 @@ def test_shapes_that_do_not_fit() -> None:
         dropped_error(activations, down_t, np.ones((1, 1), dtype=np.bool_))
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_a_share_of_nothing(shape: tuple[int, int]) -> None:
+    with pytest.raises(ConfigError, match=r"\[activation ratio\] expected .* above 0, got \(.*0"):
+        activation_ratio(np.zeros(shape, np.bool_))
+    with pytest.raises(ConfigError, match="activation ratio"):
+        zero_share(np.zeros(shape, np.float32))
+
+
 def test_activations_that_cannot_be_searched() -> None:
     activations, down_t = make_layer(0)
     with pytest.raises(CalibrationError, match="not all zero"):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 
+from turbosparse.errors import CalibrationError
 from turbosparse.sparsity import quality as quality_module
 from turbosparse.sparsity.quality import QualitySums, cut_windows, log_softmax
 
@@ -48,6 +49,20 @@ def test_equal_predictions_are_at_no_distance() -> None:
     sums.add(log_p, log_p, np.zeros(9, np.int64))
     found = sums.result()
     assert (found.perplexity_rise, found.mean_kl, found.max_kl, found.same_top_1) == (0, 0, 0, 1)
+
+
+@pytest.mark.parametrize(("broken", "model"), [(0, "sparse"), (1, "dense")])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_a_loss_that_is_not_finite_is_an_error(broken: int, model: str, value: float) -> None:
+    sums = QualitySums()
+    targets = np.zeros(4, np.int64)
+    fine = np.full((4, 2), np.log(0.5), np.float32)
+    sums.add(fine, fine, targets)
+    both = [fine, fine.copy()]
+    both[broken] = fine.copy()
+    both[broken][2, 0] = value
+    with pytest.raises(CalibrationError, match=rf"finite losses.* of the {model} model at scored token 6"):
+        sums.add(both[0], both[1], targets)
 
 
 def test_log_softmax_is_stable() -> None:

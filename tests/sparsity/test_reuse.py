@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from turbosparse.errors import TextError
+from turbosparse.errors import ConfigError, TextError
 from turbosparse.sparsity import reuse as reuse_module
 from turbosparse.sparsity.hotness import hotness
 from turbosparse.sparsity.reuse import UNION_SIZES, WINDOWS, NeuronReuse, chance_reuse, reuse
@@ -89,6 +89,13 @@ def test_chance_is_met_by_independent_tokens() -> None:
 def test_a_text_shorter_than_the_window() -> None:
     with pytest.raises(TextError, match=r"\[reuse\] expected at least 16 tokens, a window, got 3"):
         reuse(np.ones((3, 2), np.bool_))
+
+
+@pytest.mark.parametrize(("windows", "got"), [([17], "17"), ([2, 1], "2, 1"), ([], "none")])
+def test_windows_out_of_range(windows: list[int], got: str) -> None:
+    message = rf"\[reuse\] expected at least one window, of 2 to 16 tokens, got {got}$"
+    with pytest.raises(ConfigError, match=message):
+        reuse(np.ones((20, 2), np.bool_), windows)
 
 
 def test_examples() -> None:

@@ -25,6 +25,9 @@ OPEN_LLM_TASKS: Mapping[str, int] = {
 }
 """The Open LLM Leaderboard's first set, with the examples shown per question, as in arXiv 2406.05955."""
 
+# In the messages of the harness's samplers, which are asked before the model is.
+_TOO_FEW_EXAMPLES = ("larger than population", "fewshot samples", "no documents available for sampling")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSettings:
@@ -81,7 +84,7 @@ def evaluate(model: LM, settings: TaskSettings) -> list[TaskScore]:
     Raises
     ------
     ConfigError
-        If the harness does not know a task.
+        If the harness does not know a task, or a task has too few examples to show.
     """
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     include = str(settings.include_path) if settings.include_path else None
@@ -92,17 +95,27 @@ def evaluate(model: LM, settings: TaskSettings) -> list[TaskScore]:
             f"[tasks] expected tasks that lm-evaluation-harness knows, got {', '.join(unknown)}; "
             "`lm_eval ls tasks` lists them, --include adds a folder of your own"
         )
-    answers = lm_eval.simple_evaluate(
-        model=model,
-        tasks=list(settings.tasks),
-        num_fewshot=settings.shots,
-        limit=settings.limit,
-        apply_chat_template=settings.chat,
-        fewshot_as_multiturn=settings.chat,
-        task_manager=manager,
-        log_samples=False,
-        bootstrap_iters=0 if settings.limit == 1 else 1000,
-    )
+    try:
+        answers = lm_eval.simple_evaluate(
+            model=model,
+            tasks=list(settings.tasks),
+            num_fewshot=settings.shots,
+            limit=settings.limit,
+            apply_chat_template=settings.chat,
+            fewshot_as_multiturn=settings.chat,
+            task_manager=manager,
+            log_samples=False,
+            bootstrap_iters=0 if settings.limit == 1 else 1000,
+        )
+    except (ValueError, AssertionError) as error:
+        if not any(text in str(error) for text in _TOO_FEW_EXAMPLES):
+            raise
+        wanted = "its own number of" if settings.shots is None else settings.shots
+        among = "" if len(settings.tasks) == 1 else "one of "
+        raise ConfigError(
+            f"[shots] expected a task with {wanted} examples to show before a question, "
+            f"got fewer in {among}{', '.join(settings.tasks)}"
+        ) from error
     return _scores(answers)
 
 

@@ -11,11 +11,13 @@ side by side.
 
 import argparse
 import logging
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbosparse.cli.console import add_json_option, console, print_json, thread_count
+from turbosparse.cli.measure_output import check_matplotlib, check_output
 from turbosparse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -69,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     if not args.model and not args.compare:
         raise ConfigError("[measure] expected a MODEL or --compare, got neither")
     config = _config(args)
-    _check_output(args)
+    check_matplotlib()
+    args.command = shlex.join(["turbosparse", *sys.argv[1:]])
     from turbosparse.cli.measure_model import brief, check_measurable, labels, measured, show
     from turbosparse.measure import PAGE
     from turbosparse.measure.report import write_page
@@ -78,16 +81,17 @@ def run(args: argparse.Namespace) -> int:
     logging.getLogger("transformers").setLevel(logging.ERROR)
     names = [*([args.model] if args.model else []), *args.compare]
     for name in names:
-        check_measurable(name)
-    single = not args.compare
+        check_measurable(name, device=args.device)
+    single, short = not args.compare, labels(names)
+    folders = [args.output if single else args.output / label.replace("/", "-") for label in short]
+    check_output(args.output, names, folders, force=args.force)
     records: list[dict[str, Any]] = []
-    for name, label in zip(names, labels(names), strict=True):
-        folder = args.output if single else args.output / label.replace("/", "-")
+    for name, folder in zip(names, folders, strict=True):
         records.append(measured(name, folder, args, config))
         if not single and not (Path(name) / PAGE).exists():
             write_page(records[-1:], folder)
     shown = [record["model"]["name"] for record in records]
-    for record, label in zip(records, labels(names), strict=True):
+    for record, label in zip(records, short, strict=True):
         if shown.count(record["model"]["name"]) > 1:
             record["model"]["name"] = label
     page = write_page(records, args.output)
@@ -128,20 +132,3 @@ def _numbers(option: str, text: str, most: int | None = None) -> tuple[float, ..
     if most and len(numbers) > most:
         raise ConfigError(f"[{option}] expected {most} number at most, got {text!r}")
     return numbers
-
-
-def _check_output(args: argparse.Namespace) -> None:
-    """Find out before hours of work what would stop the report."""
-    from turbosparse.measure import NUMBERS, PAGE
-
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            "[measure] expected matplotlib for the figures, got none; pip install 'turbosparse[report]'"
-        ) from None
-    there = [name for name in (NUMBERS, PAGE) if (args.output / name).exists()]
-    if there and not args.force:
-        raise ConfigError(f"[{args.output}] expected no report there, got {there[0]}; --force replaces it")
-    args.output.mkdir(parents=True, exist_ok=True)
-    args.command = " ".join(["turbosparse", *sys.argv[1:]])

@@ -25,6 +25,7 @@ from turbosparse.measure.report import plain, read_measurement, write_numbers
 from turbosparse.measure.summary import Table
 from turbosparse.runtime.measured_file import MeasuredFile, require_measurable
 from turbosparse.runtime.model_file import ModelFile
+from turbosparse.sparsity.quality import cut_windows
 
 if TYPE_CHECKING:
     from turbosparse.measure.config import MeasureConfig
@@ -33,25 +34,31 @@ if TYPE_CHECKING:
 __all__ = ["brief", "check_measurable", "labels", "measured", "open_source", "run_record", "show"]
 
 
-def check_measurable(name: str) -> None:
+def check_measurable(name: str, *, device: str = "cpu") -> None:
     """Find out before any work whether a name is that of a measurement or of a model.
 
     Parameters
     ----------
     name : str
         Directory of a measurement, model file, or Hugging Face directory or id.
+    device : str
+        Where torch will run the model, if it does.
 
     Raises
     ------
     ConfigError
-        If the measurement cannot be read.
+        If the measurement cannot be read, or torch cannot use the device.
     ModelFileError
         If there is no such model.
     """
     if (Path(name) / NUMBERS).exists():
         read_measurement(Path(name))
-    else:
-        _check_model(name)
+        return
+    _check_model(name)
+    if device != "cpu" and not Path(name).is_file():
+        from turbosparse.measure.hugging_face import check_device
+
+        check_device(device)
 
 
 def _check_model(name: str) -> None:
@@ -233,6 +240,8 @@ def open_source(name: str, *, scratch: Path, threads: int, device: str) -> "Sour
 
     Raises
     ------
+    ConfigError
+        If torch cannot use the device.
     ModelFileError
         If there is no such model.
     """
@@ -270,17 +279,11 @@ def _predictability(
     with progress(1.0, "fitting predictors") as advance:
         if isinstance(source, HuggingFaceModel):
             return predictability(source, text, record, layers=args.predict_layers, advance=advance)
-        from turbosparse.export.predictor_source import ModelFileSource
-        from turbosparse.predict.config import PredictorConfig
+        from turbosparse.export.predictor_source import ModelFileFFNs
 
-        ffns = ModelFileSource(
-            Path(name),
-            [text],
-            [text + text],  # asks for two windows; nothing is evaluated
-            PredictorConfig(rivals=()),
-            tokens=record["text"]["tokens"],
-            window=record["text"]["context"],
-            threads=args.threads,
+        windows = cut_windows(
+            source.text_ids(text)[: record["text"]["tokens"]], record["text"]["context"], source.bos_id
         )
+        ffns = ModelFileFFNs(ModelFile(Path(name)), windows, threads=args.threads)
         units = range(len(source.units))
         return recall_curves(ffns, units, record, layers=args.predict_layers, advance=advance)

@@ -25,7 +25,7 @@ from turbosparse.runtime.predictors import LayerPredictor, Predictors, add_predi
 from turbosparse.runtime.sparse_file import default_down_type, row_bytes
 from turbosparse.tokenizer import Tokenizer
 
-__all__ = ["ModelFileSource"]
+__all__ = ["ModelFileFFNs", "ModelFileSource"]
 
 _INPUTS = ("ffn_norm", "residual")
 _RIVALS = ("sign_bits",)
@@ -35,8 +35,94 @@ _LARGEST_SHARE = 0.9  # of a text that is captured, where it has to do for the e
 _SMALLEST_RANK = 32  # that every weight type can hold
 
 
-class ModelFileSource:
-    """A GGUF file.
+class ModelFileFFNs:
+    """The FFNs of a GGUF file, and what they read on a text.
+
+    Parameters
+    ----------
+    file : ModelFile
+        The file.
+    windows : sequence of sequences of int
+        Tokens that are run together, at least one window.
+    threads : int
+        Of the engine; 0 means physical cores, at most 8.
+
+    Attributes
+    ----------
+    layers : mapping of str to FFNLayer
+        In order of depth, by their names in the Hugging Face model that such a file is made from.
+
+    Raises
+    ------
+    ModelFileError
+        If the file's FFNs are not gated ones with a known activation, or lie in bundles.
+    """
+
+    def __init__(
+        self, file: ModelFile, windows: Sequence[Sequence[int] | NDArray[np.int32]], *, threads: int = 0
+    ) -> None:
+        file.require_no_bundles()
+        if file.activation is None or not file.gated:
+            raise ModelFileError(f"[{file.path}] expected gated FFNs with a known activation, got others")
+        self._file = file
+        self._captured = windows
+        self._threads = threads
+        self._ffns = {_name(ffn): ffn for ffn in ffns_of(file)}
+        self.layers: Mapping[str, FFNLayer] = _Layers(file, self._ffns)
+
+    def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
+        """Write what FFNs and their predictors read; see `turbosparse.predict.capture.CapturedFFNs`.
+
+        Parameters
+        ----------
+        directory : Path
+            Where the files go.
+        inputs : sequence of str
+            What predictors read; both that the engine gives are written.
+
+        Returns
+        -------
+        mapping of str to CapturedInputs
+            For each of `layers`.
+        """
+        del inputs
+        directory.mkdir(parents=True, exist_ok=True)
+        files = {name: {kind: directory / f"{name}.{kind}.f16" for kind in _INPUTS} for name in self.layers}
+        for paths in files.values():
+            for path in paths.values():
+                path.write_bytes(b"")  # and it stays empty where no token reaches an expert
+        for name, x, residual in self._states():
+            for kind, rows in (("ffn_norm", x), ("residual", residual)):
+                with files[name][kind].open("ab") as file:
+                    rows.astype(np.float16).tofile(file)
+        size, tokens = self._file.hidden_size, sum(map(len, self._captured))
+        return {
+            name: CapturedInputs(files=paths, hidden_size=size, tokens_seen=tokens)
+            for name, paths in files.items()
+        }
+
+    def _states(self) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32]]]:
+        """Name of an FFN, its input and the residual before the norm, each [n, D]; window by window."""
+        file = self._file
+        eps = float(file.metadata[f"{file.architecture}.attention.layer_norm_rms_epsilon"])
+        norms = [file.dequantised(f"blk.{layer}.ffn_norm.weight") for layer in range(file.num_hidden_layers)]
+        session = _native.Model(file.path, threads=self._threads).session(max(map(len, self._captured)))
+        for window in self._captured:
+            session.truncate(0)
+            captured = session.capture(np.array(window, np.int32), list(range(len(norms))))
+            inputs = []
+            for layer, (_, _, _, residual, _) in enumerate(captured):
+                scale = 1 / np.sqrt(np.square(residual).mean(axis=1, keepdims=True) + eps)
+                inputs.append(residual * scale * norms[layer])
+            for name, ffn in self._ffns.items():
+                _, _, _, residual, chosen = captured[ffn.layer]
+                every = ffn.expert is None
+                reached = slice(None) if every else (chosen == ffn.expert).any(axis=1)
+                yield name, inputs[ffn.layer][reached], residual[reached]
+
+
+class ModelFileSource(ModelFileFFNs):
+    """A GGUF file to fit predictors for.
 
     Parameters
     ----------
@@ -77,12 +163,11 @@ class ModelFileSource:
         threads: int = 0,
     ) -> None:
         _check(config)
-        self._file = ModelFile(path)
-        self._file.require_no_bundles()
-        self._threads = threads
+        file = ModelFile(path)
+        file.require_no_bundles()
         self._window = window
         self._config = config
-        tokenizer = Tokenizer.from_metadata(self._file.metadata)
+        tokenizer = Tokenizer.from_metadata(file.metadata)
         self._bos_id = tokenizer.bos_id if tokenizer.add_bos else None
         captured: list[tuple[float, list[int]]] = []  # with the share of its text before it
         rest: list[list[list[int]]] = []
@@ -95,54 +180,15 @@ class ModelFileSource:
         if held_out:
             rest = [_windows(tokenizer.encode(text), window) for text in held_out]
         # All texts in turn: the last of what is captured is what predictors are scored on.
-        self._captured = [ids for _, ids in sorted(captured, key=lambda pair: pair[0])]
+        in_turn = [ids for _, ids in sorted(captured, key=lambda pair: pair[0])]
         each = -(-_EVALUATED_WINDOWS // len(rest))
         self._held_out = [windows[at] for windows in rest for at in _spread(len(windows), each)]
-        if not self._captured or len(self._held_out) < 2:
+        if not in_turn or len(self._held_out) < 2:
             raise TextError(
                 f"[fit-predictor] expected text for a window of {window} tokens to capture and two held out, "
-                f"got {len(self._captured)} and {len(self._held_out)}: give more text, or --held-out"
+                f"got {len(in_turn)} and {len(self._held_out)}: give more text, or --held-out"
             )
-        self._ffns = {_name(ffn): ffn for ffn in ffns_of(self._file)}
-        if self._file.activation is None or not self._file.gated:
-            raise ModelFileError(f"[{path}] expected gated FFNs with a known activation, got others")
-        self.layers: Mapping[str, FFNLayer] = _Layers(self._file, self._ffns)
-
-    def capture(self, directory: Path, inputs: Sequence[str]) -> Mapping[str, CapturedInputs]:
-        """Write what FFNs and their predictors read; see `turbosparse.predict.source.PredictorSource`."""
-        directory.mkdir(parents=True, exist_ok=True)
-        files = {name: {kind: directory / f"{name}.{kind}.f16" for kind in _INPUTS} for name in self.layers}
-        for paths in files.values():
-            for path in paths.values():
-                path.write_bytes(b"")  # and it stays empty where no token reaches an expert
-        for name, x, residual in self._states():
-            for kind, rows in (("ffn_norm", x), ("residual", residual)):
-                with files[name][kind].open("ab") as file:
-                    rows.astype(np.float16).tofile(file)
-        size, tokens = self._file.hidden_size, self._window * len(self._captured)
-        return {
-            name: CapturedInputs(files=paths, hidden_size=size, tokens_seen=tokens)
-            for name, paths in files.items()
-        }
-
-    def _states(self) -> Iterator[tuple[str, NDArray[np.float32], NDArray[np.float32]]]:
-        """Name of an FFN, its input and the residual before the norm, each [n, D]; window by window."""
-        file = self._file
-        eps = float(file.metadata[f"{file.architecture}.attention.layer_norm_rms_epsilon"])
-        norms = [file.dequantised(f"blk.{layer}.ffn_norm.weight") for layer in range(file.num_hidden_layers)]
-        session = _native.Model(file.path, threads=self._threads).session(self._window)
-        for window in self._captured:
-            session.truncate(0)
-            captured = session.capture(np.array(window, np.int32), list(range(len(norms))))
-            inputs = []
-            for layer, (_, _, _, residual, _) in enumerate(captured):
-                scale = 1 / np.sqrt(np.square(residual).mean(axis=1, keepdims=True) + eps)
-                inputs.append(residual * scale * norms[layer])
-            for name, ffn in self._ffns.items():
-                _, _, _, residual, chosen = captured[ffn.layer]
-                every = ffn.expert is None
-                reached = slice(None) if every else (chosen == ffn.expert).any(axis=1)
-                yield name, inputs[ffn.layer][reached], residual[reached]
+        super().__init__(file, in_turn, threads=threads)
 
     def evaluate(
         self, configurations: Sequence[Mapping[str, PlacedPredictor]], part: TextPart

@@ -35,7 +35,7 @@ class MeasureConfig:
     memory_bytes: int = 2 << 30
     """Budget for samples, which shrink to fit, and dense predictions; counts come on top."""
     seed: int = 0
-    """Of the neurons sampled."""
+    """Of the neurons sampled, 0 or more."""
 
     def __post_init__(self) -> None:
         if self.context < max(WINDOWS):
@@ -60,6 +60,8 @@ class MeasureConfig:
             raise ConfigError(f"[sample tokens] expected at least 16, got {self.sample_tokens}")
         if self.pair_neurons < 2:
             raise ConfigError(f"[pair neurons] expected at least 2, got {self.pair_neurons}")
+        if self.seed < 0:
+            raise ConfigError(f"[seed] expected 0 or more, got {self.seed}")
 
 
 def _listed(values: tuple[float, ...]) -> str:

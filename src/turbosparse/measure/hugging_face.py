@@ -20,7 +20,7 @@ from turbosparse.models.gated_ffn import GatedExperts, GatedFFN, PlainFFN, gated
 from turbosparse.models.registry import activation_of, load_model
 from turbosparse.sparsity.selection import Selection
 
-__all__ = ["HuggingFaceModel", "open_hugging_face"]
+__all__ = ["HuggingFaceModel", "check_device", "open_hugging_face"]
 
 _PIECE = 128  # tokens whose logits are handed over at once
 
@@ -34,6 +34,27 @@ class TorchUnit:
     neurons: int
     expert: int | None = None
     token_share: float = 1.0
+
+
+def check_device(device: str) -> None:
+    """Refuse a device before a model is loaded.
+
+    Parameters
+    ----------
+    device : str
+        As torch names it.
+
+    Raises
+    ------
+    ConfigError
+        When torch does not know it or cannot compute there.
+    """
+    try:
+        torch.zeros((), device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ConfigError(
+            f"[device] expected one that torch can use here, got {device!r}: {str(error).splitlines()[0]}"
+        ) from error
 
 
 def open_hugging_face(path: str | Path, *, device: str = "cpu") -> "HuggingFaceModel":
@@ -54,10 +75,11 @@ def open_hugging_face(path: str | Path, *, device: str = "cpu") -> "HuggingFaceM
     Raises
     ------
     ConfigError
-        When the model has no FFN of a known kind.
+        When the model has no FFN of a known kind, or torch cannot use the device.
     TokenizerError
         When there is no tokenizer.
     """
+    check_device(device)
     from transformers import AutoTokenizer  # noqa: PLC0415 -- only this way in needs it
 
     model = load_model(path, dtype=torch.float32).to(device)

@@ -18,6 +18,7 @@ from turbosparse.measure.counted_rule import CountedRule
 from turbosparse.measure.quality_points import QualityRuns, budget_targets
 from turbosparse.measure.source import Source
 from turbosparse.measure.unit_statistics import HISTOGRAMS, RoutingStatistics, UnitStatistics
+from turbosparse.sparsity.coactivation import CoactivationGap
 from turbosparse.sparsity.jackknife import Estimate, group_of
 from turbosparse.sparsity.quality import cut_windows
 from turbosparse.sparsity.reuse import UNION_SIZES, WINDOWS
@@ -234,7 +235,14 @@ class _Counts:
 
     def record(self) -> dict[str, Any]:
         estimates = [unit.estimates() for unit in self._units]
-        self.overall = _over_units(estimates, [unit.tokens for unit in self._units], self._source)
+        weights = np.array(
+            [
+                statistics.tokens * unit.neurons
+                for statistics, unit in zip(self._units, self._source.units, strict=True)
+            ],
+            np.float64,
+        )
+        self.overall = _over_units(estimates, weights)
         gaps = [unit.gap() for unit in self._units]
         units = []
         for at, (description, statistics) in enumerate(zip(self._source.units, self._units, strict=True)):
@@ -265,7 +273,7 @@ class _Counts:
                 }
             )
         return {
-            "overall": _as_record(self.overall) | {"coactivation": _over_gaps(gaps)},
+            "overall": _as_record(self.overall) | {"coactivation": _over_gaps(gaps, weights)},
             "units": units,
             "routing": [
                 {"layer": layer, **_routing_record(routing.record())}
@@ -342,12 +350,9 @@ def _quality(
 
 
 def _over_units(
-    estimates: Sequence[dict[str, Estimate]], tokens: Sequence[int], source: Source
+    estimates: Sequence[dict[str, Estimate]], weights: NDArray[np.float64]
 ) -> dict[str, Estimate]:
     """Means over units, weighted by their neurons and tokens; units without a number take no part."""
-    weights = np.array(
-        [count * unit.neurons for count, unit in zip(tokens, source.units, strict=True)], np.float64
-    )
     overall = {}
     for name in estimates[0]:
         value = _weighted([unit[name].value for unit in estimates], weights)
@@ -364,17 +369,18 @@ def _weighted(values: Sequence[NDArray[np.float64]], weights: NDArray[np.float64
     return np.divide(summed, total, out=np.full_like(summed, math.nan), where=total > 0)
 
 
-def _over_gaps(gaps: Sequence[Any]) -> dict[str, float]:
-    judged = [gap for gap in gaps if gap.neurons]
-    if not judged:
+def _over_gaps(gaps: Sequence[CoactivationGap], weights: NDArray[np.float64]) -> dict[str, float]:
+    """As `_over_units` does it, of numbers whose errors come from the sampled neurons."""
+    judged = np.array([gap.neurons > 0 for gap in gaps])
+    if not judged.any():
         return {"gap": math.nan, "standard_error": math.nan, "partner": math.nan, "average": math.nan}
-    errors = [0.0 if math.isnan(gap.standard_error) else gap.standard_error for gap in judged]
-    return {
-        "gap": float(np.mean([gap.gap for gap in judged])),
-        "standard_error": math.sqrt(sum(error**2 for error in errors)) / len(judged),
-        "partner": float(np.mean([gap.partner for gap in judged])),
-        "average": float(np.mean([gap.average for gap in judged])),
+    shares = np.where(judged, weights, 0.0) / weights[judged].sum()
+    values = {
+        name: np.nan_to_num([getattr(gap, name) for gap in gaps])
+        for name in ("gap", "standard_error", "partner", "average")
     }
+    means = {name: float(shares @ values[name]) for name in ("gap", "partner", "average")}
+    return means | {"standard_error": float(np.linalg.norm(shares * values["standard_error"]))}
 
 
 def _as_record(estimates: dict[str, Estimate]) -> dict[str, Any]:

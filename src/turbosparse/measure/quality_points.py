@@ -1,7 +1,6 @@
 """Perplexity and KL of a model with neurons left out, against the same model computed whole."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,12 +51,20 @@ class QualityRuns:
         -------
         Quality
             Against the dense model.
+
+        Raises
+        ------
+        CalibrationError
+            When predictions are not finite; names the window.
         """
         sums = QualitySums()
         for at, window in enumerate(self._windows):
             sparse = self._source.predictions(window, selection)
-            for (log_p, targets), (logits, _) in zip(self._dense_pieces(at), sparse, strict=True):
-                sums.add(log_softmax(logits), log_p, targets)
+            try:
+                for (log_p, targets), (logits, _) in zip(self._dense_pieces(at), sparse, strict=True):
+                    sums.add(log_softmax(logits), log_p, targets)
+            except CalibrationError as error:
+                raise CalibrationError(f"[window {at}] {error}") from error
             if isinstance(selection, CountedRule):
                 selection.end_window()
             advance(1 / len(self._windows))
@@ -97,6 +104,11 @@ def budget_targets(
     -------
     dict of float to float
         CETT target by budget.
+
+    Raises
+    ------
+    CalibrationError
+        When the model could not be run at any target.
     """
     tried: dict[float, Quality] = {}
 
@@ -109,23 +121,19 @@ def budget_targets(
     found: dict[float, float] = {}
     for budget in sorted(budgets):
         name = f"CETT-PPL-{100 * budget:g}%"
-        with _noting(name, notes):
+        try:
             found[budget] = _rounded(largest_cett_within(_rise, budget))
-            error = tried[found[budget]].perplexity_rise_se
-            if error > budget / 4:
-                notes.append(
-                    f"{name}: the rise is known within {100 * error:.1g} % only; give more quality tokens"
-                )
+        except CalibrationError as error:
+            if not tried:
+                raise
+            notes.append(f"{name}: {error}")  # no reason to lose the rest
+            continue
+        error_of_rise = tried[found[budget]].perplexity_rise_se
+        if error_of_rise > budget / 4:
+            notes.append(
+                f"{name}: the rise is known within {100 * error_of_rise:.1g} % only; give more quality tokens"
+            )
     return found
-
-
-@contextmanager
-def _noting(name: str, notes: list[str]) -> Iterator[None]:
-    """A budget that cannot be met is no reason to lose the rest."""
-    try:
-        yield
-    except CalibrationError as error:
-        notes.append(f"{name}: {error}")
 
 
 def _rounded(target: float) -> float:

@@ -18,6 +18,7 @@ __all__ = ["plain", "read_measurement", "save_page", "write_numbers", "write_pag
 
 logger = logging.getLogger(__name__)
 
+_NAMES = ("name", "label", "predictor", "task", "metric")  # of what a list has, largest first
 _SECTIONS = (
     *("model", "text", "config", "run", "notes", "cett_targets", "windows", "union_sizes", "budgets"),
     *("overall", "units", "routing", "histograms", "quality"),
@@ -151,7 +152,8 @@ def write_parquet(records: Sequence[dict[str, Any]], path: Path) -> None:
         As `plain` made them; each with ``model.name``.
     path : Path
         The file. Its columns: ``model``, ``section`` (a record's first level), ``item`` (name or number of
-        what the section lists, else empty), ``number`` (where in it the value stands), ``value``.
+        what the section lists, else empty), ``number`` (where in it the value stands, again by name or
+        number), ``value``. Of predictors and tasks, names are ``layer 1 sign bits`` and ``hellaswag acc``.
     """
     if importlib.util.find_spec("pyarrow") is None:
         logger.info("[%s] not written: pyarrow is not installed; it comes with turbosparse[train]", path)
@@ -170,17 +172,23 @@ def _rows(record: dict[str, Any]) -> Iterator[tuple[str, str, str, str, float]]:
     for section, content in record.items():
         parts = enumerate(content) if isinstance(content, list) else [("", content)]
         for at, part in parts:
-            named = isinstance(part, dict) and isinstance(content, list)
-            item = str(part.get("name", part.get("label", at)) if named else at)
+            item = _label(part, at) if isinstance(content, list) else str(at)
             for number, value in _leaves(part, ""):
                 yield model, section, item, number, value
+
+
+def _label(part: Any, at: object) -> str:
+    """What tells an element of a list from the others: its names, else its number."""
+    names = [part[key] for key in _NAMES if isinstance(part.get(key), str)] if isinstance(part, dict) else []
+    return " ".join(names) or str(at)
 
 
 def _leaves(value: Any, place: str) -> Iterator[tuple[str, float]]:
     """Numbers inside of a value, by where they stand."""
     if isinstance(value, dict | list):
-        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _leaves(part, f"{place}.{name}" if place else str(name))
+        for at, part in value.items() if isinstance(value, dict) else enumerate(value):
+            name = _label(part, at) if isinstance(value, list) else str(at)
+            yield from _leaves(part, f"{place}.{name}" if place else name)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield place, float(value)
 

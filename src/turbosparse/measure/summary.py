@@ -160,7 +160,8 @@ def quality_table(records: Sequence[Record]) -> Table:
         for point in record["quality"]
     ]
     dense = "; ".join(
-        f"{record['model']['name']} {point['dense_perplexity']:.3f} ± {point['dense_perplexity_se']:.3f} "
+        f"{record['model']['name']} "
+        f"{uncertain(point['dense_perplexity'], point['dense_perplexity_se']).text} "
         f"on {point['tokens']} scored tokens"
         for record in records
         for point in record["quality"][:1]
@@ -227,7 +228,7 @@ def _threshold_table(record: Record) -> Table:
 
 
 def _top_k_table(record: Record) -> Table:
-    shares = [found["share"] for found in record["units"][0]["top_k"]]
+    shares = list(dict.fromkeys(record["config"]["top_k"]))
     return Table(
         title=f"Error of the top-k rule in {record['model']['name']}",
         note="CETT when each token keeps its largest |a_i|, whatever the norms of the down projection.",

@@ -19,7 +19,8 @@ def largest_cett_within(rise: Callable[[float], float], budget: float) -> float:
     Parameters
     ----------
     rise : callable
-        Relative rise of the perplexity at a CETT target; costly. 0.01 is 1 %.
+        Relative rise of the perplexity at a CETT target; costly. 0.01 is 1 %. A target at which it raises
+        CalibrationError, since a layer cannot reach it, is too large.
     budget : float
         Largest rise allowed, above 0.
 
@@ -33,7 +34,7 @@ def largest_cett_within(rise: Callable[[float], float], budget: float) -> float:
     ConfigError
         When the budget is not above 0.
     CalibrationError
-        When the smallest target exceeds the budget.
+        When the smallest target exceeds the budget or cannot be reached.
 
     Notes
     -----
@@ -55,7 +56,12 @@ def largest_cett_within(rise: Callable[[float], float], budget: float) -> float:
     low, low_rise, high, high_rise = 0.0, 0.0, math.inf, math.inf
     target = _FIRST
     for _ in range(_MAX_TRIALS):
-        value = rise(target)
+        try:
+            value = rise(target)
+        except CalibrationError:
+            if target == _SMALLEST:
+                raise
+            value = math.inf
         if value <= budget:
             low, low_rise = target, value
         elif target == _SMALLEST:

@@ -165,7 +165,22 @@ def activation_ratio(kept: NDArray[np.bool_]) -> float:
     -------
     float
         1 minus the activation sparsity, 0 to 1.
+
+    Raises
+    ------
+    ConfigError
+        When there is no token or no neuron.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> activation_ratio(np.array([[True, False], [False, False]]))
+    0.25
     """
+    if not kept.size:
+        raise ConfigError(
+            f"[activation ratio] expected neurons (T, F) with T and F above 0, got {kept.shape}"
+        )
     return float(np.count_nonzero(kept)) / kept.size
 
 
@@ -181,6 +196,17 @@ def zero_share(activations: NDArray[np.float32]) -> float:
     -------
     float
         The intrinsic sparsity, 0 to 1.
+
+    Raises
+    ------
+    ConfigError
+        When there is no token or no neuron.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> zero_share(np.float32([[0, 2], [0, -1]]))
+    0.5
     """
     return 1.0 - activation_ratio(activations != 0)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from turbosparse.errors import CalibrationError
 from turbosparse.sparsity.float_histogram import FloatHistogram
 
 __all__ = ["Quality", "QualitySums", "cut_windows", "log_softmax"]
@@ -92,10 +93,17 @@ class QualitySums:
             Log-probabilities of the sparse and of the dense model.
         targets : int, shape (T,)
             The tokens that follow.
+
+        Raises
+        ------
+        CalibrationError
+            When a loss is NaN or infinite; says of which model, and at which of the scored tokens.
         """
         rows = np.arange(len(targets))
         loss = -log_q[rows, targets].astype(np.float64)
         dense_loss = -log_p[rows, targets].astype(np.float64)
+        for model, losses in (("dense", dense_loss), ("sparse", loss)):
+            self._require_finite(model, losses)
         kl = np.maximum(np.sum(np.exp(log_p) * (log_p - log_q), axis=1, dtype=np.float64), 0.0)
         self._loss.add(loss)
         self._dense_loss.add(dense_loss)
@@ -104,6 +112,14 @@ class QualitySums:
         self._kl_histogram.add(kl.astype(np.float32))
         self._max_kl = max(self._max_kl, float(kl.max()))
         self._same.add((log_q.argmax(axis=1) == log_p.argmax(axis=1)).astype(np.float64))
+
+    def _require_finite(self, model: str, losses: NDArray[np.float64]) -> None:
+        bad = np.flatnonzero(~np.isfinite(losses))
+        if bad.size:
+            raise CalibrationError(
+                f"[quality] expected finite losses, got {losses[bad[0]]} of the {model} model "
+                f"at scored token {self._loss.count + bad[0]}"
+            )
 
     def result(self) -> Quality:
         """Give the means.

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from turbosparse.errors import TextError
+from turbosparse.errors import ConfigError, TextError
 
 __all__ = ["UNION_SIZES", "WINDOWS", "NeuronReuse", "chance_reuse", "reuse"]
 
@@ -109,7 +109,7 @@ def reuse(active: NDArray[np.bool_], windows: Sequence[int] = WINDOWS) -> NDArra
     active : bool, shape (T, F)
         Active neurons of consecutive tokens.
     windows : sequence of int
-        Tokens in a window, 2 to 16, the token itself included.
+        Tokens in a window, 2 to 16, the token itself included; at least one window.
 
     Returns
     -------
@@ -120,6 +120,8 @@ def reuse(active: NDArray[np.bool_], windows: Sequence[int] = WINDOWS) -> NDArra
 
     Raises
     ------
+    ConfigError
+        When there is no window, or one out of range.
     TextError
         When there are fewer tokens than a window has.
 
@@ -137,6 +139,11 @@ def reuse(active: NDArray[np.bool_], windows: Sequence[int] = WINDOWS) -> NDArra
     >>> reuse(np.array([[True, True], [True, False], [False, True]]), [2, 3])
     array([0.5, 1. ])
     """
+    if not len(windows) or not set(windows) <= set(WINDOWS):
+        raise ConfigError(
+            f"[reuse] expected at least one window, of {WINDOWS[0]} to {WINDOWS[-1]} tokens, "
+            f"got {', '.join(map(str, windows)) or 'none'}"
+        )
     if len(active) < max(windows):
         raise TextError(f"[reuse] expected at least {max(windows)} tokens, a window, got {len(active)}")
     counts = NeuronReuse(active.shape[1])
