@@ -1,15 +1,20 @@
 """The verbs sparsify and train-control, from the command line."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from turbosparse.cli.main import main
+from turbosparse.errors import ModelFileError
 
 pytest.importorskip("torch")
 
 from tests.tiny_hf import make_hf_model, make_texts, make_tokenizer
+from turbosparse.models.registry import load_config
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +132,73 @@ def test_a_missing_model(base: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     arguments[0] = f"--model={tmp_path / 'nowhere'}"
     assert main(["sparsify", *arguments]) == 2
     assert "nowhere" in capsys.readouterr().err
+
+
+def test_models_that_are_none(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
+    rest = ["--text", str(base / "stories.txt"), "--output", str(tmp_path / "run")]
+    for command, says in (
+        (["sparsify", "--model", "empty"], "[empty] expected the configuration of a model"),
+        (
+            ["sparsify", "--model", "m.gguf"],
+            "[m.gguf] expected a Hugging Face directory or model id, got a file",
+        ),
+        (["study", "trade-off", "empty"], "[empty] expected a Hugging Face model (config.json)"),
+    ):
+        assert main([*command, *rest]) == 2
+        [line] = [text for text in capsys.readouterr().err.splitlines() if "error:" in text]
+        assert says in line
+
+
+def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(path: str) -> None:
+        raise OSError("We couldn't connect to 'https://huggingface.co'\nCheck your connection.")
+
+    monkeypatch.setattr("turbosparse.models.registry.AutoConfig.from_pretrained", unreachable)
+    with pytest.raises(
+        ModelFileError, match=r"\[no/one\] expected a directory here, .* got neither \(We couldn't"
+    ):
+        load_config("no/one")
+
+
+def test_seeds_out_of_range(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sparsify", *quick(base, tmp_path / "run"), "--set", "seed=-1"]) == 2
+    assert "[seed] expected 0 to 2^32 - 1, got -1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_amid_a_line_of_the_log(base: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Logging in the handler would enter the stream again, where it is buffered."""
+    program = """
+import io, os, signal, sys
+from turbosparse.cli.main import main
+from turbosparse.errors import ModelFileError
+
+class Interrupted(io.RawIOBase):
+    done = False
+    def writable(self):
+        return True
+    def write(self, data):
+        if b"step 3/" in bytes(data) and not self.done:
+            self.done = True
+            signal.raise_signal(int(sys.argv[1]))
+        return len(data)
+
+sys.stderr = io.TextIOWrapper(io.BufferedWriter(Interrupted()), line_buffering=True)
+sys.exit(main(sys.argv[2:]))
+"""
+    command = ["sparsify", *quick(base, tmp_path / "run"), "--set", "log_steps=1"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(int(number)), *command],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr
+    assert f"{number.name}: a checkpoint follows at the end of this step" in done.stderr
+    assert list((tmp_path / "run").glob("*/checkpoint-*"))

@@ -70,6 +70,14 @@ def test_results_of_another_model_are_not_taken(
     assert main(["study", "trade-off", "m.gguf", *rest]) == 0
 
 
+def test_what_is_refused_begins_no_study(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("too short", encoding="utf-8")
+    command = ["study", "trade-off", str(folder / "tiny.gguf"), "-o", str(tmp_path / "out"), *SMALL]
+    assert main([*command, "--text", str(tmp_path / "text.txt")]) == 2
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    assert main([*command, "--text", str(tmp_path / "text.txt")]) == 0
+
+
 @pytest.mark.parametrize("model", ["tiny.gguf", "hf"])
 def test_tasks_are_asked_at_every_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     """By the real harness, on a local file; leaving out nothing changes no score."""

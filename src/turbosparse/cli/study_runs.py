@@ -48,6 +48,7 @@ def find(kind: str, config: StudyConfig) -> dict[str, Any]:
 
 
 def _sweep(kind: str, config: SweepStudy, text: str) -> dict[str, Any]:
+    from turbosparse.measure.measurement import text_windows
     from turbosparse.study.experts import check_experts
     from turbosparse.study.fingerprint import model_fingerprint
     from turbosparse.study.trade_off import run_trade_off, sweep_settings
@@ -55,11 +56,12 @@ def _sweep(kind: str, config: SweepStudy, text: str) -> dict[str, Any]:
     output = Path(config.output)
     check_model_name(config.model)
     settings = sweep_settings(config, text) | {"model_fingerprint": model_fingerprint(config.model)}
-    store = Store(output, kind, settings)
     source = open_source(config.model, scratch=output, threads=config.threads, device=config.device)
     try:
         if kind == "experts":
             check_experts(source)
+        text_windows(source, text, config.measured())  # what is refused begins no study
+        store = Store(output, kind, settings)
         ask = _task_scorer(source, config) if config.tasks else None
         found = run_trade_off(source, text, config, store, ask=ask, progress=_bar)
     finally:

@@ -56,8 +56,8 @@ class DataConfig:
     sequence_length: int = 2048
     """Tokens per packed sequence, at least 8."""
     document_end: str = ""
-    """Token put after each document; the tokenizer's end-of-sequence token if empty. Before each goes what the
-    tokenizer itself begins a text with, if anything."""
+    """Token put after each document; the tokenizer's end-of-sequence token if empty. Before each goes the
+    token that the tokenizer itself begins a text with, if any."""
     shuffle_documents: int = 1000
     """Documents shuffled together, per source; at least 1 (1 keeps the order)."""
     max_document_characters: int = 0

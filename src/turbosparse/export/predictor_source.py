@@ -163,6 +163,8 @@ class ModelFileSource(ModelFileFFNs):
         threads: int = 0,
     ) -> None:
         _check(config)
+        if window < 8:  # as for training data
+            raise ConfigError(f"[sequence_length] expected at least 8, got {window}")
         file = ModelFile(path)
         file.require_no_bundles()
         self._window = window

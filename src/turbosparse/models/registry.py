@@ -161,11 +161,20 @@ def load_config(path: str | Path) -> Any:
     Raises
     ------
     ModelFileError
-        If it is not of a type that transformers knows.
+        If there is none, or one of a type that transformers does not know.
     """
-    _register_type_of(path)
+    if Path(path).is_file():
+        raise ModelFileError(f"[{path}] expected a Hugging Face directory or model id, got a file")
     try:
+        _register_type_of(path)
         return AutoConfig.from_pretrained(path)
+    except OSError as error:
+        if Path(path).exists():
+            raise
+        raise ModelFileError(
+            f"[{path}] expected a directory here, or an id on the Hugging Face hub and the hub in reach, got "
+            f"neither ({str(error).splitlines()[0]})"
+        ) from error
     except ValueError as error:
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ModelFileError(f"[{path}] expected the configuration of a model, got: {reason}") from error
@@ -186,9 +195,12 @@ def base_fingerprint(path: str | Path) -> str:
         no safetensors files to read.
     """
     try:
-        folder = Path(cached_file(path, "config.json")).parent
+        config = cached_file(path, "config.json")
     except OSError:
+        config = None
+    if config is None:
         return ""
+    folder = Path(config).parent
     rows: dict[str, bytes] = {}
     try:
         for file in folder.glob("model*.safetensors"):

@@ -98,7 +98,7 @@ class PredictorConfig:
         for name in ("steps", "batch_tokens", "finetune_sequences"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"[predictor.{name}] expected at least 1, got {getattr(self, name)}")
-        for name in ("norm_weight", "ppl_budget", "finetune_steps"):
+        for name in ("norm_weight", "ppl_budget", "finetune_steps", "seed"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"[predictor.{name}] expected at least 0, got {getattr(self, name)}")
         for name in ("learning_rate", "finetune_learning_rate"):

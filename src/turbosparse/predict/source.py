@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 import torch
-from transformers import AutoTokenizer
 
 from turbosparse.data.config import DataConfig
 from turbosparse.data.encoding import make_encoder
@@ -15,7 +14,7 @@ from turbosparse.data.mixture import Mixture, PackedSequence, held_out_sequences
 from turbosparse.errors import DataError
 from turbosparse.measure.held_out_loss import batch_of
 from turbosparse.models.gated_ffn import gated_ffns, replace_ffns
-from turbosparse.models.registry import activation_of, load_model
+from turbosparse.models.registry import activation_of, load_model, load_tokenizer
 from turbosparse.predict.capture import CapturedFFNs, CapturedInputs, capture_inputs
 from turbosparse.predict.config import PredictorConfig
 from turbosparse.predict.end_to_end import Evaluation, PlacedPredictor, evaluate
@@ -99,7 +98,7 @@ class HuggingFaceSource:
         if not gated_ffns(self.model):
             replace_ffns(self.model, activation_of(self.model), activation_of(self.model))
         self.layers = layers_of(self.model, weight_type)
-        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        self._tokenizer = load_tokenizer(path)
         encode = make_encoder(self._tokenizer, data.document_end)
         split = split_of(data)
         mixture = Mixture(data, encode, split=split, seed=seed)

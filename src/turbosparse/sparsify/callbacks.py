@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -66,10 +67,10 @@ class RunCallback(TrainerCallback):  # type: ignore[misc, unused-ignore]
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.interrupted = True
-        _LOG.warning(
-            "%s: a checkpoint follows at the end of this step, then the run stops",
-            signal.Signals(number).name,
-        )
+        name = signal.Signals(number).name
+        said = f"{name}: a checkpoint follows at the end of this step, then the run stops\n"
+        with suppress(OSError):  # not by logging: the signal may have come amid a line of the log
+            os.write(2, said.encode())
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """Ask the Trainer for a checkpoint or an end."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from turbosparse.data.encoding import make_encoder
 from turbosparse.data.held_out import split_of
@@ -13,7 +13,7 @@ from turbosparse.data.mixture import Mixture
 from turbosparse.data.readers import open_reader
 from turbosparse.errors import ConfigError
 from turbosparse.models.activations import parse_activation
-from turbosparse.models.registry import activation_of, register, swap_activation
+from turbosparse.models.registry import activation_of, load_config, load_tokenizer, swap_activation
 from turbosparse.sparsify.recipe import Recipe, StageConfig
 from turbosparse.sparsify.stage import has_bf16
 from turbosparse.sparsify.upcycling import mixture_config
@@ -84,8 +84,7 @@ def swapped_outline(recipe: Recipe) -> Any:
     ConfigError
         If its activation cannot be swapped.
     """
-    register()
-    config = AutoConfig.from_pretrained(recipe.model)
+    config = load_config(recipe.model)
     if recipe.upcycle is not None:
         config = mixture_config(config, recipe.upcycle)
     with torch.device("meta"):
@@ -109,7 +108,7 @@ def check_data(recipe: Recipe) -> None:
     DataError
         If a source is missing or empty, or has chats for which the tokenizer has no template.
     """
-    tokenizer = AutoTokenizer.from_pretrained(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
     for data in dict.fromkeys(recipe.data_of(stage) for stage in recipe.stages):
         encode = make_encoder(tokenizer, data.document_end)
         Mixture(data, encode, split=split_of(data))

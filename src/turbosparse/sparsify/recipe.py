@@ -267,6 +267,7 @@ class Recipe:
         _check(len(set(names)) == len(names), "stages.name", "different names", names)
         _check(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
         _check(self.checkpoint_minutes > 0, "checkpoint_minutes", "a time above 0", self.checkpoint_minutes)
+        _check(0 <= self.seed < 2**32, "seed", "0 to 2^32 - 1", self.seed)
         for name in ("keep_checkpoints", "log_steps", "evaluation_sequences"):
             _check(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         for name in ("evaluate_tokens", "threads"):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from transformers import AutoConfig, AutoModelForCausalLM, PrinterCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import set_seed
 
@@ -286,7 +286,7 @@ class Stage:
             model = load_model(self.previous, dtype=torch.float32)
             return _keep_activation(model)
         if recipe.from_scratch:
-            config = AutoConfig.from_pretrained(recipe.model)
+            config = load_config(recipe.model)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         else:
             model = load_model(start_of(recipe), dtype=torch.float32)

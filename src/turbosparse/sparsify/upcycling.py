@@ -152,13 +152,12 @@ def upcycle(recipe: "Recipe") -> None:
 
 def _write_mixture(folder: Path, model: str, upcycling: Upcycling, seed: int) -> None:
     import torch  # noqa: PLC0415 -- slow to import
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415 -- slow to import
+    from transformers import AutoModelForCausalLM  # noqa: PLC0415 -- slow to import
 
-    from turbosparse.models.registry import load_model, register  # noqa: PLC0415 -- imports transformers
+    from turbosparse.models import registry  # noqa: PLC0415 -- imports transformers
 
-    register()
-    config = mixture_config(AutoConfig.from_pretrained(model), upcycling)
-    dense = load_model(model, dtype="auto")
+    config = mixture_config(registry.load_config(model), upcycling)
+    dense = registry.load_model(model, dtype="auto")
     mixture = AutoModelForCausalLM.from_config(config, dtype=dense.dtype)
     shared = {name: value for name, value in dense.state_dict().items() if ".mlp." not in name}
     left = mixture.load_state_dict(shared, strict=False)
@@ -172,4 +171,4 @@ def _write_mixture(folder: Path, model: str, upcycling: Upcycling, seed: int) ->
             to.mlp.gate.weight.normal_(std=config.initializer_range, generator=generator)
     mixture.generation_config = dense.generation_config
     mixture.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    registry.load_tokenizer(model).save_pretrained(folder)
