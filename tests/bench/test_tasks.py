@@ -166,11 +166,18 @@ def test_scores_of_a_task(model: Model, tasks: Path) -> None:
 
 
 def test_the_verb_prints_modes_side_by_side(
-    path: Path, tasks: Path, capsys: pytest.CaptureFixture[str]
+    path: Path,
+    tasks: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where git knows of no repository
     modes = ["--mode", "dense", "--mode", "threshold"]
     assert main(["eval", str(path), "--tasks", "tiny", "--include", str(tasks), *modes, "--json"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    printed = capfd.readouterr()
+    assert "git" not in printed.err
+    lines = printed.out.splitlines()
     assert lines[0].split() == ["task", "metric", "shots", "questions", "dense", "threshold"]
     record = json.loads(lines[-1])
     assert set(record) == {"dense", "threshold"}
@@ -223,6 +230,8 @@ def test_modes_are_checked_before_anything_is_asked(
 def test_a_mode_of_a_directory_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(tmp_path), "--tasks", "tiny", "--mode", "exact"]) == 2
     assert "[mode] expected none for a Hugging Face model" in capsys.readouterr().err
+    assert main(["eval", str(tmp_path), "--tasks", "tiny", "--context", "16"]) == 2
+    assert "[context] expected none for a Hugging Face model, got 16" in capsys.readouterr().err
 
 
 def test_the_preset_has_the_papers_shots() -> None:

@@ -1,5 +1,6 @@
 """`turbosparse measure` as a user types it."""
 
+import io
 import json
 import re
 import sys
@@ -7,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from tests.bundled_model import make_bundled
 from tests.measure.twins import TEXT
 from tests.tiny_hf import make_hf_model, make_tokenizer
 from tests.tiny_model import TinyModel, make_tiny_model
+from turbosparse.cli import measure_model
 from turbosparse.cli.main import main
 from turbosparse.cli.measure_model import labels
 from turbosparse.errors import CalibrationError
+from turbosparse.measure.page import _duration
+from turbosparse.measure.summary import Cell, Table
 
 OPTIONS = [
     "-t",
@@ -304,3 +309,23 @@ def test_a_report_is_not_overwritten(folder: Path, capsys: pytest.CaptureFixture
     assert "expected the sections of a measurement, got none called model" in capsys.readouterr().err
     assert main(["measure", "-o", str(folder / "new")]) == 2
     assert "expected a MODEL or --compare, got neither" in capsys.readouterr().err
+
+
+def test_a_table_becomes_several_in_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(measure_model, "console", lambda: Console(width=30, file=stream))
+    cells = ["CETT-PPL-10%", "12.3 ± 0.4 %", "5.6 ± 0.7 %"]
+    row = [Cell(text) for text in cells]
+    measure_model.show(Table(title="Both", note="", header=["rule", "sparsity", "rise"], rows=[row, row]))
+    lines = [line.rstrip() for line in stream.getvalue().splitlines()]
+    assert lines[0] == "Both"
+    assert lines[1].split() == ["rule", "sparsity"]
+    assert [line.strip() for line in lines if "CETT-PPL-10%" in line] == [
+        *["CETT-PPL-10%  12.3 ± 0.4 %"] * 2,
+        *["CETT-PPL-10%  5.6 ± 0.7 %"] * 2,
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "says"), [(95.4, "95 s"), (1500.0, "25 minutes"), (7920.0, "2.2 hours")])
+def test_times_are_told_as_people_do(seconds: float, says: str) -> None:
+    assert _duration(seconds) == says

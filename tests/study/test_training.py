@@ -151,6 +151,17 @@ def test_too_little_text_is_told_before_the_training(
     assert not trained
 
 
+def test_a_device_that_is_none_is_told_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "run_recipe", lambda *args, **options: pytest.fail("trained"))
+    config = from_scratch(tmp_path)
+    variants = training.from_scratch_variants(config, tmp_path)
+    store = Store(tmp_path, "test", {})
+    with pytest.raises(ConfigError, match="toaster"):
+        training.run_variants(variants, text_of(tmp_path), store, MEASURE, device="toaster")
+
+
 def test_a_signal_stops_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stopped = RunResult(finished=False, model=tmp_path)
     monkeypatch.setattr(training, "run_recipe", lambda *args, **options: stopped)

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import lm_eval
+import lm_eval.evaluator
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
@@ -96,17 +98,19 @@ def evaluate(model: LM, settings: TaskSettings) -> list[TaskScore]:
             "`lm_eval ls tasks` lists them, --include adds a folder of your own"
         )
     try:
-        answers = lm_eval.simple_evaluate(
-            model=model,
-            tasks=list(settings.tasks),
-            num_fewshot=settings.shots,
-            limit=settings.limit,
-            apply_chat_template=settings.chat,
-            fewshot_as_multiturn=settings.chat,
-            task_manager=manager,
-            log_samples=False,
-            bootstrap_iters=0 if settings.limit == 1 else 1000,
-        )
+        # The harness asks git which commit it is, whose complaint would be printed amid the progress.
+        with patch.object(lm_eval.evaluator, "get_git_commit_hash", lambda: None, create=True):
+            answers = lm_eval.simple_evaluate(
+                model=model,
+                tasks=list(settings.tasks),
+                num_fewshot=settings.shots,
+                limit=settings.limit,
+                apply_chat_template=settings.chat,
+                fewshot_as_multiturn=settings.chat,
+                task_manager=manager,
+                log_samples=False,
+                bootstrap_iters=0 if settings.limit == 1 else 1000,
+            )
     except (ValueError, AssertionError) as error:
         if not any(text in str(error) for text in _TOO_FEW_EXAMPLES):
             raise

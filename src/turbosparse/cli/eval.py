@@ -68,9 +68,11 @@ def run(args: argparse.Namespace) -> int:
     rounds = _rounds(args)
     scores: dict[str, list[Any]] = {}
     if args.model.is_dir() or not args.model.exists():
-        if args.mode:
-            raise ConfigError(f"[mode] expected none for a Hugging Face model, got {args.mode[0]}")
-        scores["torch"] = _ask_directory(str(args.model), rounds)
+        for name in ("mode", "pin", "isa", "memory_budget", "io", "kv_cache", "context"):
+            if value := getattr(args, name):
+                got = value[0] if isinstance(value, list) else value
+                raise ConfigError(f"[{name}] expected none for a Hugging Face model, got {got}")
+        scores["torch"] = _ask_directory(str(args.model), rounds, args.threads)
     else:
         model = open_model(args, context=args.context)
         for mode in args.mode or []:
@@ -110,10 +112,14 @@ def _ask_file(model: Any, mode: Any, rounds: list[Any]) -> list[Any]:
         return [score for settings in rounds for score in evaluate(harness, settings)]
 
 
-def _ask_directory(path: str, rounds: list[Any]) -> list[Any]:
+def _ask_directory(path: str, rounds: list[Any], threads: int | None) -> list[Any]:
+    import torch
+
     from turbosparse.bench.harness_torch import torch_harness_model
     from turbosparse.bench.tasks import evaluate
 
+    if threads:
+        torch.set_num_threads(threads)
     harness = torch_harness_model(path)
     return [score for settings in rounds for score in evaluate(harness, settings)]
 

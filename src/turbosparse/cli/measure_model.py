@@ -7,12 +7,13 @@ import logging
 import platform
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import rich.table
+from rich.cells import cell_len
 
 from turbosparse import __version__
 from turbosparse.bench.record import describe_machine
@@ -152,7 +153,7 @@ def measured(name: str, folder: Path, args: argparse.Namespace, config: "Measure
 
 
 def show(table: Table) -> None:
-    """Print a table of a report.
+    """Print a table of a report; in a terminal too narrow for it, in parts with the same first column.
 
     Parameters
     ----------
@@ -161,10 +162,30 @@ def show(table: Table) -> None:
     """
     if not table.rows:
         return
-    shown = rich.table.Table(*table.header, title=table.title, title_justify="left", box=None)
-    for row in table.rows:
-        shown.add_row(*(cell.text for cell in row))
-    console().print(shown)
+    columns = [[name, *(row[number].text for row in table.rows)] for number, name in enumerate(table.header)]
+    for number, part in enumerate(_parts([max(map(cell_len, column)) for column in columns])):
+        title = table.title if number == 0 else None
+        shown = rich.table.Table(title=title, title_justify="left", box=None)
+        for column in part:
+            shown.add_column(columns[column][0], no_wrap=True)
+        for row in table.rows:
+            shown.add_row(*(row[column].text for column in part))
+        if number:
+            console().print()
+        console().print(shown)
+
+
+def _parts(widths: Sequence[int]) -> Iterator[list[int]]:
+    """Columns of each part of a table that fits the terminal; all begin with the first."""
+    padding = 2
+    part, room = [0], console().width - widths[0] - padding
+    for column, width in enumerate(widths[1:], 1):
+        if width + padding > room and len(part) > 1:
+            yield part
+            part, room = [0], console().width - widths[0] - padding
+        part.append(column)
+        room -= width + padding
+    yield part
 
 
 def brief(record: dict[str, Any]) -> dict[str, Any]:

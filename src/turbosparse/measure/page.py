@@ -162,13 +162,19 @@ def _cell(cell: Cell) -> str:
     return f"<td data-key='{key}'>{escape(text)}</td>"
 
 
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 7200 else f"{seconds / 3600:.1f} hours"
+
+
 def _provenance(item: Provenance) -> str:
     run = item.run
     versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
     machine = ", ".join(f"{key} {value}" for key, value in run["machine"].items())
     return (
         f"<p><b>{escape(item.name)}</b>, finished {escape(run['finished_at'])} after "
-        f"{run['seconds']:.0f} s, largest memory {run['peak_memory_gib']:.1f} GiB with the model.</p>"
+        f"{_duration(run['seconds'])}, largest memory {run['peak_memory_gib']:.1f} GiB with the model.</p>"
         f"<pre>{escape(run['command'])}</pre><p class=note>{escape(versions)}. {escape(machine)}. "
         f"{escape(item.note)}</p>"
     )

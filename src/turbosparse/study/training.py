@@ -12,7 +12,7 @@ from typing import Any
 
 from turbosparse.errors import CalibrationError, ConfigError, TextError, TrainingError
 from turbosparse.measure.config import MeasureConfig
-from turbosparse.measure.hugging_face import open_hugging_face
+from turbosparse.measure.hugging_face import check_device, open_hugging_face
 from turbosparse.measure.measurement import Progress, measure, require_window
 from turbosparse.models.registry import load_config, load_tokenizer
 from turbosparse.predict.predictability import predictability
@@ -276,10 +276,13 @@ def run_variants(
     ------
     TextError
         When the text has fewer tokens than a window; nothing is trained then.
+    ConfigError
+        When torch cannot use the device; nothing is trained then either.
     KeyboardInterrupt
         When a signal stopped a run; its checkpoint and all finished runs are kept.
     """
     check_text(variants, text, config)
+    check_device(device)
     runs, notes, uncertain = [], [], 0
     for number, variant in enumerate(variants):
         logger.info("result %d of %d", number + 1, len(variants))
