@@ -121,3 +121,15 @@ def test_inside_of_experts(tmp_path: Path, twin: HuggingFaceModel) -> None:
     for row in table.rows:  # keeping fewer neurons errs more
         assert float(row[1].text.split()[0]) < float(row[2].text.split()[0])
     assert "2 of 4 experts" in table.note
+
+
+def test_the_shared_expert_is_none_of_the_experts() -> None:
+    def unit(expert: int | None, error: float) -> dict[str, Any]:
+        return {"name": "", "layer": 0, "expert": expert, "errors": [{"share": 0.5, "cett": error}]}
+
+    record = {
+        "model": {"experts_per_token": 1, "num_experts": 2},
+        "top_k_errors": [unit(0, 0.1), unit(1, 0.3), unit(None, 0.9)],
+    }
+    [table] = expert_tables(record)
+    assert [cell.text for cell in table.rows[0]] == ["layer 0", "0.200 (0.100–0.300)"]

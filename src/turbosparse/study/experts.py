@@ -37,9 +37,11 @@ def check_experts(source: Source) -> None:
 
 
 def _by_layer(record: Mapping[str, Any], share: float) -> tuple[list[int], list[list[float]]]:
-    """Errors of the top-k rule of all experts, layer by layer."""
+    """Errors of the top-k rule of all experts but the shared one, layer by layer."""
     layers: dict[int, list[float]] = {}
     for unit in record["top_k_errors"]:
+        if unit["expert"] is None:
+            continue
         errors = {found["share"]: found["cett"] for found in unit["errors"]}
         if share in errors:
             layers.setdefault(unit["layer"], []).append(errors[share])

@@ -129,6 +129,7 @@ def run_trade_off(
             {
                 "name": source.units[unit].name,
                 "layer": source.units[unit].layer,
+                "expert": source.units[unit].expert,
                 "errors": [
                     {"share": share, "cett": error, "cett_se": spread}
                     for share, (error, spread) in errors.items()
