@@ -1,5 +1,6 @@
 """The benchmark on tiny models, with our engine alone and with a stand-in for llama.cpp."""
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -231,6 +232,32 @@ def test_table_and_record(sparse: Path, tmp_path: Path) -> None:
     assert set(f"{asked} bytes_per_token bandwidth_share".split()) <= set(record["rows"][0])
     assert str(tmp_path) not in json.dumps(record)
     assert set(describe_machine()) == {"cpu", "logical_cpus", "memory_gib", "system"}
+
+
+def test_a_table_too_wide_becomes_several(sparse: Path) -> None:
+    ours = list(bench_model(sparse, QUICK, progress=lambda: None))
+    others = [
+        dataclasses.replace(row, model="plain", backend="llama.cpp", active_ratio=None)
+        for row in ours
+        if row.mode == "dense"
+    ]
+    whole = as_table([*ours, *others])
+    assert as_table([*ours, *others], width=1000) == whole
+    said, *tables = as_table([*ours, *others], width=80).split("\n\n")
+    assert said.splitlines()[0].startswith("turbosparse: model sparse ")
+    assert "\nllama.cpp: model plain " in said
+    columns: set[str] = set()
+    for table in tables:
+        lines = table.splitlines()
+        assert len(lines[0]) <= 80
+        assert len(lines) == 2 + len(ours) + len(others)
+        names = [name.strip() for name in lines[0].split("|")[1:-1]]
+        assert {"backend", "test", "mode"} <= set(names)
+        columns |= set(names)
+    constant = {"model", "size", "params", "threads"}
+    assert columns == {name.strip() for name in whole.splitlines()[0].split("|")[1:-1]} - constant
+    (alone, *_) = as_table(ours, width=80).split("\n\n")[1:]
+    assert alone.startswith("| test ")
 
 
 def test_results_of_one_day_do_not_overwrite_each_other(tmp_path: Path) -> None:

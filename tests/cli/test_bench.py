@@ -34,6 +34,14 @@ def test_table_json_and_result_file(model: Path, tmp_path: Path, capsys: pytest.
     assert json.loads(written.read_text()) == record
 
 
+def test_lines_fit_a_terminal(
+    model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turbosparse.cli.console.PIPE_WIDTH", 80)
+    assert main(["bench", str(model), *QUICK, "--profile"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+
+
 def test_profile_shows_every_part(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(model), *QUICK, "--profile", "--json"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -56,7 +64,20 @@ def test_profile_shows_every_part(model: Path, capsys: pytest.CaptureFixture[str
         (("-t", "two"), "[bench --threads] expected numbers as in 1,2, got 'two'"),
         (("-d", "deep"), "[bench --depth] expected numbers as in 1,2, got 'deep'"),
         (("-r", "0"), "[bench rounds] expected 1 to 1000, got 0"),
-        (("--output", "/dev/null"), "[bench --output] expected a folder, got /dev/null"),
+        (
+            ("--output", "/dev/null"),
+            "[bench --output] expected a folder that can be written to, got /dev/null",
+        ),
+        (("--output", "/proc"), "[bench --output] expected a folder that can be written to, got /proc"),
+        (
+            ("--against", "llama.cpp", "--baseline-model", "/nowhere.gguf"),
+            "[/nowhere.gguf] expected a readable model file, got No such file",
+        ),
+        (
+            ("--against", "llama.cpp", "--baseline-model", "/"),
+            "[/] expected a readable model file, got a dir",
+        ),
+        (("--memory-budget", "99999999999999999999GiB"), "[memory budget] expected at most 1048576 GiB"),
         (("--mode", "exact"), "can run (dense, threshold), got exact"),
         (("--isa", "mmx"), "mmx"),
         (("--io", "pread"), "[--io] expected --memory-budget beside it, got pread alone"),

@@ -45,10 +45,15 @@ def test_a_perplexity_budget_in_percent(plain: Path, capsys: pytest.CaptureFixtu
     assert record["ppl_threshold"] <= 1.05 * record["ppl_source"]
 
 
+def test_a_type_is_spelled_in_either_case(plain: Path) -> None:
+    assert calibrate(plain, "--cett", "0.2", "--down-type", "f16") == 0
+    assert ModelFile(plain.with_name("sparse.gguf")).tensor("blk.0.ffn_down_t.weight").type_name == "F16"
+
+
 def test_an_existing_file_needs_force(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain.with_name("sparse.gguf").write_bytes(b"mine")
     assert calibrate(plain, "--cett", "0.2") == 2
-    assert "expected a new file" in capsys.readouterr().err
+    assert "expected a new file, got one that exists (--force, " in capsys.readouterr().err
     assert calibrate(plain, "--cett", "0.2", "--force") == 0
 
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.bundled_model import make_bundled
 from tests.export.conftest import MakeDirectory, make_directory
 from tests.tiny_hf import make_texts
+from tests.tiny_model import TinyModel, make_tiny_model
 from turbosparse.cli.main import main
 from turbosparse.runtime.model_file import ModelFile
 
@@ -96,6 +98,17 @@ def test_refusals(
     assert message in error
     assert error.splitlines()[-1].startswith("turbosparse: error: ")
     assert [path.name for path in directory.parent.iterdir()] == ["model"]
+
+
+def test_bundles_are_not_taken_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_tiny_model(tmp_path / "sparse.gguf", TinyModel(activation="drelu", down_t=True, weight_type="Q8_0"))
+    made = make_bundled(tmp_path / "sparse.gguf", tmp_path / "bundled.gguf")
+    command = ["export", str(made), "-o", str(tmp_path / "out.gguf"), "--no-check"]
+    assert main([*command, "--layout", "plain"]) == 2
+    assert "expected a file without bundles" in capsys.readouterr().err
+    assert not (tmp_path / "out.gguf").exists()
+    assert main([*command, "--name", "another"]) == 0
+    assert ModelFile(tmp_path / "out.gguf").has_bundles
 
 
 def test_what_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,12 @@
 """`turbosparse inspect`: what it says about files of several kinds."""
 
+import contextlib
 import json
+import os
+import pty
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +18,21 @@ from turbosparse.cli.main import main
 from turbosparse.runtime.model_file import KEY_CALIBRATION, KEY_CETT_TARGET, ModelFile
 from turbosparse.runtime.model_file_copy import copy_with
 from turbosparse.runtime.model_file_writer import TensorSource, write_model_file
+
+
+def on_a_terminal(command: list[str]) -> list[str]:
+    """What a terminal of 80 columns shows, without its styles."""
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    process = subprocess.Popen(command, stdout=theirs, env=environment)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # the other side is closed
+        while piece := os.read(ours, 65536):
+            shown += piece
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    return [line.rstrip() for line in re.sub(r"\x1b\[[0-9;]*m", "", shown.decode()).splitlines()]
 
 
 def inspected(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -76,6 +97,23 @@ def test_thresholds_and_calibration_are_shown(tmp_path: Path, capsys: pytest.Cap
     assert "dense, threshold" in shown
     assert "25.0%  █████\n" in shown
     assert "tokens        4096" in shown
+
+
+def test_a_predictor_takes_one_line_of_a_terminal(tmp_path: Path) -> None:
+    shape = TinyModel(down_t=True, predictor="low_rank", hot=(3, 5), intermediate_size=1024)
+    make_tiny_model(tmp_path / "plain.gguf", shape)
+    source = ModelFile(tmp_path / "plain.gguf")
+    ratios = ("recall", "precision", "candidate_ratio", "active_ratio")
+    measured = {f"turbosparse.predictor.{name}": [1.0, 0.5] for name in ratios}
+    copy_with(source, tmp_path / "m.gguf", metadata=source.stored_metadata() | measured)
+    shown = on_a_terminal([sys.executable, "-m", "turbosparse", "inspect", str(tmp_path / "m.gguf")])
+    (begin,) = (n for n, line in enumerate(shown) if line.startswith("predictors per layer"))
+    header, *layers = shown[begin + 1 :]
+    titles = "layer rank kB share threshold hot recall precision candidates active"
+    assert header.split() == titles.split()
+    assert [line.split()[0] for line in layers] == ["0", "1"]
+    assert [line.split()[-4:] for line in layers] == [["100.0%"] * 4, ["50.0%"] * 4]
+    assert max(map(len, shown)) <= 80
 
 
 def test_a_file_of_another_architecture_is_described(

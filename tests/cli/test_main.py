@@ -168,12 +168,21 @@ def test_every_verb_has_help_of_its_own(capsys: pytest.CaptureFixture[str]) -> N
         assert f"usage: turbosparse {name}" in capsys.readouterr().out
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", "{}"],
+        ["export", "{}", "--dry-run", "-o", "out.gguf"],  # through a rich console
+        ["run", "--help"],
+        ["--version"],
+    ],
+)
+def test_a_reader_that_goes_away_is_no_error(tmp_path: Path, arguments: list[str]) -> None:
     """`turbosparse ... | head -1` ends without a word."""
     make_tiny_model(tmp_path / "m.gguf")
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "turbosparse", "inspect", str(tmp_path / "m.gguf")]
+    command = [sys.executable, "-m", "turbosparse", *(a.format(tmp_path / "m.gguf") for a in arguments)]
     done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, timeout=60, check=False)
     os.close(write)
     assert (done.returncode, done.stderr) == (141, "")

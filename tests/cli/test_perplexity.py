@@ -60,6 +60,7 @@ def test_against_another_mode(files: tuple[str, str], capsys: pytest.CaptureFixt
         (b"\xff\xfe\x00", [], "expected UTF-8 text, got byte 0xff at position 0"),
         (b"short", [], "[text] expected at least 8 tokens"),
         (TEXT.encode(), ["--context", "4"], "[context] expected at least 8 tokens, got 4"),
+        (TEXT.encode(), ["--context", "100000"], "[context] expected at most 256 tokens, as the model was"),
         (TEXT.encode(), ["--tokens", "0"], "[tokens] expected 1 or more, got 0"),
         (TEXT.encode(), ["--threads", "-3"], "[threads] expected 1 to "),
     ],
@@ -78,6 +79,19 @@ def test_bad_input(
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("turbosparse: error: ")
     assert message in last
+
+
+def test_without_a_context_windows_fit_the_model(
+    files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "long.txt").write_text(TEXT * 3, encoding="utf-8")
+    assert measure(capsys, (files[0], str(tmp_path / "long.txt")))["context"] == 256
+
+
+def test_fewer_tokens_than_a_window(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["perplexity", files[0], "--text", files[1], "--tokens", "100"]) == 0
+    warning = capsys.readouterr().err.splitlines()[-1]
+    assert warning.endswith("warning: 100 tokens are fewer than a window of 256: they are one window")
 
 
 def test_a_missing_text(files: tuple[str, str], capsys: pytest.CaptureFixture[str]) -> None:

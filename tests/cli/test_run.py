@@ -113,7 +113,8 @@ def test_sampling_options_arrive(model: str, capsys: pytest.CaptureFixture[str])
         (["-p", "a", "--temp", "-1"], "[sampling.temperature] expected 0 or more, got -1.0"),
         (["-p", "a", "--top-p", "0"], "[sampling.top_p]"),
         (["-p", "a", "-n", "0"], "[max_tokens] expected 1 or more, got 0"),
-        (["-p", "a", "--mode", "threshold"], "[mode threshold]"),
+        (["-p", "a", "--raw", "--system", "b"], "[--system] expected a chat, got --raw beside it"),
+        (["-p", "a", "--memory-budget", "99999999999999999999GiB"], "[memory budget] expected at most"),
         (["-p", "a", "--mode", "magic"], "invalid choice: 'magic'"),
         (["-p", "a", "--isa", "mmx"], "mmx"),
         (["-p", "a", "--io", "pread"], "[--io] expected --memory-budget beside it, got pread alone"),
@@ -129,6 +130,39 @@ def test_bad_input_is_one_line_and_status_2(
     assert lines[-1].startswith("turbosparse: error: ")
     assert message in lines[-1]
     assert not any("Traceback" in line for line in lines)
+
+
+def test_what_helps_where_a_prompt_is_too_long(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    too_long = ["run", model, "--raw", "-p", "a" * 100, "-n", "1"]
+    assert main([*too_long, "--context", "64"]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.endswith("got 100; --truncate drops the oldest; --context N makes room, up to 256")
+    assert main([*too_long, "--context", "256"]) == 0
+    assert main([*too_long, "--context", "64", "--truncate"]) == 0
+    capsys.readouterr()
+    assert main(["run", model, "--raw", "-p", "a" * 400]) == 2
+    assert capsys.readouterr().err.endswith("got 400; --truncate drops the oldest\n")
+
+
+@pytest.mark.parametrize("arguments", [["run", "-p", "a"], ["chat"], ["perplexity", "--text"]])
+def test_a_mode_that_the_file_lacks_is_refused_before_it_is_loaded(
+    arguments: list[str], model: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the cat")))
+    monkeypatch.setattr("turbosparse.runtime.engine.load", lambda *args, **settings: pytest.fail("loaded"))
+    verb, *rest = arguments
+    rest += [__file__] if verb == "perplexity" else []
+    expected = f"[mode] expected a mode that {model} can run (dense, exact), got threshold"
+    for option in ["--mode", *(["--against-mode"] if verb == "perplexity" else [])]:
+        assert main([verb, model, *rest, option, "threshold"]) == 2
+        assert capsys.readouterr() == ("", f"turbosparse: error: {expected}\n")
+
+
+def test_a_kv_cache_is_spelled_in_either_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_tiny_model(tmp_path / "wide.gguf", TinyModel(hidden_size=128))
+    for name in ("q8_0", "Q8_0"):
+        assert main(["run", str(tmp_path / "wide.gguf"), "-p", "a", "-n", "1", "--kv-cache", name]) == 0
+        assert "KV cache q8_0" in capsys.readouterr().err
 
 
 def test_files_that_are_not_models_or_not_text(

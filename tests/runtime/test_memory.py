@@ -27,6 +27,13 @@ def test_what_is_no_size(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.parametrize("text", ["1048577GiB", "9" * 400])
+def test_more_than_any_machine_has(text: str) -> None:
+    assert parse_size("1048576GiB") == 2**50
+    with pytest.raises(ConfigError, match=r"\[memory budget\] expected at most 1048576 GiB, got '"):
+        parse_size(text)
+
+
 def test_own_cgroup_and_those_around_it(tmp_path: Path) -> None:
     groups = (("memory", str(tmp_path), "limit", "used"),)
     inner = tmp_path / "outer" / "inner"

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import os
 import platform
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -52,15 +53,22 @@ _HEADER = (
     ),
     *("vs dense", "vs llama.cpp", "vs first depth", "bytes allow"),
 )
+# Where a line has no room for all columns: what need not stand in every row, and what tells rows apart.
+_SAID_ONCE = ("model", "size", "params", "threads", "predictor MB")
+_KEYS = ("model", "backend", "threads", "test", "mode")
+_Column = tuple[str, ...]
 
 
-def as_table(rows: Sequence[Row]) -> str:
+def as_table(rows: Sequence[Row], *, width: int | None = None) -> str:
     """Lay rows out as a Markdown table.
 
     Parameters
     ----------
     rows : sequence of Row
         What was measured.
+    width : int, optional
+        Characters that a line may have. A wider table becomes several, each with the columns that tell rows
+        apart; what is the same in all rows then stands above, once.
 
     Returns
     -------
@@ -99,17 +107,41 @@ def as_table(rows: Sequence[Row]) -> str:
             for row in rows
         ),
     ]
-    shown = [i for i in range(len(_HEADER)) if any(line[i] != "-" for line in lines[1:])]
-    return _markdown([tuple(line[i] for i in shown) for line in lines])
+    columns = [column for column in zip(*lines, strict=True) if set(column[1:]) != {"-"}]
+    if width is None or _width(columns) <= width:
+        return _markdown(columns)
+    above, left = _said_once(columns)
+    text = [line for said in above for line in textwrap.wrap(said, width)]
+    return "\n".join([*text, "", _markdown(left, keys=_KEYS, width=width)])
 
 
-def roofline_table(rooflines: Sequence[Roofline]) -> str:
+def _said_once(columns: Sequence[_Column]) -> tuple[list[str], list[_Column]]:
+    """What is the same in all rows of a backend, a line for each of them, and the columns left."""
+    backends = next(column[1:] for column in columns if column[0] == "backend")
+    rows_of = {name: [i for i, other in enumerate(backends, 1) if other == name] for name in backends}
+    once: list[_Column] = []
+    said: dict[str, list[str]] = {name: [] for name in rows_of}
+    for column in columns:
+        values = {name: {column[i] for i in rows} - {"-"} for name, rows in rows_of.items()}
+        if column[0] in _SAID_ONCE and all(len(found) <= 1 for found in values.values()):
+            once.append(column)
+            for name, found in values.items():
+                said[name] += [f"{column[0]} {value}" for value in found]
+    if len(rows_of) == 1:
+        once += [column for column in columns if column[0] == "backend"]
+    left = [column for column in columns if column not in once]
+    return [f"{name}: {', '.join(parts)}" for name, parts in said.items() if parts], left
+
+
+def roofline_table(rooflines: Sequence[Roofline], *, width: int | None = None) -> str:
     """Lay read bandwidths out as a Markdown table.
 
     Parameters
     ----------
     rooflines : sequence of Roofline
         One per thread count.
+    width : int, optional
+        Characters that a line may have; a wider table becomes several.
 
     Returns
     -------
@@ -129,16 +161,19 @@ def roofline_table(rooflines: Sequence[Roofline]) -> str:
             for roofline in rooflines
         ),
     ]
-    return _markdown(lines) + "\n"
+    columns = list(zip(*lines, strict=True))
+    return _markdown(columns, keys=columns[0][:1], width=width) + "\n"
 
 
-def profile_table(profiles: Sequence[Profile]) -> str:
+def profile_table(profiles: Sequence[Profile], *, width: int | None = None) -> str:
     """Lay profiles out as a Markdown table.
 
     Parameters
     ----------
     profiles : sequence of Profile
         At least one.
+    width : int, optional
+        Characters that a line may have; a wider table becomes several.
 
     Returns
     -------
@@ -154,17 +189,36 @@ def profile_table(profiles: Sequence[Profile]) -> str:
         times = [profile.us_per_token.get(part, 0.0) for profile in profiles]
         cells = [f"{time:.1f} ({time / total:.0%})" for time, total in zip(times, sums, strict=True)]
         lines.append((part, *cells))
-    return _markdown([*lines, ("sum", *(f"{total:.1f}" for total in sums))])
+    lines.append(("sum", *(f"{total:.1f}" for total in sums)))
+    columns = list(zip(*lines, strict=True))
+    return _markdown(columns, keys=columns[0][:1], width=width)
 
 
-def _markdown(lines: Sequence[tuple[str, ...]]) -> str:
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    text = [
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([text[0], rule, *text[1:]])
+def _markdown(columns: Sequence[_Column], *, keys: Sequence[str] = (), width: int | None = None) -> str:
+    """A table of columns, the header first in each; if too wide, several that all have the key columns."""
+    if width is None or _width(columns) <= width:
+        return _one_table(columns)
+    key_columns = [column for column in columns if column[0] in keys]
+    others = [column for column in columns if column[0] not in keys]
+    others.sort(key=lambda column: column[0] in _SAID_ONCE)  # what is measured first
+    parts = [key_columns]
+    for column in others:
+        if len(parts[-1]) > len(key_columns) and _width([*parts[-1], column]) > width:
+            parts.append(key_columns)
+        parts[-1] = [*parts[-1], column]
+    return "\n\n".join(_one_table([column for column in columns if column in part]) for part in parts)
+
+
+def _one_table(columns: Sequence[_Column]) -> str:
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    header, *lines = ("| " + " | ".join(cells) + " |" for cells in zip(*padded, strict=True))
+    rule = "|" + "|".join("-" * (len(column[0]) + 2) for column in padded) + "|"
+    return "\n".join([header, rule, *lines])
+
+
+def _width(columns: Sequence[_Column]) -> int:
+    """Characters in a line of their table."""
+    return sum(max(map(len, column)) + 3 for column in columns) + 1
 
 
 def result_record(

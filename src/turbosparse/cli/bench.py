@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     from turbosparse.bench.roofline import measure_roofline
     from turbosparse.bench.synthetic_cache import require_budget
 
-    config, synthetic = bench_config(args), synthetic_model(args)
+    out, config, synthetic = console(), bench_config(args), synthetic_model(args)
     models = args.models
     if synthetic is not None and config.memory_budget:
         require_budget(synthetic, config)
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         models, config = _made(synthetic, config)
     rooflines = [measure_roofline(threads) for threads in config.threads] if args.roofline else []
     if rooflines:
-        console().print(roofline_table(rooflines), markup=False, soft_wrap=True)
+        out.print(roofline_table(rooflines, width=out.width), markup=False, soft_wrap=True)
     rows: list[Row] = []
     if synthetic is not None and args.one_at_a_time:
         rows = bench_one_at_a_time(synthetic, config, progress=lambda label: progress(None, label))
@@ -81,12 +81,12 @@ def run(args: argparse.Namespace) -> int:
         for path in models:
             rows += bench(path, config, progress=lambda: advance(1))
     if rows and config.memory_limit:
-        console().print(_limit_text(rows), markup=False, soft_wrap=True)
+        out.print(_limit_text(rows), markup=False, soft_wrap=True)
     if rows:
-        console().print(as_table(rows), markup=False, soft_wrap=True)
+        out.print(as_table(rows, width=out.width), markup=False, soft_wrap=True)
     profiles = [profile for path in models for profile in profile_model(path, config)] if args.profile else []
     if profiles:
-        console().print(profile_table(profiles), markup=False, soft_wrap=True)
+        out.print(profile_table(profiles, width=out.width), markup=False, soft_wrap=True)
     if args.output is not None or args.json:
         files = [*models, *([config.baseline_model] if config.baseline_model else [])]
         record = result_record(rows, rooflines, command=command_line(args), files=files)

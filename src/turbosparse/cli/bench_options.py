@@ -2,6 +2,7 @@
 
 import argparse
 import shlex
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -107,6 +108,7 @@ def bench_config(args: argparse.Namespace) -> "BenchConfig":
     ConfigError
         For a setting out of range, where llama.cpp is asked for and missing, or memory cannot be limited.
     """
+    from turbosparse._native import GgufFile
     from turbosparse.bench.benchmark import BenchConfig
     from turbosparse.bench.memory_hog import choose_limit
     from turbosparse.bench.runners import require_llama_cpp
@@ -114,10 +116,14 @@ def bench_config(args: argparse.Namespace) -> "BenchConfig":
     if args.output is not None:
         try:
             args.output.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=args.output).close()
         except OSError as error:
-            raise ConfigError(f"[bench --output] expected a folder, got {args.output}") from error
+            expected = "expected a folder that can be written to"
+            raise ConfigError(f"[bench --output] {expected}, got {args.output} ({error.strerror})") from error
     if not args.models and args.shape is None and not args.roofline:
         raise ConfigError("[bench] expected a MODEL, a --shape or --roofline, got none of them")
+    if args.baseline_model is not None:
+        GgufFile(args.baseline_model)
     if args.against:
         require_llama_cpp()
     threads = _numbers("threads", args.threads)

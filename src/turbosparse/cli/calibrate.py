@@ -52,7 +52,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=2,
         help="2: drop by the gate first; 1: only behind up (2)",
     )
-    add("--down-type", metavar="TYPE", help="weight type of the transposed down projection, such as Q8_0")
+    add(
+        "--down-type",
+        type=str.upper,
+        metavar="TYPE",
+        help="weight type of the transposed down projection, such as q8_0",
+    )
     add(
         "--refine",
         type=float,

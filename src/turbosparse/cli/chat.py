@@ -17,6 +17,7 @@ from turbosparse.cli.conversation import Conversation
 from turbosparse.cli.model_options import (
     add_model_options,
     add_sampling_options,
+    check_modes,
     describe,
     open_model,
     sampling_config,
@@ -63,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     sampling = sampling_config(args)
     if args.max_tokens < 1:
         raise ConfigError(f"[max_tokens] expected 1 or more, got {args.max_tokens}")
+    check_modes(args.model, args.mode)
     model = open_model(args, context=args.context)
     conversation = Conversation(
         model, sampling, max_tokens=args.max_tokens, mode=args.mode, system=args.system or ""

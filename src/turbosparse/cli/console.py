@@ -33,13 +33,15 @@ SHOW_AFTER_S = 2.0
 PIPE_WIDTH = 10_000  # columns: nothing is cut or wrapped
 
 
-def console(*, stderr: bool = False) -> "Console":
+def console(*, stderr: bool = False, wide: bool = False) -> "Console":
     """Give a rich console on standard output, or on standard error.
 
     Parameters
     ----------
     stderr : bool, optional
         Where to write.
+    wide : bool, optional
+        Whether lines may be longer than the terminal is wide, as in a pipe.
 
     Returns
     -------
@@ -48,8 +50,16 @@ def console(*, stderr: bool = False) -> "Console":
     """
     from rich.console import Console
 
+    class PipedConsole(Console):
+        """Leaves it to `main` what a closed pipe means."""
+
+        def on_broken_pipe(self) -> None:
+            """Pass the error on, where rich would exit with status 1, which means a failed check."""
+            raise  # noqa: PLE0704 -- rich calls this while it handles the error
+
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, highlight=False, width=None if stream.isatty() else PIPE_WIDTH)
+    fits = stream.isatty() and not wide
+    return PipedConsole(stderr=stderr, highlight=False, width=None if fits else PIPE_WIDTH)
 
 
 @contextmanager

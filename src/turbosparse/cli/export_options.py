@@ -60,7 +60,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="add thresholds of this model's calibrated file",
     )
     add("--name", help="name of the model in the file")
-    add("--layout", choices=LAYOUTS, default="plain", help="bundled: for models larger than memory")
+    add("--layout", choices=LAYOUTS, help="bundled: for models larger than memory (default: as in MODEL)")
     add(
         "--gate-apart",
         action="store_true",
@@ -100,10 +100,15 @@ def export_config(args: argparse.Namespace) -> "ExportConfig":
     ------
     ConfigError
         For a number out of range, or gate apart in a file without bundles.
+    ModelFileError
+        For a file with bundles that shall be plain.
     """
     from turbosparse.export.draft import TypeChoice
     from turbosparse.export.run import Bundles, ExportConfig
+    from turbosparse.runtime.model_file import ModelFile
 
+    if args.layout == "plain" and args.model.is_file():
+        ModelFile(args.model).require_no_bundles()  # which nothing takes apart
     if args.gate_apart and args.layout != "bundled":
         raise ConfigError("[--gate-apart] expected --layout bundled beside it, got it alone")
     types = (args.type, args.down_type, args.embedding_type, args.predictor_type)

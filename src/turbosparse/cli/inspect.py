@@ -88,9 +88,10 @@ def _show(record: dict[str, Any]) -> None:
     facts.add_column(overflow="fold")
     for label, text in _facts(record):
         facts.add_row(label, plain_text(text))
-    out = console()
+    fitted, out = console(), console(wide=True)  # a line per row, also where the terminal is narrow
+    with fitted.capture() as facts_captured:
+        fitted.print(facts)
     with out.capture() as captured:
-        out.print(facts)
         for table in model_tables(record):
             out.print()
             out.print(table)
@@ -100,7 +101,8 @@ def _show(record: dict[str, Any]) -> None:
             for line in memory_facts(memory):
                 out.print(line, markup=False, soft_wrap=True)
     # Tables pad every line to one width; nobody wants that in a file.
-    sys.stdout.writelines(line.rstrip() + "\n" for line in captured.get().splitlines())
+    lines = (facts_captured.get() + captured.get()).splitlines()
+    sys.stdout.writelines(line.rstrip() + "\n" for line in lines)
 
 
 def _facts(record: dict[str, Any]) -> Iterator[tuple[str, str]]:

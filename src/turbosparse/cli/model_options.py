@@ -17,6 +17,7 @@ __all__ = [
     "add_pin_option",
     "add_sampling_options",
     "check_model_name",
+    "check_modes",
     "describe",
     "memory_budget",
     "open_model",
@@ -97,6 +98,7 @@ def add_memory_options(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--kv-cache",
+        type=str.lower,
         choices=KV_CACHE,
         help="what keys and values are kept as; q8_0 takes half the memory of f16 and is faster at long "
         "contexts (default: f16, or f32 where weights are F32)",
@@ -218,6 +220,32 @@ def open_model(args: argparse.Namespace, *, context: int | None = None) -> "Mode
     if args.pin:
         model.engine.pin_threads()
     return model
+
+
+def check_modes(path: Path, *modes: str | None) -> None:
+    """Refuse a mode that a file cannot run, before its weights are loaded.
+
+    Parameters
+    ----------
+    path : Path
+        Model file.
+    *modes : str or None
+        What was asked for; None leaves it to the file.
+
+    Raises
+    ------
+    ConfigError
+        If the file cannot run one of them.
+    """
+    from turbosparse.runtime.model_file import ModelFile
+
+    asked = [mode for mode in modes if mode is not None]
+    if not asked:
+        return
+    able = ModelFile(path).modes
+    for mode in asked:
+        if mode not in able:
+            raise ConfigError(f"[mode] expected a mode that {path} can run ({', '.join(able)}), got {mode}")
 
 
 def check_model_name(name: str) -> None:

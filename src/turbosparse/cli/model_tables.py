@@ -71,14 +71,17 @@ def _threshold_table(layers: list[dict[str, Any]]) -> "Table":
 
 
 def _predictor_table(layers: list[dict[str, Any]]) -> "Table":
-    right = ["layer", "rank", "type", "bytes", "of the FFN", "threshold", "hot"]
+    types = ["/".join(entry["types"]) or "bits" for entry in layers]
+    differ = len(set(types)) > 1
+    title = "predictors per layer (share: of the FFN's bytes" + ("" if differ else f"; type {types[0]}") + ")"
+    right = ["layer", "rank", *(["type"] if differ else []), "kB", "share", "threshold", "hot"]
     ratios = ("recall", "precision", "candidate_ratio", "active_ratio")
-    table = _table("predictors per layer", [], [*right, "recall", "precision", "candidates", "active"])
-    for entry in layers:
-        rank = "-" if entry["rank"] is None else str(entry["rank"])
+    table = _table(title, [], [*right, "recall", "precision", "candidates", "active"])
+    for entry, types_text in zip(layers, types, strict=True):
         table.add_row(
-            *(str(entry["layer"]), rank, plain_text("/".join(entry["types"]) or "bits")),
-            *(bytes_text(entry["bytes"]), f"{entry['ffn_share']:.1%}", f"{entry['threshold']:.3g}"),
+            *(str(entry["layer"]), "-" if entry["rank"] is None else str(entry["rank"])),
+            *([plain_text(types_text)] if differ else []),
+            *(f"{entry['bytes'] / 1e3:.1f}", f"{entry['ffn_share']:.1%}", f"{entry['threshold']:.3g}"),
             str(entry["hot"]),
             *("-" if entry[ratio] is None else f"{entry[ratio]:.1%}" for ratio in ratios),
         )

@@ -13,10 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from turbosparse.cli.console import add_json_option, print_json, progress
-from turbosparse.cli.model_options import MODES, add_model_options, describe, open_model, read_text
+from turbosparse.cli.model_options import (
+    MODES,
+    add_model_options,
+    check_modes,
+    describe,
+    open_model,
+    read_text,
+)
 from turbosparse.errors import ConfigError
 
 __all__ = ["add_arguments", "run"]
+
+DEFAULT_CONTEXT = 512  # tokens, as llama-perplexity has it
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--against-mode", choices=MODES, help="also run this mode and tell how far the two are apart"
     )
     parser.add_argument(
-        "--context", type=int, default=512, metavar="N", help="tokens per window (default: 512)"
+        "--context", type=int, metavar="N", help="tokens per window (default: 512, or all that the model has)"
     )
     parser.add_argument("--tokens", type=int, metavar="N", help="only the first N tokens of the text")
     add_json_option(parser)
@@ -55,7 +64,15 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens is not None and args.tokens < 1:
         raise ConfigError(f"[tokens] expected 1 or more, got {args.tokens}")
     text = read_text(args.text)
+    check_modes(args.model, args.mode, args.against_mode)
     model = open_model(args)
+    trained = model.info.context_length
+    if args.context is None:
+        args.context = min(DEFAULT_CONTEXT, trained)
+    if args.context > trained:
+        raise ConfigError(
+            f"[context] expected at most {trained} tokens, as the model was trained, got {args.context}"
+        )
     ids = model.text_ids(text)[: args.tokens]
     sys.stderr.write(describe(model, args.mode) + "\n")
     record, lines = _measure(args, model, ids)

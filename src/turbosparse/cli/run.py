@@ -19,12 +19,13 @@ from turbosparse.cli.console import add_json_option, print_json
 from turbosparse.cli.model_options import (
     add_model_options,
     add_sampling_options,
+    check_modes,
     describe,
     open_model,
     read_text,
     sampling_config,
 )
-from turbosparse.errors import TextError
+from turbosparse.errors import ConfigError, ContextLengthError, TextError
 
 if TYPE_CHECKING:
     from turbosparse.runtime.engine import Model, Prompt
@@ -75,20 +76,28 @@ def run(args: argparse.Namespace) -> int:
         Exit status.
     """
     sampling = sampling_config(args)
+    if args.raw and args.system:
+        raise ConfigError("[--system] expected a chat, got --raw beside it")
     text = _prompt(args)
+    check_modes(args.model, args.mode)
     began = time.perf_counter()
     model = open_model(args, context=args.context)
     cache = model.new_cache()  # takes its share of a memory budget, which `describe` tells
     load_s = time.perf_counter() - began
     sys.stderr.write(describe(model, args.mode) + "\n")
-    answer = model.generate(
-        _as_asked(model, text, args),
-        max_tokens=args.max_tokens,
-        mode=args.mode,
-        sampling=sampling,
-        truncate=args.truncate,
-        cache=cache,
-    )
+    try:
+        answer = model.generate(
+            _as_asked(model, text, args),
+            max_tokens=args.max_tokens,
+            mode=args.mode,
+            sampling=sampling,
+            truncate=args.truncate,
+            cache=cache,
+        )
+    except ContextLengthError as error:
+        trained = model.info.context_length
+        more = f"; --context N makes room, up to {trained}" if model.context < trained else ""
+        raise ContextLengthError(f"{error}; --truncate drops the oldest{more}") from None
     written: list[str] = []
     status = 0
     try:

@@ -20,6 +20,7 @@ __all__ = [
 AUTO = "auto"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMG]I?)?B?", re.IGNORECASE)
+_LARGEST = 2**50  # bytes: more than any machine has, and few enough to be added up in 64 bits
 _RESERVE = 512 * 2**20  # bytes left to the rest of the machine, at least
 # Where cgroups are mounted, and their files for the limit and for what is used: version 1, then version 2.
 _GROUPS = (
@@ -39,7 +40,7 @@ def parse_size(text: str) -> int:
     Returns
     -------
     int
-        Bytes, 1 or more.
+        Bytes, 1 to a pebibyte.
 
     Raises
     ------
@@ -52,10 +53,12 @@ def parse_size(text: str) -> int:
     1610612736
     """
     match = _SIZE.fullmatch(text.strip())
-    size = int(float(match[1]) * _UNITS[(match[2] or "").upper()]) if match else 0
+    size = float(match[1]) * _UNITS[(match[2] or "").upper()] if match else 0
     if size < 1:
         raise ConfigError(f"[memory budget] expected a size such as 6GiB or 800MB, got {text!r}")
-    return size
+    if size > _LARGEST:
+        raise ConfigError(f"[memory budget] expected at most {_LARGEST // 2**30} GiB, got {text!r}")
+    return int(size)
 
 
 def free_memory() -> int:

@@ -168,7 +168,7 @@ def check_output(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
         )
     if target.exists() and not overwrite:
         raise ModelFileError(
-            f"[{target}] expected a new file, got one that exists (allow overwriting, or move it)"
+            f"[{target}] expected a new file, got one that exists (--force, in Python overwrite, replaces it)"
         )
     if not target.parent.is_dir():
         raise ModelFileError(

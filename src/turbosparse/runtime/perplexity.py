@@ -224,7 +224,7 @@ def _window(tokens: int, context: int) -> int:
     if tokens < _MIN_CONTEXT:
         raise TextError(f"[text] expected at least {_MIN_CONTEXT} tokens to measure perplexity, got {tokens}")
     if tokens < context:
-        logger.warning("the text has %d tokens, fewer than a window of %d: it is one window", tokens, context)
+        logger.warning("%d tokens are fewer than a window of %d: they are one window", tokens, context)
         return tokens
     return context
 
