@@ -153,6 +153,7 @@ def test_a_mode_that_the_file_lacks_is_refused_before_it_is_loaded(
     verb, *rest = arguments
     rest += [__file__] if verb == "perplexity" else []
     expected = f"[mode] expected a mode that {model} can run (dense, exact), got threshold"
+    expected += "; turbosparse calibrate writes a file that can"
     for option in ["--mode", *(["--against-mode"] if verb == "perplexity" else [])]:
         assert main([verb, model, *rest, option, "threshold"]) == 2
         assert capsys.readouterr() == ("", f"turbosparse: error: {expected}\n")

@@ -188,4 +188,4 @@ def test_the_command_line_runs_and_judges_predicted_mode(
     capsys.readouterr()
     assert main(["run", source.path, "--raw", "-p", "the cat", "-n", "3", "--mode", "predicted"]) == 2
     error = capsys.readouterr().err
-    assert "[mode predicted] expected a file with ffn_down_t and predictors (turbosparse export" in error
+    assert "can run (dense, exact), got predicted; turbosparse export --predictor writes a file" in error

@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from turbosparse.cli.console import add_json_option, console, print_json, progress
-from turbosparse.cli.model_options import add_model_options, check_model_name, describe, open_model
+from turbosparse.cli.model_options import (
+    add_model_options,
+    check_model_name,
+    check_modes,
+    describe,
+    open_model,
+)
 from turbosparse.errors import ConfigError
 
 __all__ = ["add_arguments", "run"]
@@ -74,11 +80,8 @@ def run(args: argparse.Namespace) -> int:
                 raise ConfigError(f"[{name}] expected none for a Hugging Face model, got {got}")
         scores["torch"] = _ask_directory(str(args.model), rounds, args.threads)
     else:
+        check_modes(args.model, *(args.mode or []))
         model = open_model(args, context=args.context)
-        for mode in args.mode or []:
-            if mode not in model.info.modes:
-                able = ", ".join(model.info.modes)
-                raise ConfigError(f"[mode] expected a mode that {args.model} can run ({able}), got {mode}")
         for mode in args.mode or [model.default_mode]:
             sys.stderr.write(describe(model, mode) + "\n")
             scores[mode] = _ask_file(model, mode, rounds)

@@ -222,6 +222,9 @@ def open_model(args: argparse.Namespace, *, context: int | None = None) -> "Mode
     return model
 
 
+_WRITTEN_BY = {"threshold": "turbosparse calibrate", "predicted": "turbosparse export --predictor"}
+
+
 def check_modes(path: Path, *modes: str | None) -> None:
     """Refuse a mode that a file cannot run, before its weights are loaded.
 
@@ -245,7 +248,11 @@ def check_modes(path: Path, *modes: str | None) -> None:
     able = ModelFile(path).modes
     for mode in asked:
         if mode not in able:
-            raise ConfigError(f"[mode] expected a mode that {path} can run ({', '.join(able)}), got {mode}")
+            hint = _WRITTEN_BY.get(mode)
+            raise ConfigError(
+                f"[mode] expected a mode that {path} can run ({', '.join(able)}), got {mode}"
+                + (f"; {hint} writes a file that can" if hint else "")
+            )
 
 
 def check_model_name(name: str) -> None:

@@ -18,7 +18,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; m
   max-width: 72rem; padding: 1rem; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; overflow-wrap: anywhere; }
 h2 { font-size: 1.2rem; margin: 2rem 0 .3rem; border-bottom: 2px solid #0072B2; overflow-wrap: anywhere; }
-p { margin: .4rem 0; max-width: 48rem; }
+p { margin: .4rem 0; max-width: 48rem; overflow-wrap: anywhere; }
 .note { color: #444; font-size: .9rem; }
 .warning { border-left: 4px solid #D55E00; padding-left: .6rem; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); gap: 1rem; }
