@@ -178,7 +178,9 @@ context_length = 64
     assert main([*command, "--train-only", "--set", 'kinds=["drelu"]']) == 0
     assert main([*command, "--set", "training.learning_rate=1e-2"]) == 2  # would be told of the old models
     assert "expected the training that this study began with" in capsys.readouterr().err
+    command += ["--set", "measure.tokens=96"]  # what is measured need not have been known
     assert main(command) == 0
+    assert main([*command, "--set", "measure.tokens=64"]) == 2
     record = json.loads((tmp_path / "out" / "study.json").read_text(encoding="utf-8"))
     assert [run["group"] for run in record["runs"]] == [
         "swiglu 32x2",
@@ -195,4 +197,7 @@ context_length = 64
     assert main(typed) == 0
     again = json.loads((tmp_path / "out" / "study.json").read_text(encoding="utf-8"))
     assert again["run"]["seconds"] >= sum(run["seconds"] for run in record["runs"])
-    assert again["run"]["command"] == "turbosparse study scale --recipe recipe.toml --set 'seeds=[1]'"
+    assert (
+        again["run"]["command"]
+        == "turbosparse study scale --recipe recipe.toml --set measure.tokens=96 --set 'seeds=[1]'"
+    )

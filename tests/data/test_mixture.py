@@ -337,6 +337,18 @@ def test_held_out_windows_are_spread_and_none_comes_twice(count: int, tmp_path: 
     assert numbers == ([i * 8 // count for i in range(count)] if count <= 8 else list(range(8)))
 
 
+def test_what_every_document_begins_with_is_not_predicted_in_held_out_text(tmp_path: Path) -> None:
+    def from_one(document: Document) -> tuple[list[int], list[int]]:
+        ids, _ = encode(document)
+        return [1, *ids], [-100, *ids]
+
+    path = tmp_path / "a.txt"
+    path.write_text("\n\n\n".join(["a cat", "a hat", "a mat"] * 4), encoding="utf-8")
+    rows = held_out_sequences(SourceConfig(path=str(path)), from_one, split=None, sequence_length=16, count=9)
+    for row in rows:
+        assert row.labels == [-100 if number == 1 else number for number in row.input_ids]
+
+
 def test_long_documents_are_cut_at_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     paragraphs = [f"paragraph {i} " + "x" * (i % 60) for i in range(200)]

@@ -92,6 +92,11 @@ def test_chats_without_a_template_are_told_before_any_stage(
         with pytest.raises(DataError, match="expected a tokenizer with a chat template"):
             run_recipe(recipe)
         assert list(Path(recipe.output).iterdir()) == []
+        check_data(recipe, recipe.stages[:1])  # what is finished need not be there any more
+    refused = "{{ raise_exception('no') }}"
+    tokenizer.chat_template = refused
+    tokenizer.save_pretrained(tmp_path / "model")
+    check_data(recipe)  # the held-out chat is skipped when it is its turn
 
 
 def test_a_missing_source(make_recipe: MakeRecipe, tmp_path: Path) -> None:

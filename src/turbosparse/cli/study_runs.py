@@ -25,6 +25,7 @@ __all__ = ["estimate", "find", "settings_of", "train"]
 
 StudyConfig = SweepStudy | FromScratchStudy | RelufyStudy
 
+_MEASURED = ("measure", "predict_layers", "device", "text_sha256")  # no matter to what trains alone
 _bar = partial(progress, 1.0)
 
 
@@ -124,7 +125,7 @@ def _train(kind: str, config: FromScratchStudy | RelufyStudy, text: str) -> dict
     from turbosparse.study.training import run_variants
 
     disable_progress_bar()
-    store = _training_store(kind, config, text)
+    store = Store(Path(config.output), kind, _settings(config, text))
     found = run_variants(
         _variants(config, store.folder),
         text,
@@ -140,7 +141,7 @@ def _train(kind: str, config: FromScratchStudy | RelufyStudy, text: str) -> dict
     return {"model": {"name": name}, "text": shown, "baseline": baseline, "seconds": store.seconds, **found}
 
 
-def _training_store(kind: str, config: FromScratchStudy | RelufyStudy, text: str) -> Store:
+def _settings(config: FromScratchStudy | RelufyStudy, text: str) -> dict[str, Any]:
     from turbosparse.study.fingerprint import model_fingerprint, texts_fingerprint
     from turbosparse.study.training import training_settings
 
@@ -148,7 +149,7 @@ def _training_store(kind: str, config: FromScratchStudy | RelufyStudy, text: str
     if isinstance(config, RelufyStudy):
         check_model_name(config.model)
         settings["model_fingerprint"] = model_fingerprint(config.model)
-    return Store(Path(config.output), kind, settings)
+    return settings
 
 
 def train(kind: str, config: StudyConfig) -> None:
@@ -174,7 +175,9 @@ def train(kind: str, config: StudyConfig) -> None:
         raise ConfigError("[--train-only] expected a study that trains, got one that only measures")
     text = read_text(Path(config.text))
     if int(os.environ.get("RANK", "0")) == 0:
-        _training_store(kind, config, text)
+        settings = _settings(config, text)
+        trained = {name: value for name, value in settings.items() if name not in _MEASURED}
+        Store(Path(config.output), kind, trained, undecided=_MEASURED)
     variants = _variants(config, Path(config.output))
     check_text(variants, text, config.measure)
     train_variants(variants)

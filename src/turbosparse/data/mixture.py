@@ -347,15 +347,24 @@ def held_out_sequences(
     """
     reader = open_reader(source, max_corrupt_percent=100)
     ids: list[int] = []
+    labels: list[int] = []
     characters = 0
     for document in reader:
         if len(ids) >= _SPREAD * count * sequence_length or characters >= _MOST_CHARACTERS:
             break
         characters += _size(document)
         if split is None or split.is_held_out(document):
-            ids += _encoded(document, encode, reader)[0]
+            encoded, learnt = _encoded(document, encode, reader)
+            ids += encoded
+            labels += learnt[:1] + encoded[1:]  # what every document begins with is not predicted
     starts = range(0, len(ids) - sequence_length + 1, sequence_length)
     found = min(count, len(starts))
-    rows = [ids[starts[i * len(starts) // found] :][:sequence_length] for i in range(found)]
     positions = list(range(sequence_length))
-    return [PackedSequence(input_ids=row, position_ids=positions, labels=row) for row in rows]
+    rows = []
+    for i in range(found):
+        begin = starts[i * len(starts) // found]
+        end = begin + sequence_length
+        rows.append(
+            PackedSequence(input_ids=ids[begin:end], position_ids=positions, labels=labels[begin:end])
+        )
+    return rows

@@ -45,7 +45,7 @@ def mean_loss(
     model : PreTrainedModel
         A causal language model.
     sequences : sequence of PackedSequence
-        Held-out text.
+        Held-out text; labels below 0 are not scored.
     batch_size : int, default 4
         Sequences at once.
     device : torch.device, default "cpu"
@@ -58,11 +58,10 @@ def mean_loss(
     """
     total, count = 0.0, 0
     for start in range(0, len(sequences), batch_size):
-        batch = batch_of(sequences[start : start + batch_size], device)
+        rows = sequences[start : start + batch_size]
+        batch = batch_of(rows, device)
+        labels = torch.tensor([row.labels[1:] for row in rows], device=device).flatten()
         logits = model(**batch, use_cache=False).logits[:, :-1].float()
-        loss = functional.cross_entropy(
-            logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum"
-        )
-        total += float(loss)
-        count += batch["input_ids"][:, 1:].numel()
+        total += float(functional.cross_entropy(logits.flatten(0, 1), labels, reduction="sum"))
+        count += int((labels >= 0).sum())
     return total / count if count else math.nan

@@ -72,7 +72,7 @@ class PredictorConfig:
         int
             How many come before; with few of them, this may be 0.
         """
-        return int(count * (1 - self.held_out_share))
+        return int(count * (1 - self.held_out_share) + 1e-9)  # 10 times 0.1 is below 1
 
     def __post_init__(self) -> None:
         unit = 32 if self.predictor_type.startswith("Q") else 1

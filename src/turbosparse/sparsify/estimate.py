@@ -1,6 +1,8 @@
 """What a run will need, before it starts: memory, steps and time."""
 
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from turbosparse.data.encoding import make_encoder
 from turbosparse.data.held_out import split_of
-from turbosparse.data.mixture import Mixture
+from turbosparse.data.mixture import DocumentError, Mixture
 from turbosparse.data.readers import open_reader
 from turbosparse.errors import ConfigError
 from turbosparse.models.activations import parse_activation
@@ -95,27 +97,33 @@ def swapped_outline(recipe: Recipe) -> Any:
     return model
 
 
-def check_data(recipe: Recipe) -> None:
+def check_data(recipe: Recipe, stages: Sequence[StageConfig] | None = None) -> None:
     """Open every source of a recipe and read it up to the first document to train on.
 
     Parameters
     ----------
     recipe : Recipe
         The run; of the model only the tokenizer is read.
+    stages : sequence of StageConfig, optional
+        Whose data is looked at; all of the recipe's if not given.
 
     Raises
     ------
     DataError
         If a source is missing or empty, or has chats for which the tokenizer has no template.
     """
+    mixtures = dict.fromkeys(recipe.data_of(stage) for stage in (recipe.stages if stages is None else stages))
+    if not mixtures:
+        return
     tokenizer = load_tokenizer(recipe.model)
-    for data in dict.fromkeys(recipe.data_of(stage) for stage in recipe.stages):
+    for data in mixtures:
         encode = make_encoder(tokenizer, data.document_end)
         Mixture(data, encode, split=split_of(data))
         for source in data.held_out:
             first = next(iter(open_reader(source, max_corrupt_percent=100)), "")
             if not isinstance(first, str):
-                encode(first)
+                with suppress(DocumentError):  # one that is skipped when it is its turn
+                    encode(first)
 
 
 def estimate_run(recipe: Recipe, *, flops: float, processes: int = 1) -> list[StageEstimate]:

@@ -77,11 +77,13 @@ def run_recipe(recipe: Recipe, *, control: bool = False, from_checkpoint: Path |
     if from_checkpoint is not None:
         stages = _stages_from(stages, from_checkpoint)
     previous: Path | None = None
+    checked = False
     for number, stage in enumerate(stages):
         directory = output / stage.name
         if not _is_finished(recipe, stage, control=control):
-            if any(later.data for later in stages[number + 1 :]):
-                check_data(recipe)  # not after the hours of this stage
+            if not checked:  # now, not after the hours of this stage
+                check_data(recipe, [later for later in stages[number + 1 :] if later.data])
+                checked = True
             finished = Stage(recipe, stage, directory, previous, from_checkpoint, control=control).train()
             if not finished:
                 return RunResult(finished=False, model=previous or Path(start_of(recipe)))

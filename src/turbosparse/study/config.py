@@ -212,10 +212,10 @@ class RelufyStudy(_TrainingStudy):
         super().__post_init__()
         if not self.activations or not self.stages:
             raise ConfigError("[study] expected at least one activation and one stage, got none")
-        same: dict[Activation, str] = {}
-        for activation in self.activations:
-            first = same.setdefault(parse_activation(activation), activation)
-            if first is not activation:
-                raise ConfigError(
-                    f"[activations] expected different ones, got {first} and {activation}, which are the same"
-                )
+        names: dict[Activation, str] = {}
+        for name in self.activations:
+            activation = parse_activation(name)
+            if activation in names:
+                both = f"{names[activation]} and {name}"
+                raise ConfigError(f"[activations] expected different ones, got {both}, which are the same")
+            names[activation] = name

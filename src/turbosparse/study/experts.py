@@ -40,7 +40,7 @@ def _by_layer(record: Mapping[str, Any], share: float) -> tuple[list[int], list[
     """Errors of the top-k rule of all experts but the shared one, layer by layer."""
     layers: dict[int, list[float]] = {}
     for unit in record["top_k_errors"]:
-        if unit["expert"] is None:
+        if unit.get("expert", 0) is None:
             continue
         errors = {found["share"]: found["cett"] for found in unit["errors"]}
         if share in errors:

@@ -33,6 +33,8 @@ class Store:
         What results depend on, ready for JSON: a study goes on only with the settings it began with. One
         that ends in ``_fingerprint`` stands for what it is of, whose path may then change; studies of older
         versions have none.
+    undecided : sequence of str
+        Settings that this call has none of; a study that it begins takes those of the next.
 
     Attributes
     ----------
@@ -46,20 +48,29 @@ class Store:
         broken one.
     """
 
-    def __init__(self, folder: Path, kind: str, settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, folder: Path, kind: str, settings: Mapping[str, Any], *, undecided: Sequence[str] = ()
+    ) -> None:
         self.folder = folder
         self.seconds = 0.0
         self._results = folder / "results"
         self._results.mkdir(parents=True, exist_ok=True)
         begun = folder / _BEGUN
         wanted = plain({"study": kind, "settings": dict(settings)})
+        if undecided:
+            wanted["undecided"] = list(undecided)
         if not begun.exists():
             _write(begun, wanted)
         found = _read(begun, ("study", "settings"))
         if found["study"] != kind:
             raise ConfigError(f"[{folder}] expected the study {kind} or nothing there, got {found['study']}")
         known = found["settings"]
-        new = {name for name in wanted["settings"] if name.endswith(_FINGERPRINT) and name not in known}
+        left_open = found.get("undecided", [])
+        new = {
+            name
+            for name in wanted["settings"]
+            if name not in known and (name.endswith(_FINGERPRINT) or name in left_open)
+        }
         for name, value in wanted["settings"].items():
             if name in new or f"{name}{_FINGERPRINT}" in known:
                 continue
@@ -69,7 +80,8 @@ class Store:
                     f"{_short(known.get(name))}, got {_short(value)}; give another output"
                 )
         if new:
-            _write(begun, {**found, "settings": known | {name: wanted["settings"][name] for name in new}})
+            taken = {name: wanted["settings"][name] for name in new}
+            _write(begun, {"study": kind, "settings": known | taken} | _left(left_open, new))
 
     def result(self, name: str, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """Read a result, or compute and keep it.
@@ -101,6 +113,11 @@ class Store:
         found = _read(path, ("seconds",))
         self.seconds += found["seconds"]
         return found
+
+
+def _left(undecided: Sequence[str], taken: set[str]) -> dict[str, list[str]]:
+    left = [name for name in undecided if name not in taken]
+    return {"undecided": left} if left else {}
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

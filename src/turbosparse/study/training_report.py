@@ -345,7 +345,7 @@ def _zeros_curve(axes: Any, records: Sequence[Record]) -> None:
 def _zeros_by_layer(axes: Any, records: Sequence[Record]) -> None:
     for name, runs, number, dashes in _looks(records[0]):
         mean, spread = _over_seeds([run["zeros_per_layer"] for run in runs])
-        if mean.max() >= _FEW:
+        if np.any(mean >= _FEW):
             axes.errorbar(range(len(mean)), mean, yerr=spread, label=name, **line_style(number, dashes))
     layer_axis(axes.xaxis)
     axes.set_ylabel("exact zeros")
