@@ -66,9 +66,9 @@ def test_profile_shows_every_part(model: Path, capsys: pytest.CaptureFixture[str
         (("-r", "0"), "[bench rounds] expected 1 to 1000, got 0"),
         (
             ("--output", "/dev/null"),
-            "[bench --output] expected a folder that can be written to, got /dev/null",
+            "[/dev/null] expected a directory that can be written to, got: ",
         ),
-        (("--output", "/proc"), "[bench --output] expected a folder that can be written to, got /proc"),
+        (("--output", "/proc"), "[/proc] expected a directory that can be written to, got: "),
         (
             ("--against", "llama.cpp", "--baseline-model", "/nowhere.gguf"),
             "[/nowhere.gguf] expected a readable model file, got No such file",

@@ -2,12 +2,12 @@
 
 import argparse
 import shlex
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbosparse.cli.console import add_json_option
 from turbosparse.cli.model_options import MODES, add_memory_options, add_pin_option, memory_budget
+from turbosparse.cli.outputs import check_writable
 from turbosparse.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -114,12 +114,7 @@ def bench_config(args: argparse.Namespace) -> "BenchConfig":
     from turbosparse.bench.runners import require_llama_cpp
 
     if args.output is not None:
-        try:
-            args.output.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=args.output).close()
-        except OSError as error:
-            expected = "expected a folder that can be written to"
-            raise ConfigError(f"[bench --output] {expected}, got {args.output} ({error.strerror})") from error
+        check_writable(args.output)
     if not args.models and args.shape is None and not args.roofline:
         raise ConfigError("[bench] expected a MODEL, a --shape or --roofline, got none of them")
     if args.baseline_model is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbosparse.cli.console import add_json_option, console, print_json, thread_count
-from turbosparse.cli.measure_output import check_matplotlib, check_output
+from turbosparse.cli.outputs import check_matplotlib, check_output
 from turbosparse.errors import ConfigError
 
 if TYPE_CHECKING:

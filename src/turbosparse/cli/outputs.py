@@ -1,4 +1,4 @@
-"""What would stop the report of `turbosparse measure`, found out before hours of work."""
+"""What would stop a result from being written, found out before hours of work."""
 
 import tempfile
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from pathlib import Path
 
 from turbosparse.errors import ConfigError
 
-__all__ = ["check_matplotlib", "check_output"]
+__all__ = ["check_matplotlib", "check_output", "check_writable"]
 
 
 def check_matplotlib() -> None:
@@ -53,15 +53,25 @@ def check_output(output: Path, names: Sequence[str], folders: Sequence[Path], *,
         if (folder / part).exists() and not force:
             raise ConfigError(f"[{folder}] expected no report there, got {part}; --force replaces it")
     for folder in dict.fromkeys(folder for folder, _ in written):
-        _check_writable(folder)
+        check_writable(folder)
 
 
-def _check_writable(folder: Path) -> None:
-    """Make the folder, and a file in it that goes again: permissions alone do not tell root."""
+def check_writable(folder: Path) -> None:
+    """Make a folder, and a file in it that goes again: permissions alone do not tell root.
+
+    Parameters
+    ----------
+    folder : Path
+        Where results go.
+
+    Raises
+    ------
+    ConfigError
+        If it cannot be written to.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(
             f"[{folder}] expected a directory that can be written to, got: {error.strerror}"
